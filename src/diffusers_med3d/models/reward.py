@@ -1,0 +1,219 @@
+"""Reward models: how real does a volume look? One eye for the whole volume (3D), one for its slices (2D).
+
+Both score a volume with one unbounded number, trained towards 1 for a real scan and 0 for heavy damage (see
+``spectrum.py``), higher = more real. There is no sigmoid at the end, so the score does not flatten near real scans,
+where reinforcement learning has to find its way. GroupNorm only: a sample's score does not depend on its batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from monai.networks.blocks import Convolution, ResidualUnit
+from torch import nn
+
+from .sizes import check_volumes
+
+RANGE_TOLERANCE = 1e-3
+
+
+class ResidualScorer(nn.Module):
+    """Residual trunk of MONAI blocks, global mean and maximum pooling, two linear layers: (N, C, ...) -> (N,).
+
+    The first convolution and every unit but the first halve the side. Maximum next to mean pooling keeps a defect that
+    sits in one place (a cut, a seam) visible in the score.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: int,
+        in_channels: int,
+        channels: Sequence[int],
+        norm_num_groups: int,
+        num_orientations: int = 0,
+    ) -> None:
+        super().__init__()
+        norm, act = ("GROUP", {"num_groups": norm_num_groups}), ("LEAKYRELU", {"negative_slope": 0.1})
+        widths = list(channels)
+        self.stem = Convolution(spatial_dims, in_channels, widths[0], strides=2, kernel_size=3, act=act, norm=norm)
+        self.orientation = nn.Embedding(num_orientations, widths[0]) if num_orientations else None
+        self.blocks = nn.ModuleList(
+            ResidualUnit(spatial_dims, before, after, strides=1 if i == 0 else 2, act=act, norm=norm)
+            for i, (before, after) in enumerate(zip(widths[:1] + widths[:-1], widths, strict=True))
+        )
+        self.head = nn.Sequential(nn.Linear(2 * widths[-1], widths[-1]), nn.SiLU(), nn.Linear(widths[-1], 1))
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = None
+
+    def forward(self, images: torch.Tensor, orientation: int | None = None) -> torch.Tensor:
+        """Images (N, C, ...) to scores (N,); ``orientation`` is the axis that the slices are perpendicular to."""
+        hidden = self._call(self.stem, images)
+        if self.orientation is not None:
+            shift = self.orientation.weight[orientation]
+            hidden = hidden + shift.view(1, -1, *[1] * (hidden.ndim - 2)).to(hidden.dtype)
+        for block in self.blocks:
+            hidden = self._call(block, hidden)
+        hidden = hidden.flatten(2)  # (N, C, voxels)
+        return self.head(torch.cat([hidden.mean(-1), hidden.amax(-1)], dim=1)).squeeze(1)
+
+    def _call(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, hidden)
+        return block(hidden)
+
+
+class _RewardModel(ModelMixin, ConfigMixin):
+    """What the two reward models share: the checks at the door and the mean over the ensemble."""
+
+    _supports_gradient_checkpointing = True
+    members: nn.ModuleList
+
+    @property
+    def smallest_side(self) -> int:
+        """Every side of a volume must have at least this many voxels, so that two remain where pooling begins."""
+        return 2 ** (len(self.config.channels) + 1)
+
+    def forward(self, volumes: torch.Tensor, return_members: bool = False) -> torch.Tensor:
+        """Score volumes.
+
+        Args:
+            volumes: (B, C, X, Y, Z), floating point, in [0, 1].
+            return_members: give each member's score.
+
+        Returns:
+            scores (B,), the mean over the members; or (B, num_members).
+
+        Raises:
+            ValueError: wrong rank, channels, type, size or range, or NaN.
+        """
+        self._check(volumes)
+        volumes = volumes.to(self.dtype)
+        scores = torch.stack([self._score(member, volumes) for member in self.members], dim=1)  # (B, M)
+        return scores if return_members else scores.mean(1)
+
+    def _score(self, member: ResidualScorer, volumes: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _check(self, volumes: torch.Tensor) -> None:
+        if not volumes.is_floating_point():
+            raise ValueError(f"volumes must be floating point in [0, 1], got {volumes.dtype}.")
+        check_volumes(volumes, self.config.in_channels)
+        if volumes.shape[0] == 0:
+            raise ValueError(f"volumes hold no sample: shape {tuple(volumes.shape)}.")
+        if min(volumes.shape[2:]) < self.smallest_side:
+            raise ValueError(
+                f"volume shape {tuple(volumes.shape[2:])} is too small: every side must have at least "
+                f"{self.smallest_side} voxels; the nearest that fits is "
+                f"{tuple(max(side, self.smallest_side) for side in volumes.shape[2:])}."
+            )
+        low, high = float(volumes.min()), float(volumes.max())
+        if low < -RANGE_TOLERANCE or high > 1 + RANGE_TOLERANCE:
+            raise ValueError(f"volumes must lie in [0, 1], got values from {low:.4g} to {high:.4g}.")
+
+
+def _check_architecture(channels: Sequence[int], norm_num_groups: int, num_members: int) -> None:
+    if not channels or any(width <= 0 or width % norm_num_groups for width in channels):
+        raise ValueError(f"channels must be multiples of norm_num_groups={norm_num_groups}, got {tuple(channels)}.")
+    if num_members < 1:
+        raise ValueError(f"num_members must be at least 1, got {num_members}.")
+
+
+class VolumeRewardModel(_RewardModel):
+    """The 3D eye: scores a whole volume (shape, left-right agreement, large-scale anatomy).
+
+    Args:
+        in_channels: channels of a volume.
+        channels: channels of each level; the side is halved by the first convolution and between two levels.
+        norm_num_groups: groups of every GroupNorm; every entry of ``channels`` must be a multiple.
+        num_members: networks of the ensemble, which differ by their initial weights; the score is their mean.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        channels: Sequence[int] = (16, 32, 64, 96),
+        norm_num_groups: int = 8,
+        num_members: int = 2,
+    ) -> None:
+        super().__init__()
+        _check_architecture(channels, norm_num_groups, num_members)
+        self.members = nn.ModuleList(
+            ResidualScorer(3, in_channels, channels, norm_num_groups) for _ in range(num_members)
+        )
+
+    def _score(self, member: ResidualScorer, volumes: torch.Tensor) -> torch.Tensor:
+        return member(volumes)
+
+
+class SliceRewardModel(_RewardModel):
+    """The 2D eye: scores slices across the three axes (texture, folds, edges); a volume's score is their mean.
+
+    Slices lie evenly between the two positions that cut ``mass_margin`` of the volume's intensity off either end of an
+    axis, so they follow the anatomy and not the field of view; in training mode each is moved at random within its own
+    interval. One network serves the three orientations and is told which one it sees by a learned embedding.
+
+    Args:
+        in_channels: channels of a volume.
+        channels: channels of each level; the side is halved by the first convolution and between two levels.
+        norm_num_groups: groups of every GroupNorm; every entry of ``channels`` must be a multiple.
+        num_members: networks of the ensemble, which differ by their initial weights; the score is their mean.
+        num_slices: slices per axis.
+        mass_margin: share of the intensity that lies before the first and after the last interval of an axis.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        channels: Sequence[int] = (16, 32, 64, 96),
+        norm_num_groups: int = 8,
+        num_members: int = 2,
+        num_slices: int = 8,
+        mass_margin: float = 0.03,
+    ) -> None:
+        super().__init__()
+        _check_architecture(channels, norm_num_groups, num_members)
+        if num_slices < 1:
+            raise ValueError(f"num_slices must be at least 1, got {num_slices}.")
+        if not 0 <= mass_margin < 0.5:
+            raise ValueError(f"mass_margin must lie in [0, 0.5), got {mass_margin}.")
+        self.members = nn.ModuleList(
+            ResidualScorer(2, in_channels, channels, norm_num_groups, num_orientations=3) for _ in range(num_members)
+        )
+
+    def forward(self, volumes: torch.Tensor, return_members: bool = False) -> torch.Tensor:
+        self._check(volumes)
+        batch = volumes.shape[0]
+        scores = []
+        for axis in range(3):
+            # every member scores the same slices
+            slices = self.slices(volumes, axis).flatten(0, 1).to(self.dtype)  # (B * N, C, H, W)
+            scores.append(torch.stack([member(slices, axis).view(batch, -1) for member in self.members], dim=1))
+        scores = torch.cat(scores, dim=2).mean(2)  # (B, M, 3 N) -> (B, M)
+        return scores if return_members else scores.mean(1)
+
+    forward.__doc__ = _RewardModel.forward.__doc__
+
+    def slices(self, volumes: torch.Tensor, axis: int) -> torch.Tensor:
+        """Slices (B, num_slices, C, H, W) of volumes (B, C, X, Y, Z) across ``axis`` (0, 1 or 2 for X, Y or Z)."""
+        positions = self.slice_positions(volumes, axis)  # (B, N)
+        stacks = volumes.movedim(2 + axis, 1)  # (B, side, C, H, W)
+        rows = torch.arange(volumes.shape[0], device=volumes.device)[:, None]
+        return stacks[rows, positions]
+
+    def slice_positions(self, volumes: torch.Tensor, axis: int) -> torch.Tensor:
+        """Indices (B, num_slices) of the slices of each volume along ``axis``."""
+        side = volumes.shape[2 + axis]
+        others = [dim for dim in range(1, 5) if dim != 2 + axis]
+        # the constant makes an empty volume a uniform one instead of 0 / 0
+        mass = volumes.detach().float().clamp_min(0).sum(others) + 1e-6  # (B, side)
+        share = mass.cumsum(1) / mass.sum(1, keepdim=True)
+        margin = self.config.mass_margin
+        low = (share < margin).sum(1, keepdim=True).float()
+        high = (share < 1 - margin).sum(1, keepdim=True).float() + 1
+        count = self.config.num_slices
+        offsets = torch.rand(volumes.shape[0], count, device=volumes.device) if self.training else 0.5
+        steps = torch.arange(count, device=volumes.device) + offsets
+        return (low + (high - low) * steps / count).long().clamp(0, side - 1)

@@ -1,0 +1,341 @@
+"""The spectrum that reward models learn from: labels without a human (arXiv 2603.06173, weak points answered).
+
+A real scan is noised to a strength s and denoised by the generator: the more noise, the less real. Every version has a
+strength and, when damaged on top, a severity; both together give its label and who beats whom:
+
+    version                        strength  label
+    real scan                          -1    1
+    autoencoder round-trip              0    0.95      near the top: the decoder's own signature is no fault
+    partial noising                   0 - 1  0.95 - 0.6 s
+    full sample, another anatomy        1    0.35      the reward must have seen globally wrong brains
+    any of them, damaged by v           -    (its label, at most 0.95) x (1 - v)
+
+Damage is what the generator does not make by itself, so that reinforcement learning finds no way out there: blur,
+noise, noise on top of blur, over-sharpening, bias field, thick slices, shuffled blocks, a hemisphere of another
+subject, cut-off anatomy. Pure functions on one volume (C, X, Y, Z) in [0, 1] in RAS; all randomness comes from
+``generator``, on the CPU, so a seed gives the same damage on every device.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+
+REAL = -1.0
+ROUND_TRIP = 0.0
+FULL_SAMPLE = 1.0
+ROUND_TRIP_LABEL = 0.95
+FULL_SAMPLE_LABEL = 0.35
+FOREGROUND = 0.02
+"""Voxels above this are anatomy; the others are left as they are by every damage that does not move anatomy."""
+
+
+def clean_label(strength: float) -> float:
+    """Label of an undamaged version: 1 for ``REAL``, else linear in the strength in [0, 1]."""
+    if strength == REAL:
+        return 1.0
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be {REAL} (real scan) or lie in [0, 1], got {strength}.")
+    return ROUND_TRIP_LABEL - (ROUND_TRIP_LABEL - FULL_SAMPLE_LABEL) * strength
+
+
+def damaged_label(strength: float, severity: float) -> float:
+    """Label of a version damaged with ``severity`` in (0, 1]; a damaged scan starts from the round-trip's label."""
+    return clean_label(max(strength, ROUND_TRIP)) * (1 - severity)
+
+
+def dominance(strengths: torch.Tensor, severities: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+    """Which version of one subject is more real than which, wherever that is beyond doubt.
+
+    i beats j if it is noised no more and damaged no more, and less in one of the two; two damaged versions compare only
+    if the kind of damage is the same. Damage puts a scan below its round-trip (so a damaged scan counts as strength 0).
+
+    Args:
+        strengths, severities, kinds: (N,) strength, severity (0 = undamaged) and kind of damage of each version.
+
+    Returns:
+        bool (N, N), True at [i, j] where i must score higher than j.
+    """
+    damaged = severities > 0
+    strengths = torch.where(damaged, strengths.clamp_min(ROUND_TRIP), strengths)
+    less_noised, less_damaged = strengths[:, None] - strengths[None], severities[:, None] - severities[None]
+    comparable = ~damaged[:, None] | (kinds[:, None] == kinds[None])
+    return comparable & (less_noised <= 0) & (less_damaged <= 0) & ((less_noised < 0) | (less_damaged < 0))
+
+
+# ---------------------------------------------------------------------------------------------------- partial noising
+
+
+def partial_noising(
+    pipeline: Callable,
+    volumes: torch.Tensor,
+    class_labels: Sequence[int] | None,
+    strength: float,
+    num_inference_steps: int,
+    generators: list[torch.Generator],
+) -> torch.Tensor:
+    """One level of the spectrum, SDEdit (Meng et al. 2022, arXiv 2108.01073) in latent space.
+
+    Args:
+        pipeline: ``MedDiffusion3DPipeline`` whose generator never saw these subjects.
+        volumes: real scans (B, C, X, Y, Z) in [0, 1].
+        class_labels: B of them, None for a generator without classes.
+        strength: 0 = autoencoder round-trip; 1 = full sample of the same class that never sees the scan.
+        num_inference_steps: steps of a full sample; strength s takes s of them.
+        generators: one per volume, so that a version does not depend on its batch.
+
+    Returns:
+        volumes (B, C, X, Y, Z) in [0, 1], on the CPU.
+    """
+    output = pipeline(
+        volumes=volumes,
+        strength=strength,
+        class_labels=class_labels,
+        num_inference_steps=num_inference_steps,
+        generator=generators,
+    )
+    return output.volumes.cpu()
+
+
+# ------------------------------------------------------------------------------------------------------------- damage
+
+
+def _uniform(generator: torch.Generator, low: float = 0.0, high: float = 1.0) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _integer(generator: torch.Generator, count: int) -> int:
+    return int(torch.randint(count, (), generator=generator))
+
+
+def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _in_foreground(volume: torch.Tensor, damaged: torch.Tensor) -> torch.Tensor:
+    return torch.where(volume > FOREGROUND, damaged.clamp(0, 1), volume)
+
+
+def gaussian_smooth(volume: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Gaussian filter of (C, X, Y, Z), ``sigma`` in voxels, zero outside."""
+    radius = max(1, round(3 * sigma))
+    offsets = torch.arange(-radius, radius + 1, device=volume.device, dtype=volume.dtype)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = kernel / kernel.sum()
+    smooth = volume[:, None]  # (C, 1, X, Y, Z): channels are filtered apart
+    for axis in range(3):
+        shape, padding = [1, 1, 1, 1, 1], [0, 0, 0]
+        shape[2 + axis], padding[axis] = -1, radius
+        smooth = F.conv3d(smooth, kernel.view(shape), padding=padding)
+    return smooth[:, 0]
+
+
+def blur(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
+    """Gaussian blur of 0.4 to 2 voxels inside the anatomy."""
+    return _in_foreground(volume, gaussian_smooth(volume, 0.4 + 1.6 * severity))
+
+
+def noise(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
+    """White Gaussian noise, standard deviation 0.02 to 0.15, inside the anatomy."""
+    return _in_foreground(volume, volume + (0.02 + 0.13 * severity) * _normal(volume, generator))
+
+
+def noisy_blur(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
+    """Noise on top of blur: together they fake the high-frequency power of a sharp scan."""
+    return noise(blur(volume, severity, generator), severity, generator)
+
+
+def oversharpen(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
+    """Unsharp mask with gain 0.5 to 3: the cheapest way to look sharp, which a reward must not fall for."""
+    detail = volume - gaussian_smooth(volume, 1.0)
+    return _in_foreground(volume, volume + (0.5 + 2.5 * severity) * detail)
+
+
+def bias_field(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
+    """Smooth multiplicative field of mean 1, log-amplitude 0.2 to 1."""
+    coarse = torch.randn((1, 1, 3, 3, 3), generator=generator).to(volume)
+    field = F.interpolate(coarse, size=volume.shape[1:], mode="trilinear", align_corners=True)[0]
+    field = field - field.mean()
+    field = torch.exp((0.2 + 0.8 * severity) * field / field.abs().max())
+    mean = (volume * field).mean() / volume.mean().clamp_min(1e-6)
+    return _in_foreground(volume, volume * field / mean.clamp_min(1e-6))
+
+
+def thick_slices(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
+    """Average 2 to 6 neighbouring slices along a random axis, then interpolate back."""
+    axis, factor = _integer(generator, 3), max(2, round(1 + 5 * severity))
+    size = list(volume.shape[1:])
+    size[axis] = max(2, size[axis] // factor)
+    thick = F.interpolate(volume[None], size=size, mode="area")
+    return _in_foreground(volume, F.interpolate(thick, size=volume.shape[1:], mode="trilinear")[0])
+
+
+def shuffle_blocks(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
+    """Let a share ``severity`` of the blocks of anatomy (an eighth of the side each) change places."""
+    sides = [max(1, side // 8) for side in volume.shape[1:]]
+    starts = [range(0, size - side + 1, side) for size, side in zip(volume.shape[1:], sides, strict=True)]
+    blocks = []
+    for x in starts[0]:
+        for y in starts[1]:
+            for z in starts[2]:
+                place = (slice(None), slice(x, x + sides[0]), slice(y, y + sides[1]), slice(z, z + sides[2]))
+                if (volume[place] > FOREGROUND).float().mean() > 0.5:
+                    blocks.append(place)
+    count = min(len(blocks), max(2, round(severity * len(blocks))))
+    chosen = [blocks[i] for i in torch.randperm(len(blocks), generator=generator)[:count].tolist()]
+    shuffled = volume.clone()
+    for target, source in zip(chosen, chosen[1:] + chosen[:1], strict=True):  # one cycle: no block keeps its place
+        shuffled[target] = volume[source]
+    return shuffled
+
+
+def cut_off(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
+    """Set the outer 10 to 50 % of the anatomy to background, on a random side."""
+    axis, from_start = _integer(generator, 3), _uniform(generator) < 0.5
+    others = [dim for dim in range(4) if dim != 1 + axis]
+    occupied = (volume > FOREGROUND).float().amax(others).nonzero().flatten()
+    cut = volume.clone()
+    if occupied.numel() == 0:
+        return cut
+    first, last = int(occupied[0]), int(occupied[-1]) + 1
+    depth = max(1, round((0.1 + 0.4 * severity) * (last - first)))
+    start, end = (0, first + depth) if from_start else (last - depth, volume.shape[1 + axis])
+    cut.narrow(1 + axis, start, end - start).zero_()
+    return cut
+
+
+def swap_hemisphere(volume: torch.Tensor, other: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Replace one hemisphere (X is left to right) by that of ``other``, midline on midline, brightness matched."""
+    middle, shift = _midline(volume), _midline(volume) - _midline(other)
+    moved = shift_volume(other, (shift, 0, 0))
+    level = [
+        scan[scan > FOREGROUND].mean() if (scan > FOREGROUND).any() else scan.new_ones(()) for scan in (volume, moved)
+    ]
+    moved = (moved * level[0] / level[1]).clamp(0, 1)
+    lower = (torch.arange(volume.shape[1], device=volume.device) < middle).view(1, -1, 1, 1)
+    return torch.where(lower == (_uniform(generator) < 0.5), volume, moved)
+
+
+def _midline(volume: torch.Tensor) -> int:
+    mass = volume.float().sum((0, 2, 3)) + 1e-6  # (X,)
+    return round(float((mass * torch.arange(len(mass), device=mass.device)).sum() / mass.sum() + 0.5))
+
+
+DAMAGES: Mapping[str, Callable[[torch.Tensor, float, torch.Generator], torch.Tensor]] = {
+    "blur": blur,
+    "noise": noise,
+    "noisy_blur": noisy_blur,
+    "oversharpen": oversharpen,
+    "bias_field": bias_field,
+    "thick_slices": thick_slices,
+    "shuffle_blocks": shuffle_blocks,
+    "cut_off": cut_off,
+}
+HALF_SWAP = "half_swap"
+HALF_SWAP_SEVERITY = 0.5
+DAMAGE_NAMES = (*DAMAGES, HALF_SWAP)
+
+
+def damage(
+    volume: torch.Tensor, kind: str, severity: float, generator: torch.Generator, other: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Damage one volume.
+
+    Args:
+        volume: (C, X, Y, Z) in [0, 1]; not changed in place.
+        kind: one of ``DAMAGE_NAMES``.
+        severity: in (0, 1]; "half_swap" has only one severity, ``HALF_SWAP_SEVERITY``.
+        generator: on the CPU.
+        other: volume of another subject, for "half_swap".
+    """
+    if volume.ndim != 4:
+        raise ValueError(f"volume must have shape (C, X, Y, Z), got {tuple(volume.shape)}.")
+    if not 0 < severity <= 1:
+        raise ValueError(f"severity must lie in (0, 1], got {severity}.")
+    if kind == HALF_SWAP:
+        if other is None or other.shape != volume.shape:
+            found = None if other is None else tuple(other.shape)
+            raise ValueError(
+                f"half_swap needs a volume of another subject of shape {tuple(volume.shape)}, got {found}."
+            )
+        return swap_hemisphere(volume, other, generator)
+    if kind not in DAMAGES:
+        raise ValueError(f"unknown damage {kind!r}, expected one of {DAMAGE_NAMES}.")
+    return DAMAGES[kind](volume, severity, generator)
+
+
+# ------------------------------------------------------------------------------------------------------- augmentation
+
+
+def shift_volume(volume: torch.Tensor, shift: Sequence[int]) -> torch.Tensor:
+    """Move (C, X, Y, Z) by whole voxels; what comes in is background."""
+    for axis, steps in enumerate(shift):
+        if steps == 0:
+            continue
+        volume = volume.roll(steps, 1 + axis)
+        incoming = volume.narrow(1 + axis, 0, steps) if steps > 0 else volume.narrow(1 + axis, steps, -steps)
+        incoming.zero_()
+    return volume
+
+
+def augment(volume: torch.Tensor, generator: torch.Generator, max_shift: int = 3) -> torch.Tensor:
+    """Change what says nothing about realism, so that the score cannot lean on it.
+
+    Left-right flip, shift, brightness (factor 0.85 to 1.1, gamma 0.85 to 1.2), and in half of the cases the faint haze
+    that a decoder leaves in the background is removed (threshold up to 0.03), which a real scan does not have.
+    """
+    if _uniform(generator) < 0.5:
+        volume = volume.flip(1)
+    volume = shift_volume(volume, [_integer(generator, 2 * max_shift + 1) - max_shift for _ in range(3)])
+    if _uniform(generator) < 0.5:
+        volume = torch.where(volume > _uniform(generator, 0.0, 0.03), volume, torch.zeros_like(volume))
+    gamma, factor = _uniform(generator, 0.85, 1.2), _uniform(generator, 0.85, 1.1)
+    return (factor * volume.clamp(0, 1) ** gamma).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------------------------------ loss and order
+
+
+def spectrum_loss(
+    scores: torch.Tensor, labels: torch.Tensor, better: torch.Tensor, temperature: float, beta: float = 0.1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Regression on the label and ranking within a subject.
+
+    Regression is smooth L1 (Huber with threshold ``beta``); ranking is the Bradley-Terry likelihood (Bradley & Terry
+    1952; as in Ouyang et al. 2022, arXiv 2203.02155, eq. 1) of score / temperature.
+
+    Args:
+        scores, labels: (N,).
+        better: bool (N, N), True at [i, j] where i must score higher than j; never across subjects.
+        temperature: difference of scores that counts as one unit of log-odds.
+
+    Returns:
+        regression loss and ranking loss (0 when there is no pair), scalars.
+    """
+    regression = F.smooth_l1_loss(scores, labels, beta=beta)
+    gaps = (scores[:, None] - scores[None])[better]
+    ranking = F.softplus(-gaps / temperature).mean() if gaps.numel() else scores.sum() * 0.0
+    return regression, ranking
+
+
+def average_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks of (N,) values from 0; equal values share the mean of their ranks."""
+    below = (values[:, None] > values[None]).sum(1)
+    equal = (values[:, None] == values[None]).sum(1)
+    return below + (equal - 1) / 2
+
+
+def rank_correlation(scores: torch.Tensor, strengths: torch.Tensor) -> float:
+    """Spearman's rho of (N,) scores and *cleanliness*: 1 if the score falls with every level, 0 if it is constant."""
+    first, second = average_ranks(scores.double()), average_ranks(-strengths.double())
+    first, second = first - first.mean(), second - second.mean()
+    scale = first.norm() * second.norm()
+    return float((first * second).sum() / scale) if scale > 0 else 0.0
+
+
+def neighbours_in_order(scores: torch.Tensor, strengths: torch.Tensor) -> float:
+    """Share of neighbouring levels (in order of strength) whose less noised version scores strictly higher."""
+    if scores.numel() < 2:
+        raise ValueError(f"neighbouring levels need at least two of them, got {scores.numel()}.")
+    ordered = scores[strengths.argsort()]
+    return float((ordered[:-1] > ordered[1:]).double().mean())
