@@ -1,8 +1,9 @@
-"""Tiny real components for every test: networks of a few thousand weights, a saved pipeline, a folder of small synthetic brains."""
+"""Tiny real components for every test: small networks, a saved pipeline, a folder of small synthetic brains."""
 
 import os
 
-# Before torch and the Hugging Face libraries are imported: no network, no telemetry, no thread storms between test workers.
+# Before torch and the Hugging Face libraries are imported: no network, no telemetry, no thread storms between test
+# workers.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,7 +23,7 @@ from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, MedDiffusion3DPipe
 
 VOLUME_SHAPE = (16, 16, 16)  # voxels of the tiny pipeline; latents are (4, 4, 4, 4)
 SPACING = (12.0, 12.0, 12.0)  # mm: 16 voxels hold a whole synthetic brain
-CLASS_NAMES = ("young", "middle", "old", "null")
+CLASS_NAMES = ("young", "middle", "old")  # index 3 is the null class
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def few_threads_and_a_fixed_seed():
 
 
 def awaken(module: torch.nn.Module, scale: float = 0.05) -> torch.nn.Module:
-    """MONAI starts some output layers at zero, which would make every test of a dependence pass in vain: give them small weights."""
+    """Give small weights to the layers that MONAI starts at zero: with them, outputs would depend on nothing."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim > 1 and not parameter.any():
@@ -136,8 +137,10 @@ def tiny_volumes() -> torch.Tensor:
 
 
 def synthetic_brain(shape: tuple[int, int, int], seed: int, margin: float = 0.85) -> np.ndarray:
-    """float32 `shape` in [0, 1], RAS: an ellipsoid with texture, a darker ventricle that grows with the seed, and one bright spot on the
-    right, in front and above, so that a lost flip or a swapped axis shows."""
+    """float32 `shape` in [0, 1], RAS: an ellipsoid with texture and a ventricle that grows with the seed.
+
+    One bright spot lies to the right, in front and above the centre, so that a lost flip or a swapped axis shows.
+    """
     rng = np.random.default_rng(seed)
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     radii = margin * (1 - 0.05 * rng.random(3))
@@ -151,11 +154,12 @@ def synthetic_brain(shape: tuple[int, int, int], seed: int, margin: float = 0.85
 
 @pytest.fixture(scope="session")
 def brains_folder(tmp_path_factory) -> str:
-    """A niftifolder of nine scans of eight subjects (`images/*.nii.gz`, `metadata.csv`: file_name, participant_id, age).
+    """A niftifolder of nine scans of eight subjects; `metadata.csv` has file_name, participant_id and age.
 
-    About 6 mm voxels, every scan another shape, int16, background exactly 0; affines with an offset, one stored LAS and one stored
-    (anterior, superior, right) so that only a real reorientation puts the bright spot to the right, front and top.
-    One subject has two scans, one has no age; the ages give three young (<= 35), two middle and two old (>= 60) subjects.
+    About 6 mm voxels, every scan another shape, int16, background exactly 0; affines with an offset, one stored LAS and
+    one stored (anterior, superior, right) so that only a real reorientation puts the bright spot to the right, front
+    and top. One subject has two scans, one has no age; the ages give three young (<= 35), two middle and two old (>=
+    60) subjects.
     """
     folder = tmp_path_factory.mktemp("brains")
     (folder / "images").mkdir()

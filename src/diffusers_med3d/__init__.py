@@ -1,0 +1,65 @@
+"""3D latent diffusion for medical volumes in the Hugging Face stack, fine-tuned by reinforcement learning. Never for
+clinical use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.pipelines import pipeline_loading_utils
+
+from .models import AutoencoderKL3D, DiffusionUNet3D, VQModel3D
+from .models.reward import SliceRewardModel, VolumeRewardModel
+from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput, guided_prediction
+from .rewards import SliceReward, VolumeReward
+
+if TYPE_CHECKING:
+    from .trainers.autoencoder import AutoencoderConfig, AutoencoderTrainer
+
+__version__ = "0.1.0"
+
+# diffusers finds components of a library that it lists, and pipelines among its own attributes. This is the one place
+# that touches its private loading code (PITFALLS P1): it makes local folders, the Hub, DiffusionPipeline and AutoModel
+# find our classes, and model_index.json name them as ["diffusers_med3d", "ClassName"].
+pipeline_loading_utils.LOADABLE_CLASSES.setdefault(
+    __name__, {base.__name__: ["save_pretrained", "from_pretrained"] for base in (ModelMixin, SchedulerMixin)}
+)
+for _class in (
+    AutoencoderKL3D,
+    DiffusionUNet3D,
+    MedDiffusion3DPipeline,
+    SliceRewardModel,
+    VQModel3D,
+    VolumeRewardModel,
+):
+    setattr(diffusers, _class.__name__, _class)
+
+# The trainers pull in TRL and transformers, so they are imported on first use.
+_TRAINERS = {
+    "AutoencoderConfig": ".trainers.autoencoder",
+    "AutoencoderTrainer": ".trainers.autoencoder",
+}
+
+__all__ = [
+    "AutoencoderConfig",
+    "AutoencoderKL3D",
+    "AutoencoderTrainer",
+    "DiffusionUNet3D",
+    "MedDiffusion3DPipeline",
+    "MedDiffusion3DPipelineOutput",
+    "ModelMixin",
+    "SchedulerMixin",
+    "SliceReward",
+    "SliceRewardModel",
+    "VQModel3D",
+    "VolumeReward",
+    "VolumeRewardModel",
+    "guided_prediction",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_TRAINERS[name], __name__), name)
