@@ -1,0 +1,38 @@
+"""Draw the split by subject once, for all stages.
+
+python examples/make_split.py --data_dir DATA --split_file split.json --test 16 8 16 --validation 4 4 4
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from diffusers_med3d.data import DataArguments, class_of, make_split, read_scans, save_split
+
+
+@dataclass
+class SplitArguments:
+    """How many subjects of each class are set apart."""
+
+    test: list[int] = field(metadata={"help": "Test subjects per class, in the order of class_names."})
+    validation: list[int] = field(metadata={"help": "Validation subjects per class."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draw."})
+
+
+def main() -> None:
+    """Read labels, draw, write."""
+    data, args = HfArgumentParser([DataArguments, SplitArguments]).parse_args_into_dataclasses()
+    rows = read_scans(data.data_dir).remove_columns("nifti")
+    classes = {
+        row[data.subject_column]: class_of(row[data.label_column], data.class_names, data.class_edges) for row in rows
+    }
+    split = make_split(classes, args.test, args.validation, args.seed)
+    save_split(split, data.split_file)
+    for part in ("train", "validation", "test"):
+        counts = Counter(classes[subject] for subject in split[part])
+        print(part, {(*data.class_names, "unlabelled")[label]: counts[label] for label in sorted(counts)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Stage 1: train the autoencoder.
+
+accelerate launch examples/train_autoencoder.py --data_dir DATA --split_file split.json --output_dir outputs/autoencoder
+accelerate launch examples/train_autoencoder.py --kind vq ...
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser, set_seed
+
+from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.models import AutoencoderKL3D, VQModel3D
+from diffusers_med3d.trainers.autoencoder import AutoencoderConfig, AutoencoderTrainer
+from diffusers_med3d.trainers.base import checkpoint_to_resume
+
+
+@dataclass
+class ModelArguments:
+    """The network."""
+
+    kind: str = field(
+        default="kl", metadata={"help": "kl (AutoencoderKL3D) or vq (VQModel3D).", "choices": ["kl", "vq"]}
+    )
+    channels: list[int] = field(
+        default_factory=lambda: [16, 32, 64],
+        metadata={"help": "Channels per level. kl halves the side between levels, vq at every level."},
+    )
+    latent_channels: int = field(default=16, metadata={"help": "Channels of the latent space."})
+    num_res_blocks: int = field(default=1, metadata={"help": "Residual blocks per level."})
+    norm_num_groups: int = field(default=8, metadata={"help": "Groups of GroupNorm (kl)."})
+    num_embeddings: int = field(default=512, metadata={"help": "Codebook size (vq)."})
+
+
+def build(args: ModelArguments) -> AutoencoderKL3D | VQModel3D:
+    """The network that the arguments describe."""
+    if args.kind == "vq":
+        return VQModel3D(
+            channels=args.channels,
+            num_res_layers=args.num_res_blocks,
+            num_res_channels=args.channels,
+            num_embeddings=args.num_embeddings,
+            embedding_dim=args.latent_channels,
+        )
+    return AutoencoderKL3D(
+        channels=args.channels,
+        latent_channels=args.latent_channels,
+        num_res_blocks=args.num_res_blocks,
+        attention_levels=[False] * len(args.channels),
+        norm_num_groups=args.norm_num_groups,
+    )
+
+
+def main() -> None:
+    """Read, train, evaluate, save."""
+    data, model, args = HfArgumentParser(
+        [DataArguments, ModelArguments, AutoencoderConfig]
+    ).parse_args_into_dataclasses()
+    set_seed(args.seed)
+    trainer = AutoencoderTrainer(
+        model=build(model),
+        args=args,
+        train_dataset=VolumeDataset.from_arguments(data, "train"),
+        eval_dataset=VolumeDataset.from_arguments(data, "validation"),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.save_model()
+    print(trainer.evaluate())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The split by subject: made once, written to a file, read by every stage."""
+
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+PARTS = ("train", "validation", "test")
+
+
+def make_split(
+    classes: Mapping[str, int], test: Sequence[int], validation: Sequence[int], seed: int = 0
+) -> dict[str, list[str] | dict[str, list[str]]]:
+    """Draw a split stratified by class.
+
+    Args:
+        classes: class index of every subject; subjects whose index is ``len(test)`` (no label) all train.
+        test, validation: subjects per class.
+        seed: of the draw.
+
+    Returns:
+        ``{"train", "validation", "test": sorted ids, "folds": {"a", "b": halves of train, stratified}}``.
+    """
+    if len(test) != len(validation):
+        raise ValueError(f"test and validation need one count per class, got {list(test)} and {list(validation)}.")
+    rng = random.Random(seed)
+    split = {part: [] for part in PARTS}
+    folds: dict[str, list[str]] = {"a": [], "b": []}
+    for index in range(len(test) + 1):
+        subjects = sorted(subject for subject, label in classes.items() if label == index)
+        rng.shuffle(subjects)
+        n_test, n_validation = (test[index], validation[index]) if index < len(test) else (0, 0)
+        if len(subjects) < n_test + n_validation:
+            raise ValueError(f"class {index} has {len(subjects)} subjects, {n_test} + {n_validation} were asked for.")
+        split["test"] += subjects[:n_test]
+        split["validation"] += subjects[n_test : n_test + n_validation]
+        rest = subjects[n_test + n_validation :]
+        split["train"] += rest
+        folds["a"] += rest[::2]
+        folds["b"] += rest[1::2]
+    return {part: sorted(split[part]) for part in PARTS} | {"folds": {k: sorted(v) for k, v in folds.items()}}
+
+
+def save_split(split: Mapping, path: str | Path) -> None:
+    """Write a split; refuses to overwrite one, because every stage must use the same."""
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists; a split is made once for all stages. Delete it only to start all over.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(split, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def load_split(path: str | Path) -> dict:
+    """Read a split and check that no subject is in two parts or two folds.
+
+    Raises:
+        FileNotFoundError, ValueError: with what was found and what was expected.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no split file {path}; make one with examples/make_split.py.")
+    split = json.loads(path.read_text())
+    missing = [part for part in (*PARTS, "folds") if part not in split]
+    if missing:
+        raise ValueError(f"{path} has no {missing}; expected train, validation, test and folds.")
+    groups = [set(split[part]) for part in PARTS]
+    for i, first in enumerate(groups):
+        for second in groups[i + 1 :]:
+            if first & second:
+                raise ValueError(f"{path}: subjects in two parts of the split: {sorted(first & second)}.")
+    fold_a, fold_b = set(split["folds"]["a"]), set(split["folds"]["b"])
+    if fold_a & fold_b or (fold_a | fold_b) != groups[0]:
+        raise ValueError(f"{path}: folds a and b must part the training subjects without overlap.")
+    return split

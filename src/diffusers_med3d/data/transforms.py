@@ -1,0 +1,48 @@
+"""MONAI transforms that make every scan a volume of the same size, spacing, orientation and intensity range."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    Compose,
+    CropForeground,
+    EnsureChannelFirst,
+    Orientation,
+    ResizeWithPadOrCrop,
+    Spacing,
+)
+
+FOREGROUND_THRESHOLD = 0.02
+"""Voxels of a prepared volume above this count as foreground."""
+
+
+def to_meta_tensor(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
+    """(X, Y, Z) or (X, Y, Z, C) array and affine to a channel-first MetaTensor (C, X, Y, Z)."""
+    channel_dim = "no_channel" if array.ndim == 3 else -1
+    return EnsureChannelFirst(channel_dim=channel_dim)(MetaTensor(torch.from_numpy(array), affine=torch.tensor(affine)))
+
+
+def scale_foreground(volume: MetaTensor) -> MetaTensor:
+    """Robust range: 0 stays 0 and the 99.5th percentile of what is above 0 becomes 1, clipped, channel by channel."""
+    scaled = []
+    for channel in volume:
+        foreground = channel[channel > 0]
+        if foreground.numel() == 0:
+            raise ValueError("nothing in the scan is above 0; intensities must be positive on a background of 0.")
+        scaled.append(channel / torch.quantile(foreground[:: max(1, foreground.numel() // 1_000_000)], 0.995))
+    return torch.stack(scaled).clamp(0.0, 1.0)
+
+
+def volume_transform(volume_shape: Sequence[int], spacing: Sequence[float]) -> Compose:
+    """Channel-first MetaTensor to (C, *volume_shape) in [0, 1], RAS, ``spacing`` mm; the affine follows every step."""
+    return Compose(
+        [
+            Orientation(axcodes="RAS"),
+            Spacing(pixdim=tuple(spacing), mode="bilinear", padding_mode="zeros"),
+            CropForeground(allow_smaller=True),
+            ResizeWithPadOrCrop(spatial_size=tuple(volume_shape)),
+            scale_foreground,
+        ]
+    )

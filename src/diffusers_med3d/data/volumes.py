@@ -1,0 +1,66 @@
+"""Prepared volumes in memory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
+
+from .reading import DataArguments, class_of, decode_nifti, read_scans
+from .split import load_split
+from .transforms import to_meta_tensor, volume_transform
+
+
+class VolumeDataset(TorchDataset):
+    """Volumes of some subjects, prepared once by ``volume_transform`` and kept in memory.
+
+    An item is ``{"volume": MetaTensor (C, X, Y, Z) float32 in [0, 1] with its affine, "class_label": int,
+    "subject": str}``; scans of one subject stand together, subjects in sorted order.
+
+    Args:
+        source: folder or ``datasets.Dataset`` (see ``read_scans``).
+        subjects: which subjects; every one must have a scan.
+        args: columns, size, spacing and classes.
+    """
+
+    def __init__(self, source: str | Path | Dataset, subjects: Sequence[str], args: DataArguments) -> None:
+        rows = read_scans(source)
+        for column in (args.subject_column, args.label_column):
+            if column not in rows.column_names:
+                raise ValueError(f"the scans have no column {column!r}, only {rows.column_names}.")
+        wanted = set(subjects)
+        if not wanted:
+            raise ValueError("no subjects were asked for.")
+        found = rows[args.subject_column]
+        absent = sorted(wanted - set(found))
+        if absent:
+            raise ValueError(f"{len(absent)} subject(s) of the split have no scan, the first is {absent[0]!r}.")
+        transform = volume_transform(args.volume_shape, args.spacing)
+        order = sorted((subject, i) for i, subject in enumerate(found) if subject in wanted)
+        self.items = []
+        for subject, i in tqdm(order, desc="reading scans", unit="scan"):
+            row = rows[i]
+            volume = transform(to_meta_tensor(*decode_nifti(row["nifti"], subject)))
+            label = class_of(row[args.label_column], args.class_names, args.class_edges)
+            self.items.append({"volume": volume, "class_label": label, "subject": subject})
+
+    @classmethod
+    def from_arguments(cls, args: DataArguments, part: str) -> "VolumeDataset":
+        """Volumes of a part of the split: "train", "validation", "test", or fold "a" or "b" of train."""
+        split = load_split(args.split_file)
+        parts = {**{name: split[name] for name in ("train", "validation", "test")}, **split["folds"]}
+        if part not in parts:
+            raise ValueError(f"unknown part {part!r} of the split, expected one of {list(parts)}.")
+        return cls(args.data_dir, parts[part], args)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.items[index]
+
+    def stack(self) -> torch.Tensor:
+        """All volumes as one plain tensor (N, C, X, Y, Z)."""
+        return torch.stack([item["volume"].as_tensor() for item in self.items])

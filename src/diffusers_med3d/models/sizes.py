@@ -1,0 +1,36 @@
+"""Sizes that a network can take: checked at the door, with the nearest that fits in the message."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def check_divisible(shape: Sequence[int], divisor: int, what: str) -> None:
+    """Refuse spatial sizes that are not positive multiples of ``divisor``.
+
+    Args:
+        shape: spatial size (X, Y, Z) in voxels.
+        divisor: what every side must be a multiple of.
+        what: name of the thing whose size this is, for the message.
+
+    Raises:
+        ValueError: names the size found and the nearest that fits.
+    """
+    shape = tuple(int(side) for side in shape)
+    if len(shape) != 3:
+        raise ValueError(f"{what} must have three sides (X, Y, Z), got {shape}.")
+    if any(side < divisor or side % divisor for side in shape):
+        nearest = tuple(max(divisor, round(side / divisor) * divisor) for side in shape)
+        raise ValueError(
+            f"{what} {shape} must be a multiple of {divisor} on every side; the nearest that fits is {nearest}."
+        )
+
+
+def check_volumes(volumes: torch.Tensor, channels: int) -> None:
+    """Refuse anything that is not a finite (B, C, X, Y, Z) tensor with ``channels`` channels."""
+    if volumes.ndim != 5:
+        raise ValueError(f"volumes must have shape (B, C, X, Y, Z), got {tuple(volumes.shape)}.")
+    if volumes.shape[1] != channels:
+        raise ValueError(f"volumes must have {channels} channel(s), got {volumes.shape[1]} in {tuple(volumes.shape)}.")
+    if not torch.isfinite(volumes).all():
+        raise ValueError(f"volumes hold {int((~torch.isfinite(volumes)).sum())} NaN or infinite voxels.")

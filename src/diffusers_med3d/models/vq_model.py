@@ -1,0 +1,92 @@
+"""VQModel3D: MONAI's VQVAE as a diffusers model (trained with a discriminator it is a 3D VQ-GAN)."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from monai.networks.nets import VQVAE
+from torch import nn
+
+from .latents import NormalizedLatentsMixin
+from .sizes import check_divisible, check_volumes
+
+
+class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
+    """3D VQ autoencoder (van den Oord et al. 2017, arXiv 1711.00937; VQ-GAN: Esser et al. 2021, arXiv 2012.09841).
+
+    Diffusion runs on the continuous encoder output; ``decode_latents`` quantises before it decodes, as latent
+    diffusion does (Rombach et al. 2022, section 3.1). State-dict keys are MONAI's.
+
+    Args:
+        in_channels, out_channels: image channels.
+        channels: channels of each level; **every** level halves the side, so two levels give f = 4.
+        num_res_layers: residual layers per level.
+        num_res_channels: channels inside the residual layers, one per level.
+        num_embeddings: codebook size.
+        embedding_dim: channels of the latent space.
+        commitment_cost: weight of the commitment loss.
+        decay: decay of the codebook's moving average.
+        latents_mean, latents_std: per-channel statistics of the encoder output over the training set.
+    """
+
+    _supports_gradient_checkpointing = True
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        channels: Sequence[int] = (32, 64),
+        num_res_layers: int = 1,
+        num_res_channels: Sequence[int] = (32, 64),
+        num_embeddings: int = 512,
+        embedding_dim: int = 8,
+        commitment_cost: float = 0.25,
+        decay: float = 0.99,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
+    ) -> None:
+        VQVAE.__init__(
+            self,
+            spatial_dims=3,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            channels=tuple(channels),
+            num_res_layers=num_res_layers,
+            num_res_channels=tuple(num_res_channels),
+            downsample_parameters=((2, 4, 1, 1),) * len(channels),
+            upsample_parameters=((2, 4, 1, 1, 0),) * len(channels),
+            num_embeddings=num_embeddings,
+            embedding_dim=embedding_dim,
+            commitment_cost=commitment_cost,
+            decay=decay,
+        )
+        self.downsample_factor = 2 ** len(channels)
+        self.latent_channels = embedding_dim
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = None
+
+    def _run(self, blocks: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+        checkpoint = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in blocks:
+            hidden = self._gradient_checkpointing_func(block, hidden) if checkpoint else block(hidden)
+        return hidden
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Volumes (B, C, X, Y, Z) in [0, 1] to encoder output (B, embedding_dim, X/f, Y/f, Z/f), not quantised."""
+        check_volumes(images, self.config.in_channels)
+        check_divisible(images.shape[2:], self.downsample_factor, "volume shape")
+        return self._run(self.encoder.blocks, images)
+
+    def decode(self, quantizations: torch.Tensor) -> torch.Tensor:
+        """Quantised latents (B, embedding_dim, x, y, z) to volumes (B, C, x*f, y*f, z*f), not clamped."""
+        return self._run(self.decoder.blocks, quantizations)
+
+    def _encode_to_moments(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = self.encode(volumes)
+        return encoded, torch.zeros_like(encoded)
+
+    def _decode_from_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        quantized, _ = self.quantize(latents)
+        return self.decode(quantized.to(self.dtype))

@@ -1,0 +1,227 @@
+"""Stage 1: train an autoencoder (KL, or VQ with a codebook) on crops of scans."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from monai.losses import PatchAdversarialLoss
+from monai.networks.nets import PatchDiscriminator
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import Dataset as TorchDataset
+
+from .. import figures, metrics
+from ..data import FOREGROUND_THRESHOLD, VolumeDataset
+from ..models import AutoencoderKL3D, VQModel3D
+from .base import Med3DConfig, Med3DTrainer
+from .losses import gradient_l1, kl_to_standard_normal, spectral_l1
+
+
+@dataclass
+class AutoencoderConfig(Med3DConfig):
+    """Arguments of ``AutoencoderTrainer``; loss weights multiply mean losses."""
+
+    output_dir: str = field(default="outputs/autoencoder", metadata={"help": "Where everything is written."})
+    max_steps: int = field(default=4000, metadata={"help": "Optimizer steps."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Crops per device and step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=50, metadata={"help": "Steps of linear warm-up."})
+    crop_size: int = field(
+        default=32, metadata={"help": "Side of the training crops in voxels; 0 trains on whole volumes."}
+    )
+    gradient_weight: float = field(default=0.3, metadata={"help": "Weight of the L1 loss of finite differences."})
+    spectral_weight: float = field(default=0.3, metadata={"help": "Weight of the L1 loss of Fourier amplitudes."})
+    kl_weight: float = field(default=1e-4, metadata={"help": "Weight of the KL to N(0, 1), mean per latent element."})
+    commitment_weight: float = field(default=1.0, metadata={"help": "Weight of the codebook's commitment loss (VQ)."})
+    adversarial_weight: float = field(
+        default=0.01, metadata={"help": "Weight of the patch discriminator; 0 leaves it out."}
+    )
+    adversarial_start: int = field(default=2800, metadata={"help": "Step at which the discriminator comes in."})
+    discriminator_channels: int = field(default=16, metadata={"help": "Channels of the discriminator's first layer."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop_size < 0:
+            raise ValueError(f"crop_size must be 0 (whole volumes) or positive, got {self.crop_size}.")
+
+
+class CropDataset(TorchDataset):
+    """Random crops (C, s, s, s) centred on the foreground, flipped left-right half of the time.
+
+    Randomness comes from torch's global generator, whose state checkpoints keep.
+    """
+
+    def __init__(self, volumes: VolumeDataset, crop_size: int, divisor: int) -> None:
+        sides = volumes[0]["volume"].shape[1:]
+        if crop_size % divisor or any(crop_size > side for side in sides):
+            raise ValueError(
+                f"crop_size {crop_size} must be a multiple of {divisor} and fit in volumes of {tuple(sides)}."
+            )
+        self.volumes = [item["volume"].as_tensor() for item in volumes]
+        self.foreground = [torch.nonzero(volume[0] > FOREGROUND_THRESHOLD) for volume in self.volumes]
+        self.crop_size = crop_size
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        volume = self.volumes[index]
+        if self.crop_size:
+            foreground = self.foreground[index]
+            centre = foreground[torch.randint(len(foreground), ())]
+            limit = torch.tensor(volume.shape[1:]) - self.crop_size
+            x, y, z = (centre - self.crop_size // 2).clamp(min=torch.zeros(3).long(), max=limit).tolist()
+            volume = volume[:, x : x + self.crop_size, y : y + self.crop_size, z : z + self.crop_size]
+        if torch.rand(()) < 0.5:
+            volume = volume.flip(1)
+        return {"volume": volume.contiguous()}
+
+
+class AutoencoderLosses(nn.Module):
+    """An autoencoder, its discriminator, and one scalar that trains both in one backward pass.
+
+    The generator's adversarial term runs through a copy of the discriminator with detached weights and the
+    discriminator's own term through a detached reconstruction, so each sees only its own gradient.
+    """
+
+    def __init__(self, autoencoder: AutoencoderKL3D | VQModel3D, args: AutoencoderConfig) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.discriminator = None
+        if args.adversarial_weight > 0:
+            self.discriminator = PatchDiscriminator(
+                spatial_dims=3,
+                channels=args.discriminator_channels,
+                in_channels=autoencoder.config.out_channels,
+                num_layers_d=2,
+                norm="INSTANCE",
+            )
+            self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares")
+        self.args = args
+
+    def forward(self, volume: Tensor, adversarial: bool) -> dict[str, Tensor]:
+        """(B, C, X, Y, Z) in [0, 1] to scalar losses; ``loss`` is the one to minimise."""
+        args = self.args
+        if isinstance(self.autoencoder, VQModel3D):
+            reconstruction, regularizer = self.autoencoder(volume)
+            parts = {"commitment": regularizer}
+            loss = args.commitment_weight * regularizer
+        else:
+            reconstruction, mean, sigma = self.autoencoder(volume)
+            parts = {"kl": kl_to_standard_normal(mean, sigma)}
+            loss = args.kl_weight * parts["kl"]
+        reconstruction, volume = reconstruction.float(), volume.float()
+        parts["l1"] = (reconstruction - volume).abs().mean()
+        parts["gradient"] = gradient_l1(reconstruction, volume)
+        parts["spectral"] = spectral_l1(reconstruction, volume)
+        loss = loss + parts["l1"] + args.gradient_weight * parts["gradient"] + args.spectral_weight * parts["spectral"]
+        if self.discriminator is not None and adversarial:
+            frozen = {name: tensor.detach() for name, tensor in self.discriminator.named_parameters()}
+            judged = functional_call(self.discriminator, frozen, (reconstruction,))[-1].float()
+            parts["adversarial"] = self.adversarial_loss(judged, target_is_real=True, for_discriminator=False)
+            fake = self.discriminator(reconstruction.detach())[-1].float()
+            real = self.discriminator(volume)[-1].float()
+            parts["discriminator"] = 0.5 * (
+                self.adversarial_loss(fake, target_is_real=False, for_discriminator=True)
+                + self.adversarial_loss(real, target_is_real=True, for_discriminator=True)
+            )
+            loss = loss + args.adversarial_weight * parts["adversarial"] + parts["discriminator"]
+        return {"loss": loss, **parts}
+
+
+class AutoencoderTrainer(Med3DTrainer):
+    """Trains ``AutoencoderKL3D`` or ``VQModel3D`` (with the discriminator a VQ-GAN) on crops.
+
+    At the end the latent statistics over the whole training set go into the config.
+
+    Args:
+        model: the autoencoder.
+        args: arguments.
+        train_dataset, eval_dataset: volumes; validation volumes are encoded whole.
+    """
+
+    _name = "Autoencoder"
+
+    def __init__(
+        self,
+        model: AutoencoderKL3D | VQModel3D,
+        args: AutoencoderConfig,
+        train_dataset: VolumeDataset,
+        eval_dataset: VolumeDataset | None = None,
+        **kwargs,
+    ) -> None:
+        self.autoencoder = model
+        self.train_volumes = train_dataset
+        crops = CropDataset(train_dataset, args.crop_size, model.downsample_factor)
+        super().__init__(
+            model=AutoencoderLosses(model, args), args=args, train_dataset=crops, eval_dataset=eval_dataset, **kwargs
+        )
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
+        """One step's loss; its parts are averaged into the next log."""
+        losses = model(inputs["volume"], adversarial=self.state.global_step >= self.args.adversarial_start)
+        for name, value in losses.items():
+            if name != "loss":
+                self._parts.setdefault(name, []).append(value.detach())
+        return losses["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss since the last log."""
+        if "loss" in logs:
+            logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Reconstruct the validation volumes whole: PSNR (everywhere, foreground) and high-frequency power to the scan's."""
+        self.model.eval()
+        device = self.args.device
+        volumes = self.eval_dataset.stack()
+        with self.ema_weights(), self.accelerator.autocast():
+            reconstructions = torch.cat([self.reconstruct(volume.to(device)).cpu() for volume in volumes.split(4)])
+        foreground = volumes > FOREGROUND_THRESHOLD
+        values = {
+            "psnr": metrics.psnr(reconstructions, volumes),
+            "psnr_foreground": metrics.psnr(reconstructions, volumes, mask=foreground),
+            "high_frequency_ratio": metrics.high_frequency_ratio(reconstructions, volumes, mask=foreground),
+        }
+        results = {f"{metric_key_prefix}_{name}": value.mean().item() for name, value in values.items()}
+        if isinstance(self.autoencoder, VQModel3D):
+            results[f"{metric_key_prefix}_codes_used"] = self.codes_used(volumes)
+        self.log(results)
+        picture = {"scan": volumes[:4, :1], "round trip": reconstructions[:4, :1]}
+        self.log_figure("reconstructions", figures.orthogonal_views(picture))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
+        return results
+
+    def reconstruct(self, volumes: Tensor) -> Tensor:
+        """Round trip through the posterior mean (VQ: the quantised code), clamped to [0, 1]."""
+        mean, _ = self.autoencoder._encode_to_moments(volumes)
+        return self.autoencoder._decode_from_latents(mean).float().clamp(0.0, 1.0)
+
+    def codes_used(self, volumes: Tensor) -> float:
+        """Share of the codebook that the volumes use."""
+        indices = [self.autoencoder.index_quantize(volume.to(self.args.device)).unique() for volume in volumes.split(1)]
+        return torch.cat(indices).unique().numel() / self.autoencoder.num_embeddings
+
+    @torch.no_grad()
+    def latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every latent channel over the whole training set, posterior noise included."""
+        total, squares, count = 0.0, 0.0, 0
+        self.autoencoder.eval()
+        for item in self.train_volumes:
+            mean, sigma = self.autoencoder._encode_to_moments(item["volume"].as_tensor()[None].to(self.args.device))
+            mean, sigma = mean.double().flatten(2), sigma.double().flatten(2)
+            total = total + mean.sum(dim=(0, 2)).cpu()
+            squares = squares + (mean.square() + sigma.square()).sum(dim=(0, 2)).cpu()
+            count += mean.shape[0] * mean.shape[2]
+        mean = total / count
+        return mean.float(), (squares / count - mean.square()).sqrt().float()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the autoencoder with its latent statistics."""
+        self.autoencoder.set_latent_statistics(*self.latent_statistics())
+        self.autoencoder.save_pretrained(folder)

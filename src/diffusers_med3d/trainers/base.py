@@ -1,0 +1,221 @@
+"""TRL's trainer base made to work for diffusers models: the one place that touches TRL's private names.
+
+What stays as in ``transformers.Trainer``: the loop, gradient accumulation, distributed training, checkpoints, resuming,
+callbacks, pushing to the Hub. What is adapted here: no telemetry, precision and checkpointing defaults per device,
+exponential moving average of the weights, checkpoints that are known to be whole, and saving what ``from_pretrained``
+reads instead of a pickle of the training arguments.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.utils import is_torch_bf16_gpu_available
+from trl.trainer.base_config import _BaseConfig
+from trl.trainer.base_trainer import _BaseTrainer
+
+from .. import figures
+
+COMPLETE_MARKER = "complete"
+"""Last file written into a checkpoint: without it the run was killed while saving."""
+
+
+def bf16_is_fast() -> bool:
+    """Whether this device computes in bfloat16 natively: CUDA since Ampere, CPUs with AMX or AVX512-BF16."""
+    if torch.cuda.is_available():
+        return is_torch_bf16_gpu_available()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@dataclass
+class Med3DConfig(_BaseConfig):
+    """Training arguments of every stage: ``transformers.TrainingArguments`` with the defaults below changed.
+
+    ``bf16`` is on where the device computes in it natively, ``gradient_checkpointing`` is off, logs go to TensorBoard,
+    ``save_total_limit`` is 2 so that a whole checkpoint is left when a run is killed while it writes the next.
+    """
+
+    output_dir: str = field(default="outputs", metadata={"help": "Where checkpoints, the model, logs and pictures go."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Autocast to bfloat16. Not set: on where the device computes in it natively."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations in the backward pass, block by block, to save memory."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: batches are our own."})
+    report_to: str = field(default="tensorboard", metadata={"help": "Where logs go: tensorboard, wandb, none, ..."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints that are kept; the oldest are deleted. At least 2."}
+    )
+    hub_strategy: str = field(default="end", metadata={"help": "Only 'end': what is pushed is the finished model."})
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Decay of the exponential moving average of the weights that evaluation and saving use; 0 is off."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and bf16_is_fast()
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.hub_strategy != "end":
+            raise ValueError(f"hub_strategy must be 'end' (checkpoints hold local state), got {self.hub_strategy!r}.")
+        if self.save_total_limit is not None and self.save_total_limit < 2:
+            raise ValueError(
+                f"save_total_limit must be at least 2, got {self.save_total_limit}: a killed save needs the other."
+            )
+        super().__post_init__()
+
+
+class _EMACallback(TrainerCallback):
+    """Moves the average after every optimizer step."""
+
+    def __init__(self, trainer: "Med3DTrainer") -> None:
+        self.trainer = trainer
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        self.trainer.ema.step(self.trainer.ema_parameters)
+
+
+class _TensorBoardCallback(TensorBoardCallback):
+    """diffusers configs have no ``to_json_string``: the writer is started without the model."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        kwargs.pop("model", None)
+        super().on_train_begin(args, state, control, **kwargs)
+
+
+class Med3DTrainer(_BaseTrainer):
+    """Base of the trainers of all stages.
+
+    Args:
+        model: module whose parameters that require a gradient are trained.
+        args: training arguments.
+        kwargs: as in ``transformers.Trainer``.
+
+    Subclasses give ``compute_loss`` and ``save_pretrained(folder)``, which writes what ``from_pretrained`` reads.
+    """
+
+    loss_is_scaled_for_ga = False
+    _name = "Med3D"
+    _tag_names = ["diffusers-med3d"]
+
+    def __init__(self, model: nn.Module, args: Med3DConfig, **kwargs) -> None:
+        use_all_cores()
+        if args.gradient_checkpointing:
+            for module in model.modules():
+                if isinstance(module, ModelMixin):
+                    module.enable_gradient_checkpointing()
+            args.gradient_checkpointing = False  # done; Trainer would call methods that diffusers models lack
+        super().__init__(model=model, args=args, **kwargs)
+        if any(isinstance(callback, TensorBoardCallback) for callback in self.callback_handler.callbacks):
+            self.remove_callback(TensorBoardCallback)
+            self.add_callback(_TensorBoardCallback())
+        self.ema: EMAModel | None = None
+        self.ema_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if args.ema_decay > 0:
+            self.ema = EMAModel(self.ema_parameters, decay=args.ema_decay)
+            self.add_callback(_EMACallback(self))
+
+    def _send_telemetry(self) -> None:
+        """Nothing about anybody's scans leaves the machine."""
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Inside, the model holds the averaged weights; afterwards the trained ones again."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.ema_parameters)
+        self.ema.copy_to(self.ema_parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.ema_parameters)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what ``from_pretrained`` reads, with the averaged weights."""
+        raise NotImplementedError
+
+    def log_figure(self, name: str, figure: Figure) -> None:
+        """Write a picture to ``output_dir/figures/<name>.png`` and to TensorBoard, on the main process."""
+        if not self.is_world_process_zero():
+            return
+        figures.save(figure, Path(self.args.output_dir) / "figures" / f"{name}.png")
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, _TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_figure(name, figure, self.state.global_step)
+
+    # Saving and resuming. Raw weights go into checkpoints, components into output_dir.
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.resolve() == Path(self.args.output_dir).resolve():
+            with self.ema_weights():
+                self.save_pretrained(folder)
+            return
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        tensors = {name: tensor.contiguous().clone() for name, tensor in state_dict.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if not self.args.should_save:
+            return
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.ema is not None:
+            shadow = {str(i): tensor.contiguous() for i, tensor in enumerate(self.ema.shadow_params)}
+            shadow["optimization_step"] = torch.tensor(self.ema.optimization_step)
+            save_file(shadow, folder / "ema.safetensors")
+        (folder / COMPLETE_MARKER).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if not (folder / COMPLETE_MARKER).is_file():
+            raise ValueError(
+                f"{folder} is no whole checkpoint (no file {COMPLETE_MARKER!r}): the run was killed while it saved."
+            )
+        model = self.model if model is None else model
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        if self.ema is not None:
+            shadow = load_file(folder / "ema.safetensors")
+            self.ema.optimization_step = int(shadow.pop("optimization_step"))
+            for i, tensor in enumerate(self.ema.shadow_params):
+                tensor.copy_(shadow[str(i)])
+
+
+def use_all_cores() -> None:
+    """``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU; a single process takes all cores it may run on."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest whole checkpoint in ``output_dir``, None when there is none."""
+    found = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{COMPLETE_MARKER}")]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+
+
+def checkpoint_to_resume(args: Med3DConfig) -> str | None:
+    """Answer to ``--resume_from_checkpoint``: None, a folder, or "latest" (None when there is no whole checkpoint yet)."""
+    if args.resume_from_checkpoint == "latest":
+        return last_checkpoint(args.output_dir)
+    return args.resume_from_checkpoint
