@@ -1,6 +1,7 @@
 """From a folder of NIfTI files, or any ``datasets.Dataset`` with a NIfTI column, to rows of (scan, subject, label)."""
 
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ def decode_nifti(entry: dict, subject: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = Nifti().decode_example({"path": entry["path"], "bytes": entry["bytes"]})
         array = np.asarray(image.dataobj, dtype=np.float32)
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
+    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{name} cannot be read as NIfTI: {error}") from error
     header, affine = image.header, image.affine
     if header["sform_code"] == 0 and header["qform_code"] == 0:

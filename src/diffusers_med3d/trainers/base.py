@@ -200,6 +200,10 @@ class Med3DTrainer(_BaseTrainer):
             for i, tensor in enumerate(self.ema.shadow_params):
                 tensor.copy_(shadow[str(i)])
 
+    def _load_best_model(self) -> None:
+        """With ``load_best_model_at_end``: raw weights and their average, from the best checkpoint."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
 
 def use_all_cores() -> None:
     """``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU; a single process takes all cores it may run on."""

@@ -1,0 +1,81 @@
+"""Stage 2: pre-train the latent diffusion model on an autoencoder's latents.
+
+    accelerate launch examples/train_diffusion.py --data_dir DATA --split_file split.json \
+        --autoencoder outputs/autoencoder --output_dir outputs/diffusion
+
+The two folds that the rewards need: ``--part a`` and ``--part b``.
+"""
+
+from dataclasses import dataclass, field
+
+from diffusers import AutoModel
+from transformers import HfArgumentParser, set_seed
+
+import diffusers_med3d  # noqa: F401  (registers the classes with diffusers)
+from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
+from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.figures import curves
+from diffusers_med3d.trainers.base import checkpoint_to_resume
+from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
+
+
+@dataclass
+class ModelArguments:
+    """The network and what it is trained on."""
+
+    autoencoder: str = field(metadata={"help": "Folder of the trained autoencoder, or Hub id."})
+    autoencoder_subfolder: str | None = field(
+        default=None, metadata={"help": "Subfolder, such as vae when --autoencoder is a whole pipeline."}
+    )
+    part: str = field(default="train", metadata={"help": "Part of the split to train on: train, or its fold a or b."})
+    channels: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "Channels per level."})
+    num_res_blocks: int = field(default=2, metadata={"help": "Residual blocks per level."})
+    num_head_channels: int = field(default=32, metadata={"help": "Channels of an attention head (last level)."})
+    norm_num_groups: int = field(default=16, metadata={"help": "Groups of GroupNorm."})
+
+
+def main() -> None:
+    """Read, encode, train, evaluate, save."""
+    data, model, args = HfArgumentParser(
+        [DataArguments, ModelArguments, LatentDiffusionConfig]
+    ).parse_args_into_dataclasses()
+    set_seed(args.seed)
+    autoencoder = AutoModel.from_pretrained(model.autoencoder, subfolder=model.autoencoder_subfolder)
+    unet = DiffusionUNet3D(
+        in_channels=autoencoder.latent_channels,
+        out_channels=autoencoder.latent_channels,
+        channels=model.channels,
+        num_res_blocks=model.num_res_blocks,
+        attention_levels=[False] * (len(model.channels) - 1) + [True],
+        num_head_channels=model.num_head_channels,
+        norm_num_groups=model.norm_num_groups,
+        num_class_embeds=len(data.class_names) + 1,
+    )
+    pipeline = MedDiffusion3DPipeline(
+        vae=autoencoder,
+        unet=unet,
+        scheduler=default_scheduler(),
+        volume_shape=data.volume_shape,
+        spacing=data.spacing,
+        class_names=data.class_names,
+        intensity="0: background; 1: the scan's 99.5th percentile above 0",
+    )
+    trainer = LatentDiffusionTrainer(
+        model=pipeline,
+        args=args,
+        train_dataset=VolumeDataset.from_arguments(data, model.part),
+        eval_dataset=VolumeDataset.from_arguments(data, "validation"),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.save_model()
+    print(trainer.evaluate())
+    series = {}
+    for name in ("eval_kid", "eval_loss"):
+        points = [(row["step"], row[name]) for row in trainer.state.log_history if name in row]
+        series[name] = ([step for step, _ in points], [value for _, value in points])
+    if series["eval_kid"][0]:
+        trainer.log_figure("validation", curves(series))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Latents of augmented scans, cached on disk as mean and sigma: sampling them anew each time keeps the posterior's noise."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
+
+from ..models import AutoencoderKL3D, VQModel3D
+from .volumes import VolumeDataset
+
+
+def augment(volume: Tensor, generator: torch.Generator, max_shift: int) -> Tensor:
+    """Flip left-right half of the time and shift by up to ``max_shift`` whole voxels per axis.
+
+    No interpolation, so nothing is blurred. What leaves on one side is background as long as the volume is padded.
+
+    Args:
+        volume: (C, X, Y, Z), RAS.
+    """
+    if torch.rand((), generator=generator) < 0.5:
+        volume = volume.flip(1)
+    shifts = torch.randint(-max_shift, max_shift + 1, (3,), generator=generator).tolist()
+    for axis, shift in enumerate(shifts, start=1):
+        size = volume.shape[axis]
+        empty = torch.zeros_like(volume.narrow(axis, 0, abs(shift)))
+        if shift > 0:
+            volume = torch.cat([empty, volume.narrow(axis, 0, size - shift)], dim=axis)
+        elif shift < 0:
+            volume = torch.cat([volume.narrow(axis, -shift, size + shift), empty], dim=axis)
+    return volume.contiguous()
+
+
+class LatentDataset(TorchDataset):
+    """Normalised latents drawn from the cached posteriors of every scan and its augmented copies.
+
+    An item is ``{"latents": (c, x, y, z) float32, "class_label": int}``. Draws come from torch's global generator,
+    whose state checkpoints keep. The cache holds raw mean and sigma (float16) and is made again when scans,
+    augmentation or autoencoder changed.
+
+    Args:
+        volumes: scans to encode.
+        autoencoder: with latent statistics.
+        cache_file: safetensors file, written whole or not at all.
+        copies: augmented copies per scan; the first is the scan as it is. Every epoch draws one copy of every scan.
+        max_shift: see ``augment``.
+        seed: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        volumes: VolumeDataset,
+        autoencoder: AutoencoderKL3D | VQModel3D,
+        cache_file: str | Path,
+        copies: int = 8,
+        max_shift: int = 2,
+        seed: int = 0,
+    ) -> None:
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}.")
+        self.autoencoder, self.copies = autoencoder, copies
+        self.class_labels = [item["class_label"] for item in volumes]
+        cache_file = Path(cache_file)
+        fingerprint = _fingerprint(volumes, autoencoder, copies, max_shift, seed)
+        cached = None
+        if cache_file.is_file():
+            with safe_open(cache_file, "pt") as file:
+                if file.metadata() == {"fingerprint": fingerprint}:
+                    cached = {"mean": file.get_tensor("mean"), "sigma": file.get_tensor("sigma")}
+        if cached is None:
+            cached = _encode(volumes, autoencoder, copies, max_shift, seed)
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = cache_file.with_suffix(f".{os.getpid()}.tmp")
+            save_file(cached, temporary, metadata={"fingerprint": fingerprint})
+            os.replace(temporary, cache_file)
+        self.mean, self.sigma = cached["mean"], cached["sigma"]  # (N, copies, c, x, y, z)
+
+    def __len__(self) -> int:
+        return len(self.class_labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+        copy = int(torch.randint(self.copies, ()))
+        mean, sigma = self.mean[index, copy].float(), self.sigma[index, copy].float()
+        latents = self.autoencoder.normalize_latents((mean + sigma * torch.randn(mean.shape))[None])[0]
+        return {"latents": latents, "class_label": self.class_labels[index]}
+
+
+def _fingerprint(volumes: VolumeDataset, autoencoder: torch.nn.Module, *settings: int) -> str:
+    digest = hashlib.sha256(json.dumps([*settings, [item["subject"] for item in volumes]]).encode())
+    for item in volumes:
+        digest.update(item["volume"].as_tensor().contiguous().numpy().tobytes())
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _encode(
+    volumes: VolumeDataset, autoencoder: AutoencoderKL3D | VQModel3D, copies: int, max_shift: int, seed: int
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    autoencoder.eval()
+    means, sigmas = [], []
+    for item in tqdm(volumes, desc="encoding scans", unit="scan"):
+        volume = item["volume"].as_tensor()
+        batch = torch.stack([volume] + [augment(volume, generator, max_shift) for _ in range(copies - 1)])
+        moments = [autoencoder._encode_to_moments(chunk.to(autoencoder.device)) for chunk in batch.split(4)]
+        means.append(torch.cat([mean for mean, _ in moments]).half().cpu())
+        sigmas.append(torch.cat([sigma for _, sigma in moments]).half().cpu())
+    return {"mean": torch.stack(means), "sigma": torch.stack(sigmas)}

@@ -1,0 +1,172 @@
+"""Stage 2: pre-train the latent diffusion model."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from .. import figures, metrics
+from ..data import VolumeDataset
+from ..data.latents import LatentDataset
+from ..pipeline import MedDiffusion3DPipeline
+from .base import Med3DConfig, Med3DTrainer
+
+
+@dataclass
+class LatentDiffusionConfig(Med3DConfig):
+    """Arguments of ``LatentDiffusionTrainer``."""
+
+    output_dir: str = field(default="outputs/diffusion", metadata={"help": "Where everything is written."})
+    max_steps: int = field(default=4000, metadata={"help": "Optimizer steps."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Latents per device and step."})
+    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=100, metadata={"help": "Steps of linear warm-up."})
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the average of the weights; 0 is off."})
+    class_dropout: float = field(
+        default=0.1, metadata={"help": "Share of labels replaced by the null class, for classifier-free guidance."}
+    )
+    copies: int = field(default=8, metadata={"help": "Augmented copies per scan in the latent cache."})
+    max_shift: int = field(default=2, metadata={"help": "Largest shift of a copy in voxels per axis."})
+    eval_samples: int = field(
+        default=12, metadata={"help": "Volumes generated at every evaluation, for KID and pictures; 0 skips both."}
+    )
+    eval_inference_steps: int = field(default=25, metadata={"help": "Denoising steps of these volumes."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.class_dropout < 1.0:
+            raise ValueError(f"class_dropout must be in [0, 1), got {self.class_dropout}.")
+
+
+class LatentDiffusionTrainer(Med3DTrainer):
+    """Trains the UNet of a ``MedDiffusion3DPipeline`` on cached latents.
+
+    The loss is the mean squared error of what the scheduler's ``prediction_type`` says (velocity: Salimans & Ho 2022,
+    arXiv 2202.00512, appendix D), at timesteps spread evenly over the batch (Kingma et al. 2021, arXiv 2107.00630,
+    appendix I.1).
+
+    Args:
+        model: pipeline whose ``unet`` is trained; autoencoder with latent statistics.
+        args: arguments.
+        train_dataset: scans.
+        eval_dataset: validation scans, for the validation loss, KID and pictures.
+    """
+
+    _name = "LatentDiffusion"
+
+    def __init__(
+        self,
+        model: MedDiffusion3DPipeline,
+        args: LatentDiffusionConfig,
+        train_dataset: VolumeDataset,
+        eval_dataset: VolumeDataset | None = None,
+        **kwargs,
+    ) -> None:
+        self.pipeline = model
+        self.pipeline.vae.requires_grad_(False)
+        cache = Path(args.output_dir) / "cache"
+        with args.main_process_first(desc="encoding scans"):
+            latents = LatentDataset(
+                train_dataset, model.vae, cache / "train.safetensors", args.copies, args.max_shift, args.seed
+            )
+            if eval_dataset is not None:
+                self.eval_latents = LatentDataset(eval_dataset, model.vae, cache / "eval.safetensors", copies=1)
+        super().__init__(model=model.unet, args=args, train_dataset=latents, eval_dataset=eval_dataset, **kwargs)
+        self._reference_features: Tensor | None = None
+
+    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        prediction_type = self.pipeline.scheduler.config.prediction_type
+        if prediction_type == "v_prediction":
+            return self.pipeline.scheduler.get_velocity(latents, noise, timesteps)
+        if prediction_type == "sample":
+            return latents
+        if prediction_type == "epsilon":
+            return noise
+        raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}.")
+
+    def _denoising_loss(self, model: nn.Module, latents: Tensor, labels: Tensor | None, noise: Tensor, shift: Tensor):
+        trained = self.pipeline.scheduler.config.num_train_timesteps
+        spread = (shift + torch.arange(len(latents), device=latents.device) / len(latents)) % 1.0
+        timesteps = (spread * trained).long()
+        noisy = self.pipeline.scheduler.add_noise(latents, noise, timesteps)
+        prediction = model(noisy, timesteps, labels, return_dict=False)[0]
+        return (prediction.float() - self._target(latents, noise, timesteps)).square().mean()
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
+        """Denoising loss of one batch {"latents": (B, c, x, y, z), "class_label": (B,)}."""
+        latents, labels = inputs["latents"], inputs["class_label"]
+        null_class = self.pipeline.unet.null_class
+        if null_class is None:
+            labels = None
+        else:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.args.class_dropout
+            labels = torch.where(dropped, null_class, labels)
+        shift = torch.rand((), device=latents.device)
+        return self._denoising_loss(model, latents, labels, torch.randn_like(latents), shift)
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Validation loss with fixed noise; KID, sharpness and pictures of samples. All with the averaged weights."""
+        self.model.eval()
+        generator = torch.Generator().manual_seed(self.args.seed)
+        results = {}
+        with self.ema_weights(), self.accelerator.autocast():
+            losses = []
+            for mean, label in zip(self.eval_latents.mean[:, 0], self.eval_latents.class_labels, strict=True):
+                latents = self.pipeline.vae.normalize_latents(mean[None].to(self.args.device)).repeat(8, 1, 1, 1, 1)
+                noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+                labels = None if self.pipeline.unet.null_class is None else torch.full((8,), label)
+                losses.append(self._denoising_loss(self.pipeline.unet, latents, labels, noise, torch.tensor(0.5 / 8)))
+            results[f"{metric_key_prefix}_loss"] = torch.stack(losses).mean().item()
+            if self.args.eval_samples:
+                results |= self._judge_samples(generator, metric_key_prefix)
+        self.log(results)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
+        return results
+
+    def _judge_samples(self, generator: torch.Generator, prefix: str) -> dict[str, float]:
+        count, classes = self.args.eval_samples, self.pipeline.unet.null_class
+        labels = None if classes is None else [i % classes for i in range(count)]
+        self.pipeline.set_progress_bar_config(disable=True)
+        samples = self.pipeline(
+            num_samples=count,
+            class_labels=labels,
+            num_inference_steps=self.args.eval_inference_steps,
+            generator=generator,
+        ).volumes.cpu()
+        scans = self.eval_dataset.stack()
+        features = metrics.SliceFeatures(device=self.args.device)
+        if self._reference_features is None:
+            self._reference_features = features(scans)
+        distance = metrics.kid(features(samples), self._reference_features)
+        shown = min(count, 6)
+        picture = {"scans": scans[:shown, :1], "samples": samples[:shown, :1]}
+        spacing = self.pipeline.config.spacing
+        self.log_figure(f"samples-{self.state.global_step}", figures.orthogonal_views(picture, spacing=spacing))
+        return {
+            f"{prefix}_kid": distance.value,
+            f"{prefix}_kid_stderr": distance.stderr,
+            f"{prefix}_sharpness_ratio": (metrics.sharpness(samples).mean() / metrics.sharpness(scans).mean()).item(),
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole pipeline."""
+        self.pipeline.save_pretrained(folder)
+
+
+def default_scheduler() -> DDIMScheduler:
+    """Velocity prediction over 1000 scaled-linear steps; every default that would hurt latents is written out."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.0015,
+        beta_end=0.0195,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=0,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+    )
