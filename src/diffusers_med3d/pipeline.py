@@ -1,6 +1,7 @@
 """MedDiffusion3DPipeline: class-conditional latent diffusion of 3D medical volumes."""
 
 import inspect
+import json
 import math
 import os
 import tempfile
@@ -117,6 +118,13 @@ class MedDiffusion3DPipelineOutput(BaseOutput):
         return paths
 
 
+def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | None:
+    """Names as a list, from a list or from the ``{name: index}`` of model_index.json."""
+    if isinstance(names, dict):
+        return sorted(names, key=names.__getitem__)
+    return None if names is None else list(names)
+
+
 class MedDiffusion3DPipeline(DiffusionPipeline):
     """Generates 3D volumes: class-conditional latent diffusion (Pinaya et al. 2022, arXiv 2209.07162) with any
     diffusers scheduler.
@@ -149,8 +157,8 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         volume_shape: list[int] | tuple[int, ...] = (64, 64, 64),
         spacing: list[float] | tuple[float, ...] = (3.0, 3.0, 3.0),
         orientation: str = "RAS",
-        class_names: list[str] | tuple[str, ...] | None = None,
-        channel_names: list[str] | tuple[str, ...] | None = None,
+        class_names: list[str] | tuple[str, ...] | dict[str, int] | None = None,
+        channel_names: list[str] | tuple[str, ...] | dict[str, int] | None = None,
         intensity: str = "[0, 1]",
     ) -> None:
         super().__init__()
@@ -162,21 +170,22 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
             raise ValueError(
                 f"the autoencoder has {vae.latent_channels} latent channels, the UNet takes {unet.config.in_channels}."
             )
+        class_names, channel_names = _in_order(class_names), _in_order(channel_names)
         classes = unet.null_class or 0
         if class_names is not None and len(class_names) != classes:
             raise ValueError(
                 f"class_names must name the {classes} classes of the UNet (the null class has no name), "
-                f"got {list(class_names)}."
+                f"got {class_names}."
             )
         if channel_names is not None and len(channel_names) != vae.config.in_channels:
-            raise ValueError(f"channel_names must be {vae.config.in_channels} name(s), got {list(channel_names)}.")
+            raise ValueError(f"channel_names must be {vae.config.in_channels} name(s), got {channel_names}.")
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
         self.register_to_config(
             volume_shape=[int(side) for side in volume_shape],
             spacing=[float(side) for side in spacing],
             orientation=orientation,
-            class_names=None if class_names is None else list(class_names),
-            channel_names=None if channel_names is None else list(channel_names),
+            class_names=class_names,
+            channel_names=channel_names,
             intensity=intensity,
         )
         self._check_volume_shape(volume_shape)
@@ -200,6 +209,18 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         """As `DiffusionPipeline.save_pretrained`, without the local folder that a component was loaded from."""
         forget_local_paths(self, *self.components.values())
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The config as model_index.json, with names written as ``{"young": 0, ...}``.
+
+        diffusers takes a list that begins with a string for a component and its library, and would not load it from the
+        Hub.
+        """
+        config = json.loads(super().to_json_string())
+        for key in ("class_names", "channel_names"):
+            if config[key] is not None:
+                config[key] = {name: index for index, name in enumerate(config[key])}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     @property
     def guidance_scale(self) -> float:

@@ -1,4 +1,4 @@
-"""Latents of augmented scans, cached on disk as mean and sigma: sampling them anew each time keeps the posterior's noise."""
+"""Latents of augmented scans, cached as mean and sigma: drawing from them each time keeps the posterior's noise."""
 
 import hashlib
 import json

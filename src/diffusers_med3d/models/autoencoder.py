@@ -74,7 +74,7 @@ class AutoencoderKL3D(NormalizedLatentsMixin, ModelMixin, AutoencoderKL, ConfigM
         return hidden
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Volumes (B, C, X, Y, Z) in [0, 1] to raw posterior mean and sigma, each (B, latent_channels, X/f, Y/f, Z/f)."""
+        """Volumes (B, C, X, Y, Z) in [0, 1] to raw posterior mean and sigma, (B, latent_channels, X/f, Y/f, Z/f)."""
         check_volumes(x, self.config.in_channels)
         check_divisible(x.shape[2:], self.downsample_factor, "volume shape")
         hidden = self._run(self.encoder.blocks, x)

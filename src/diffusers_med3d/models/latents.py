@@ -6,7 +6,7 @@ import torch
 
 
 class NormalizedLatentsMixin:
-    """``encode_latents`` / ``decode_latents`` for an autoencoder with ``latents_mean`` and ``latents_std`` in its config.
+    """``encode_latents`` / ``decode_latents`` of an autoencoder with ``latents_mean``, ``latents_std`` in its config.
 
     Subclasses give ``_encode_to_moments(volumes) -> (mean, sigma)``, ``_decode_from_latents(latents) -> volumes``,
     ``downsample_factor`` and ``latent_channels``.

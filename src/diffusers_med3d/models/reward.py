@@ -55,7 +55,10 @@ class ResidualScorer(nn.Module):
         for block in self.blocks:
             hidden = self._call(block, hidden)
         hidden = hidden.flatten(2)  # (N, C, voxels)
-        return self.head(torch.cat([hidden.mean(-1), hidden.amax(-1)], dim=1)).squeeze(1)
+        pooled = torch.cat([hidden.mean(-1), hidden.amax(-1)], dim=1)
+        # bfloat16 has steps of 0.004 near a score of 1, coarser than the differences that ranking is about
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.head(pooled.to(self.head[0].weight.dtype)).squeeze(1)
 
     def _call(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

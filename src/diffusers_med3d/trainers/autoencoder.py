@@ -176,7 +176,7 @@ class AutoencoderTrainer(Med3DTrainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Reconstruct the validation volumes whole: PSNR (everywhere, foreground) and high-frequency power to the scan's."""
+        """Round trips of whole validation volumes: PSNR (all, foreground), high-frequency power over the scan's."""
         self.model.eval()
         device = self.args.device
         volumes = self.eval_dataset.stack()

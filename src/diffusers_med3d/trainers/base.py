@@ -219,7 +219,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def checkpoint_to_resume(args: Med3DConfig) -> str | None:
-    """Answer to ``--resume_from_checkpoint``: None, a folder, or "latest" (None when there is no whole checkpoint yet)."""
+    """Answer to ``--resume_from_checkpoint``: None, a folder, or "latest" (None when there is no whole one yet)."""
     if args.resume_from_checkpoint == "latest":
         return last_checkpoint(args.output_dir)
     return args.resume_from_checkpoint
