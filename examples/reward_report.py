@@ -1,0 +1,121 @@
+"""How well do the rewards know real from unreal, on subjects that nothing was trained on?
+
+    python examples/reward_report.py --data_dir DATA --split_file split.json --generator brain-t1 \
+        --reward_3d brain-t1-reward-3d --reward_2d brain-t1-reward-2d --output_dir outputs/reward-report
+
+Prints a table; writes report.json, report.md, scores.png and spectrum.png. --part test is for the final proof only.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from diffusers_med3d import figures
+from diffusers_med3d.data import DataArguments, VolumeDataset, load_split
+from diffusers_med3d.pipeline import MedDiffusion3DPipeline
+from diffusers_med3d.rewards import SliceReward, VolumeReward
+from diffusers_med3d.spectrum import DAMAGE_NAMES, damage
+from diffusers_med3d.trainers.base import use_all_cores
+from diffusers_med3d.trainers.spectrum_data import (
+    SpectrumDataset,
+    build_spectrum,
+    level_name,
+    score_spectrum,
+    seeded,
+    summarise,
+)
+
+WANTED = {"rank_correlation": ">= 0.95", "damage_below_round_trip": "1"}
+
+
+@dataclass
+class ReportArguments:
+    """What is judged, and on what."""
+
+    generator: str = field(default="brain-t1", metadata={"help": "Pipeline that makes the spectrum."})
+    reward_3d: str = field(default="brain-t1-reward-3d", metadata={"help": "3D reward: name, folder or Hub id."})
+    reward_2d: str = field(default="brain-t1-reward-2d", metadata={"help": "2D reward: name, folder or Hub id."})
+    part: str = field(
+        default="validation", metadata={"help": "Subjects: validation or test.", "choices": ["validation", "test"]}
+    )
+    output_dir: str = field(default="outputs/reward-report", metadata={"help": "Where the report and the spectrum go."})
+    strengths: list[float] = field(
+        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+        metadata={"help": "Noise levels: 0 is the autoencoder round-trip, 1 a full sample of the same class."},
+    )
+    severities: list[float] = field(
+        default_factory=lambda: [0.3, 0.7], metadata={"help": "Severities of every damage, in (0, 1]."}
+    )
+    spectrum_steps: int = field(default=20, metadata={"help": "Denoising steps of a full sample of the spectrum."})
+    spectrum_batch_size: int = field(default=8, metadata={"help": "Scans at a time when the spectrum is made."})
+    seed: int = field(default=0, metadata={"help": "Seed of the spectrum's noise and of the damage."})
+
+
+def table(reports: dict[str, dict[str, float]], spread: dict[str, dict[str, float]]) -> str:
+    """Markdown: a row per figure, a column per reward; mean scores with their standard deviation over scans."""
+    names = list(next(iter(reports.values())))
+    lines = [f"| figure | {' | '.join(reports)} | wanted |", "|---|" + "---|" * (len(reports) + 1)]
+    for name in names:
+        cells = []
+        for reward, report in reports.items():
+            deviation = spread[reward].get(name)
+            cells.append(f"{report[name]:.3f}" + ("" if deviation is None else f" ± {deviation:.3f}"))
+        lines.append(f"| {name} | {' | '.join(cells)} | {WANTED.get(name, '')} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Make the spectrum of the unseen subjects, damage their scans, score, write."""
+    data, args = HfArgumentParser([DataArguments, ReportArguments]).parse_args_into_dataclasses()
+    use_all_cores()
+    output = Path(args.output_dir)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scans = VolumeDataset.from_arguments(data, args.part)
+    paths = build_spectrum(
+        MedDiffusion3DPipeline.from_pretrained(args.generator).to(device),
+        scans,
+        load_split(data.split_file)["train"],
+        output / f"spectrum-{args.part}",
+        args.strengths,
+        args.spectrum_steps,
+        batch_size=args.spectrum_batch_size,
+        seed=args.seed,
+    )
+    dataset = SpectrumDataset(paths)
+    rewards = {
+        "3d": VolumeReward.from_pretrained(args.reward_3d).to(device),
+        "2d": SliceReward.from_pretrained(args.reward_2d).to(device),
+    }
+    rows = {name: score_spectrum(reward, dataset, args.severities, args.seed) for name, reward in rewards.items()}
+    reports = {name: summarise(scores) for name, scores in rows.items()}
+    spread = {
+        name: {f"score/{v}": torch.tensor([row[v] for row in scores]).std(unbiased=False).item() for v in scores[0]}
+        for name, scores in rows.items()
+    }
+    text = f"{len(scans)} scans of the {args.part} subjects\n\n{table(reports, spread)}\n"
+    print(text)
+
+    (output / "report.md").write_text(text)
+    (output / "report.json").write_text(
+        json.dumps({"part": args.part, "scans": len(scans), "report": reports, "scores": rows}, indent=1) + "\n"
+    )
+    series = {
+        name: (args.strengths, [report[f"score/{level_name(strength)}"] for strength in args.strengths])
+        for name, report in reports.items()
+    }
+    curves = figures.curves(series, xlabel="noise level (0: round-trip, 1: full sample)", ylabel="mean score")
+    figures.save(curves, output / "scores.png")
+    item, other = dataset[0], dataset[len(dataset) - 1]["real"]
+    views = {"real": item["real"][None, :1]}
+    for strength, version in zip(item["strengths"].tolist(), item["versions"], strict=True):
+        views[level_name(round(strength, 4))] = version[None, :1]
+    for kind in DAMAGE_NAMES:
+        views[kind] = damage(item["real"], kind, args.severities[-1], seeded("picture", kind), other)[None, :1]
+    figures.save(figures.orthogonal_views(views, spacing=data.spacing), output / "spectrum.png")
+
+
+if __name__ == "__main__":
+    main()

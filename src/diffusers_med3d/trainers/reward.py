@@ -1,0 +1,259 @@
+"""Stage 3: train a reward model on the spectrum of versions of each scan, from real to damaged noise.
+
+A batch holds several versions of each of several subjects; ranking stays within a subject:
+
+    subject 1: real | 3 of its round-trip, partial noisings, full sample | 3 of these, damaged
+    subject 2: real | ...
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from .. import figures
+from ..models.reward import SliceRewardModel, VolumeRewardModel
+from ..spectrum import (
+    DAMAGE_NAMES,
+    HALF_SWAP,
+    HALF_SWAP_SEVERITY,
+    REAL,
+    augment,
+    clean_label,
+    damage,
+    damaged_label,
+    dominance,
+    spectrum_loss,
+)
+from .base import Med3DConfig, Med3DTrainer
+from .spectrum_data import SpectrumDataset, level_name, score_spectrum, seeded, summarise
+
+
+@dataclass
+class RewardModelConfig(Med3DConfig):
+    """Arguments of ``RewardModelTrainer``. A batch counts subjects, of each of which several versions are scored."""
+
+    output_dir: str = field(default="outputs/reward", metadata={"help": "Where everything is written."})
+    max_steps: int = field(default=400, metadata={"help": "Optimizer steps."})
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Subjects per device and step, at least 2 (a hemisphere comes from another one)."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=20, metadata={"help": "Steps of linear warm-up."})
+    ema_decay: float = field(default=0.98, metadata={"help": "Decay of the average of the weights; 0 is off."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Leave out the last, smaller batch of an epoch."}
+    )
+    eval_strategy: str = field(default="steps", metadata={"help": "When to validate: no, steps, epoch."})
+    eval_steps: float | None = field(default=100, metadata={"help": "Steps between two validations."})
+    save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
+    clean_versions: int = field(
+        default=4, metadata={"help": "Undamaged versions per subject and step: the scan and others of its spectrum."}
+    )
+    damaged_versions: int = field(default=3, metadata={"help": "Damaged versions per subject and step."})
+    min_severity: float = field(default=0.2, metadata={"help": "Damage is drawn between this and 1."})
+    ranking_weight: float = field(
+        default=0.2, metadata={"help": "Weight of the ranking loss beside the regression loss."}
+    )
+    ranking_temperature: float = field(
+        default=0.1, metadata={"help": "Difference of scores that counts as one unit of log-odds in the ranking loss."}
+    )
+    max_shift: int = field(default=3, metadata={"help": "Volumes are shifted by up to this many voxels per axis."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_device_train_batch_size < 2:
+            raise ValueError(
+                f"per_device_train_batch_size must be at least 2 subjects, got {self.per_device_train_batch_size}."
+            )
+        if self.clean_versions < 2 or self.damaged_versions < 0:
+            raise ValueError(
+                "clean_versions must be at least 2 and damaged_versions at least 0, "
+                f"got {self.clean_versions} and {self.damaged_versions}."
+            )
+        if not 0 < self.min_severity <= 1:
+            raise ValueError(f"min_severity must lie in (0, 1], got {self.min_severity}.")
+        if self.ranking_weight < 0 or self.ranking_temperature <= 0:
+            raise ValueError(
+                "ranking_weight must not be negative and ranking_temperature must be positive, "
+                f"got {self.ranking_weight} and {self.ranking_temperature}."
+            )
+
+
+@dataclass
+class Versions:
+    """Versions of several subjects, with what is known about each.
+
+    Args:
+        volumes: (N, C, X, Y, Z) in [0, 1].
+        labels: (N,) target score.
+        better: bool (N, N), True at [i, j] where i must score higher than j; both are of one subject.
+        names: N names, such as "real" or "strength_0.3 blur".
+    """
+
+    volumes: Tensor
+    labels: Tensor
+    better: Tensor
+    names: list[str]
+
+
+def draw_versions(batch: dict[str, Tensor], args: RewardModelConfig, generator: torch.Generator) -> Versions:
+    """Draw the versions of a training step.
+
+    Args:
+        batch: ``real`` (S, C, X, Y, Z), ``versions`` (S, L, C, X, Y, Z), ``strengths`` (S, L).
+        args: how many of which, and how they are augmented.
+        generator: all randomness, on the CPU.
+    """
+    real, versions, strengths = batch["real"], batch["versions"], batch["strengths"].tolist()
+    count = real.shape[0]
+    volumes, labels, names = [], [], []
+    orders: list[tuple[float, float, int]] = []  # strength, severity, kind; kind -1 is undamaged
+    for subject in range(count):
+        candidates = [(REAL, real[subject])] + list(zip(strengths[subject], versions[subject], strict=True))
+        drawn = 1 + torch.randperm(len(candidates) - 1, generator=generator)[: args.clean_versions - 1]
+        for index in [0, *drawn.tolist()]:
+            strength, volume = candidates[index]
+            volumes.append(volume)
+            labels.append(clean_label(strength))
+            orders.append((strength, 0.0, -1))
+            names.append(level_name(round(strength, 4)))
+        for _ in range(args.damaged_versions):
+            # half of the damage is done to the scan itself, so that no cue of the decoder gives it away
+            from_scan = float(torch.rand((), generator=generator)) < 0.5
+            index = 0 if from_scan else int(torch.randint(1, len(candidates), (), generator=generator))
+            strength, volume = candidates[index]
+            kind = int(torch.randint(len(DAMAGE_NAMES), (), generator=generator))
+            share = float(torch.rand((), generator=generator))
+            swap = DAMAGE_NAMES[kind] == HALF_SWAP
+            severity = HALF_SWAP_SEVERITY if swap else args.min_severity + (1 - args.min_severity) * share
+            other = _same_level(batch, (subject + 1) % count, strength) if swap else None
+            volumes.append(damage(volume, DAMAGE_NAMES[kind], severity, generator, other))
+            labels.append(damaged_label(strength, severity))
+            orders.append((strength, severity, kind))
+            names.append(f"{level_name(round(strength, 4))} {DAMAGE_NAMES[kind]}")
+    volumes = torch.stack([augment(volume, generator, args.max_shift) for volume in volumes])
+    size = len(volumes) // count
+    order = torch.tensor(orders)
+    better = torch.block_diag(*[dominance(*group.unbind(1)) for group in order.split(size)])
+    device = real.device
+    return Versions(volumes, torch.tensor(labels, device=device), better.bool().to(device), names)
+
+
+def _same_level(batch: dict[str, Tensor], subject: int, strength: float) -> Tensor:
+    """The version of ``subject`` whose strength is nearest; both hemispheres of a swap are then of one quality."""
+    if strength == REAL:
+        return batch["real"][subject]
+    return batch["versions"][subject, (batch["strengths"][subject] - strength).abs().argmin()]
+
+
+class RewardModelTrainer(Med3DTrainer):
+    """Trains ``VolumeRewardModel`` or ``SliceRewardModel`` by score regression plus ranking within a subject.
+
+    Every member of an ensemble is trained by its own score. Randomness of a step depends on (seed, rank, step) alone.
+
+    Args:
+        model: the reward model.
+        args: arguments.
+        train_dataset, eval_dataset: spectra of different subjects.
+    """
+
+    _name = "RewardModel"
+
+    def __init__(
+        self,
+        model: VolumeRewardModel | SliceRewardModel,
+        args: RewardModelConfig,
+        train_dataset: SpectrumDataset,
+        eval_dataset: SpectrumDataset | None = None,
+        **kwargs,
+    ) -> None:
+        if len(train_dataset) < args.per_device_train_batch_size:
+            raise ValueError(
+                f"{len(train_dataset)} scans cannot fill a batch of {args.per_device_train_batch_size} subjects."
+            )
+        self.reward_model = model
+        kwargs.setdefault("data_collator", default_collate)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        self._parts: dict[str, list[Tensor]] = {}
+        self._micro_step = (-1, 0)  # optimizer step, batches seen in it
+
+    def compute_loss(
+        self, model: Callable, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """One step's loss; its parts are averaged into the next log."""
+        step, batch = self.state.global_step, 0
+        if self._micro_step[0] == step:
+            batch = self._micro_step[1] + 1
+        self._micro_step = (step, batch)
+        generator = seeded("reward", self.args.seed, self.args.process_index, step, batch)
+        drawn = draw_versions(inputs, self.args, generator)
+        scores = model(drawn.volumes, return_members=True).float()  # (N, M)
+        losses = [
+            spectrum_loss(member, drawn.labels, drawn.better, self.args.ranking_temperature)
+            for member in scores.unbind(1)
+        ]
+        regression, ranking = (torch.stack(values).mean() for values in zip(*losses, strict=True))
+        for name, value in (("regression", regression), ("ranking", ranking)):
+            self._parts.setdefault(name, []).append(value.detach())
+        loss = regression + self.args.ranking_weight * ranking
+        return (loss, {"scores": scores}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss since the last log."""
+        if "loss" in logs:
+            logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: SpectrumDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Score the validation spectrum with the averaged weights; see ``summarise`` for the figures."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate needs an eval_dataset: the spectrum of subjects that nothing was trained on.")
+        self.model.eval()
+
+        def score(volumes: Tensor) -> Tensor:
+            return self.reward_model(volumes.to(self.args.device))
+
+        with self.ema_weights(), self.accelerator.autocast():
+            rows = score_spectrum(score, dataset, seed=self.args.seed)
+        summary = summarise(rows)
+        results = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
+        self.log(results)
+        self._log_pictures(summary, dataset)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
+        return results
+
+    def _log_pictures(self, summary: dict[str, float], dataset: SpectrumDataset) -> None:
+        item = dataset[0]
+        strengths = [round(strength, 4) for strength in item["strengths"].tolist()]
+        scores = [summary[f"score/{level_name(strength)}"] for strength in strengths]
+        self.log_figure(
+            "score_by_noise_level",
+            figures.curves({"mean validation score": (strengths, scores)}, xlabel="noise level", ylabel="score"),
+        )
+        rows = {"real": item["real"][None, :1]}
+        rows |= {level_name(s): version[None, :1] for s, version in zip(strengths, item["versions"], strict=True)}
+        damaged = {
+            kind: damage(item["real"], kind, 0.5, seeded("picture", kind), dataset[len(dataset) - 1]["real"])[None, :1]
+            for kind in DAMAGE_NAMES
+        }
+        self.log_figure("spectrum", figures.orthogonal_views(rows))
+        self.log_figure("damage", figures.orthogonal_views(damaged))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the reward model in half precision (fp16: bfloat16 would round small differences away)."""
+        copy.deepcopy(self.reward_model).half().save_pretrained(folder)

@@ -1,0 +1,279 @@
+"""The spectrum on disk: made once per subject by a generator that never saw that subject, then read by training and
+evaluation of reward models."""
+
+import hashlib
+import json
+import os
+import random
+import zlib
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
+
+from ..data import VolumeDataset
+from ..pipeline import MedDiffusion3DPipeline
+from ..spectrum import (
+    DAMAGES,
+    FULL_SAMPLE,
+    HALF_SWAP,
+    HALF_SWAP_SEVERITY,
+    REAL,
+    ROUND_TRIP,
+    damage,
+    neighbours_in_order,
+    partial_noising,
+    rank_correlation,
+)
+
+TRAINING_SUBJECTS = "training_subjects.json"
+"""File beside a generator: JSON list of the subjects that it was trained on."""
+
+
+def seeded(*key: object) -> torch.Generator:
+    """CPU generator whose numbers depend on ``key`` alone: a resumed run draws what an uninterrupted one does."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def read_training_subjects(generator_folder: str | Path) -> set[str]:
+    """Subjects that a generator was trained on, from the file beside it."""
+    path = Path(generator_folder) / TRAINING_SUBJECTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} has no {TRAINING_SUBJECTS} (a JSON list of subject ids), so nobody can tell which subjects "
+            "its spectrum may be made of; examples/train_diffusion.py writes it."
+        )
+    return set(json.loads(path.read_text()))
+
+
+def refuse_seen_subjects(subjects: Collection[str], trained_on: Collection[str]) -> None:
+    """A generator denoises the scans that it was trained on from memory: such a spectrum measures memorisation."""
+    seen = sorted(set(subjects) & set(trained_on))
+    if seen:
+        raise ValueError(
+            f"{len(seen)} of {len(set(subjects))} subjects were in the training set of the generator that is to make "
+            f"their spectrum, the first is {seen[0]!r}; use the generator of the other fold."
+        )
+
+
+def fingerprint(pipeline: MedDiffusion3DPipeline) -> str:
+    """Hash of the weights and the scheduler: tells generators apart without a path."""
+    digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
+    for module in (pipeline.vae, pipeline.unet):
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def subject_levels(subject: str, strengths: Sequence[float], levels_per_subject: int | None, seed: int) -> list[float]:
+    """Which levels a subject gets: first and last always, the others drawn; all if ``levels_per_subject`` is None."""
+    strengths = sorted(strengths)
+    if levels_per_subject is None or levels_per_subject >= len(strengths):
+        return strengths
+    drawn = random.Random(f"{seed}|{subject}").sample(strengths[1:-1], levels_per_subject - 2)
+    return sorted([strengths[0], *drawn, strengths[-1]])
+
+
+def build_spectrum(
+    pipeline: MedDiffusion3DPipeline,
+    volumes: VolumeDataset,
+    trained_on: Collection[str],
+    folder: str | Path,
+    strengths: Sequence[float],
+    num_inference_steps: int = 20,
+    levels_per_subject: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> list[Path]:
+    """Make the partial noisings of scans, one file per scan; files that are there already are kept.
+
+    A file holds ``real`` (C, X, Y, Z), ``versions`` (L, C, X, Y, Z), both float16, and ``strengths`` (L,). It appears
+    whole or not at all, so a run that was killed goes on with the scans it had not finished. A version depends on the
+    generator's weights, the scan, the strength, the steps and the seed, not on its batch (to rounding).
+
+    Args:
+        pipeline: the generator.
+        volumes: scans of subjects that the generator has not seen.
+        trained_on: subjects that it has seen.
+        folder: where the files are.
+        strengths: levels in [0, 1], 0 among them and at least two; see ``partial_noising``.
+        num_inference_steps: steps of a full sample.
+        levels_per_subject: how many of the levels each subject gets, None for all.
+        batch_size: scans at a time.
+        seed: of the noise and of the choice of levels.
+
+    Returns:
+        the files, in the order of ``volumes``.
+
+    Raises:
+        ValueError: a subject that the generator has seen; files made with other settings or from another scan.
+    """
+    refuse_seen_subjects([item["subject"] for item in volumes], trained_on)
+    if len(set(strengths)) < 2 or ROUND_TRIP not in strengths or not all(0 <= strength <= 1 for strength in strengths):
+        raise ValueError(f"strengths must be 0 (round-trip) and others up to 1, got {list(strengths)}.")
+    if levels_per_subject is not None and levels_per_subject < 2:
+        raise ValueError(f"levels_per_subject must be at least 2 (the first and the last), got {levels_per_subject}.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"generator": fingerprint(pipeline), "num_inference_steps": num_inference_steps, "seed": seed}
+    paths, todo, scans_of = [], [], {}
+    for item in volumes:
+        subject = item["subject"]
+        number = scans_of[subject] = scans_of.get(subject, 0) + 1
+        path = folder / f"{quote(subject, safe='')}-{number}.safetensors"
+        levels = subject_levels(subject, strengths, levels_per_subject, seed)
+        metadata = {"settings": json.dumps(settings | {"strengths": levels}, sort_keys=True)}
+        paths.append(path)
+        if path.exists():
+            _check_file(path, metadata["settings"], item["volume"].as_tensor())
+        else:
+            todo.append((path, f"{subject}-{number}", item, levels, metadata))
+    pipeline.set_progress_bar_config(disable=True)
+    total = sum(len(levels) for *_, levels, _ in todo)
+    with tqdm(total=total, desc="making the spectrum", unit="volume", disable=total == 0) as progress:
+        for start in range(0, len(todo), batch_size):
+            chunk = todo[start : start + batch_size]
+            versions: list[dict[float, Tensor]] = [{} for _ in chunk]
+            for strength in sorted(set(strengths)):
+                rows = [i for i, (*_, levels, _) in enumerate(chunk) if strength in levels]
+                if not rows:
+                    continue
+                made = partial_noising(
+                    pipeline,
+                    torch.stack([chunk[i][2]["volume"].as_tensor() for i in rows]),
+                    None if pipeline.unet.null_class is None else [chunk[i][2]["class_label"] for i in rows],
+                    strength,
+                    num_inference_steps,
+                    [seeded("spectrum", seed, chunk[i][1], strength) for i in rows],
+                )
+                for i, volume in zip(rows, made, strict=True):
+                    versions[i][strength] = volume
+                progress.update(len(rows))
+            for (path, _, item, levels, metadata), made in zip(chunk, versions, strict=True):
+                tensors = {
+                    "real": item["volume"].as_tensor().half().contiguous(),
+                    "versions": torch.stack([made[strength] for strength in levels]).half(),
+                    "strengths": torch.tensor(levels),
+                }
+                temporary = path.with_suffix(f".{os.getpid()}.tmp")
+                save_file(tensors, temporary, metadata=metadata)
+                os.replace(temporary, path)
+    return paths
+
+
+def _check_file(path: Path, settings: str, volume: Tensor) -> None:
+    with safe_open(path, "pt") as file:
+        found = (file.metadata() or {}).get("settings")
+        same_scan = file.get_slice("real").get_shape() == list(volume.shape)
+        same_scan = same_scan and torch.equal(file.get_tensor("real"), volume.half())
+    if found != settings or not same_scan:
+        what = f"settings {found} instead of {settings}" if found != settings else "another scan or another preparation"
+        raise ValueError(f"{path} was made with {what}; delete {path.parent} or choose another folder.")
+
+
+class SpectrumDataset(TorchDataset):
+    """Scans and their partial noisings, read from the files of ``build_spectrum`` when asked for.
+
+    An item is ``{"real": (C, X, Y, Z), "versions": (L, C, X, Y, Z), "strengths": (L,)}``, float32.
+    """
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        if not paths:
+            raise ValueError("the spectrum has no files.")
+        self.paths = [Path(path) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor.float() for name, tensor in load_file(self.paths[index]).items()}
+
+
+def level_name(strength: float) -> str:
+    """Name of an undamaged version in reports."""
+    names = {REAL: "real", ROUND_TRIP: "round_trip", FULL_SAMPLE: "full_sample"}
+    return names.get(strength, f"strength_{strength:.2g}")
+
+
+@torch.no_grad()
+def score_spectrum(
+    score: Callable[[Tensor], Tensor],
+    dataset: SpectrumDataset,
+    severities: Sequence[float] = (0.3, 0.7),
+    seed: int = 0,
+    batch_size: int = 8,
+) -> list[dict[str, float]]:
+    """Score every version of every scan, and the scan with every damage.
+
+    Args:
+        score: volumes (B, C, X, Y, Z) to scores (B,), on the CPU both.
+        dataset: spectrum of subjects that neither the reward nor the generator was trained on.
+        severities: of every damage but "half_swap".
+        seed: of the damage.
+        batch_size: volumes per call.
+
+    Returns:
+        one ``{name: score}`` per scan; names are those of ``level_name`` and ``"blur_0.3"``, ..., ``"half_swap"``.
+    """
+    rows = []
+    for index in tqdm(range(len(dataset)), desc="scoring", unit="scan", leave=False):
+        item = dataset[index]
+        named = {level_name(REAL): item["real"]}
+        named |= {level_name(round(float(s), 4)): v for s, v in zip(item["strengths"], item["versions"], strict=True)}
+        for kind in DAMAGES:
+            for severity in severities:
+                generator = seeded("damage", seed, index, kind, severity)
+                named[f"{kind}_{severity:.2g}"] = damage(item["real"], kind, severity, generator)
+        if len(dataset) > 1:
+            other = dataset[(index + 1) % len(dataset)]["real"]
+            generator = seeded("damage", seed, index, HALF_SWAP)
+            named[HALF_SWAP] = damage(item["real"], HALF_SWAP, HALF_SWAP_SEVERITY, generator, other)
+        scores = torch.cat(
+            [score(volumes).float().cpu() for volumes in torch.stack(list(named.values())).split(batch_size)]
+        )
+        rows.append(dict(zip(named, scores.tolist(), strict=True)))
+    return rows
+
+
+def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The figures by which a reward model is judged, from the scores of ``score_spectrum``.
+
+    ``rank_correlation``: mean over scans of Spearman's rho between score and cleanliness over the levels from
+    round-trip to full sample; ``neighbours_in_order``: share of neighbouring levels in order;
+    ``real_above_round_trip``: share of scans that score above their round-trip; ``damage_below_round_trip``: share of
+    damaged scans that score below the round-trip of the same scan; ``score/<name>``: mean scores.
+    """
+    correlations, neighbours, real_above, damage_below = [], [], [], []
+    for row in rows:
+        levels = {name: _strength_of(name) for name in row if _strength_of(name) is not None}
+        scores = torch.tensor([row[name] for name in levels], dtype=torch.float64)
+        strengths = torch.tensor(list(levels.values()), dtype=torch.float64)
+        correlations.append(rank_correlation(scores, strengths))
+        neighbours.append(neighbours_in_order(scores, strengths))
+        round_trip = row[level_name(ROUND_TRIP)]
+        real_above.append(float(row[level_name(REAL)] > round_trip))
+        damage_below += [float(v < round_trip) for name, v in row.items() if name not in levels and name != "real"]
+    results = {
+        "rank_correlation": sum(correlations) / len(correlations),
+        "rank_correlation_worst": min(correlations),
+        "neighbours_in_order": sum(neighbours) / len(neighbours),
+        "real_above_round_trip": sum(real_above) / len(real_above),
+        "damage_below_round_trip": sum(damage_below) / len(damage_below),
+    }
+    for name in rows[0]:
+        values = [row[name] for row in rows if name in row]
+        results[f"score/{name}"] = sum(values) / len(values)
+    return results
+
+
+def _strength_of(name: str) -> float | None:
+    if name in (level_name(ROUND_TRIP), level_name(FULL_SAMPLE)):
+        return ROUND_TRIP if name == level_name(ROUND_TRIP) else FULL_SAMPLE
+    return float(name.removeprefix("strength_")) if name.startswith("strength_") else None

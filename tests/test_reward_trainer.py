@@ -1,0 +1,385 @@
+"""Stage 3 as a whole: the spectrum on disk, the trainer, the two scripts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE
+from safetensors.torch import load_file, save_file
+
+from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
+from diffusers_med3d.rewards import SliceReward, VolumeReward
+from diffusers_med3d.spectrum import REAL, clean_label, damage, gaussian_smooth
+from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer, draw_versions
+from diffusers_med3d.trainers.spectrum_data import (
+    TRAINING_SUBJECTS,
+    SpectrumDataset,
+    build_spectrum,
+    level_name,
+    read_training_subjects,
+    score_spectrum,
+    seeded,
+    subject_levels,
+    summarise,
+)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LEVELS = [0.0, 0.5, 1.0]
+SPLIT = {
+    "train": [f"sub-0{i}" for i in range(1, 6)],
+    "validation": ["sub-06", "sub-07"],
+    "test": ["sub-08"],
+    "folds": {"a": ["sub-01", "sub-03", "sub-05"], "b": ["sub-02", "sub-04"]},
+}
+
+
+@pytest.fixture
+def data(brains_folder, tmp_path) -> DataArguments:
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps(SPLIT))
+    return DataArguments(
+        data_dir=brains_folder,
+        split_file=str(split),
+        volume_shape=list(VOLUME_SHAPE),
+        spacing=list(SPACING),
+        class_names=list(CLASS_NAMES),
+    )
+
+
+@pytest.fixture
+def scans(data) -> VolumeDataset:
+    return VolumeDataset.from_arguments(data, "b")
+
+
+def build(pipeline, scans, folder, **changes):
+    arguments = {"trained_on": SPLIT["folds"]["a"], "strengths": LEVELS, "num_inference_steps": 4, "batch_size": 2}
+    return build_spectrum(pipeline, scans, folder=folder, **(arguments | changes))
+
+
+def toy_spectrum(folder: Path, subjects: int, start: int = 0) -> SpectrumDataset:
+    """Spectra whose levels differ plainly: the more noise, the smoother, as with a real generator."""
+    folder.mkdir(parents=True, exist_ok=True)
+    axes = torch.meshgrid(*[torch.linspace(-1, 1, 16)] * 3, indexing="ij")
+    inside = sum(axis**2 for axis in axes) < 0.8
+    paths = []
+    for subject in range(start, start + subjects):
+        texture = torch.randn((1, 16, 16, 16), generator=torch.Generator().manual_seed(subject))
+        versions = [gaussian_smooth(texture, sigma) for sigma in (0.4, 0.5, 0.7, 1.0)]
+        real, *versions = [torch.where(inside, (0.5 + 0.15 * v).clamp(0.05, 1), 0.0) for v in [texture, *versions]]
+        path = folder / f"{subject}.safetensors"
+        strengths = torch.tensor([0.0, 0.3, 0.6, 1.0])
+        save_file({"real": real, "versions": torch.stack(versions), "strengths": strengths}, path)
+        paths.append(path)
+    return SpectrumDataset(paths)
+
+
+def config(output_dir, **changes) -> RewardModelConfig:
+    arguments = {
+        "output_dir": str(output_dir),
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "bf16": False,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return RewardModelConfig(**(arguments | changes))
+
+
+def tiny_model(kind=VolumeRewardModel, **changes):
+    torch.manual_seed(7)
+    return kind(**({"channels": (8, 16), "norm_num_groups": 4, "num_members": 2} | changes))
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# ------------------------------------------------------------------------------------------------ the spectrum on disk
+
+
+def test_a_generator_never_makes_the_spectrum_of_a_subject_it_was_trained_on(tiny_pipeline, scans, tmp_path):
+    with pytest.raises(ValueError, match="sub-04.*other fold"):
+        build(tiny_pipeline, scans, tmp_path / "spectrum", trained_on=["sub-01", "sub-04"])
+    assert not (tmp_path / "spectrum").exists()
+
+
+def test_a_generator_that_does_not_say_what_it_was_trained_on_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=TRAINING_SUBJECTS):
+        read_training_subjects(tmp_path)
+    (tmp_path / TRAINING_SUBJECTS).write_text('["sub-01"]')
+    assert read_training_subjects(tmp_path) == {"sub-01"}
+
+
+def test_the_spectrum_holds_the_scan_and_its_levels(tiny_pipeline, scans, tmp_path):
+    paths = build(tiny_pipeline, scans, tmp_path)
+    assert [path.name for path in paths] == ["sub-02-1.safetensors", "sub-04-1.safetensors"]
+    item = SpectrumDataset(paths)[0]
+    assert item["real"].dtype == torch.float32 and item["versions"].shape == (3, 1, *VOLUME_SHAPE)
+    assert item["strengths"].tolist() == LEVELS
+    scan = scans[0]["volume"].as_tensor()
+    torch.testing.assert_close(item["real"], scan, atol=1e-3, rtol=0)
+    vae = tiny_pipeline.vae
+    with torch.no_grad():
+        round_trip = vae.decode_latents(vae.encode_latents(scan[None]))[0]
+    torch.testing.assert_close(item["versions"][0], round_trip, atol=2e-3, rtol=0)
+    assert (item["versions"][1] - item["versions"][2]).abs().mean() > 1e-3
+
+
+def test_a_killed_build_goes_on_where_it_stopped_and_ends_with_the_same_spectrum(tiny_pipeline, scans, tmp_path):
+    whole = build(tiny_pipeline, scans, tmp_path / "whole")
+    paths = build(tiny_pipeline, scans, tmp_path / "killed", batch_size=1)
+    kept = paths[0].stat().st_mtime_ns
+    paths[1].unlink()
+    (tmp_path / "killed" / "sub-04-1.999.tmp").write_bytes(b"half a file")
+    assert build(tiny_pipeline, scans, tmp_path / "killed", batch_size=1) == paths
+    assert paths[0].stat().st_mtime_ns == kept
+    for one, other in zip(whole, paths, strict=True):
+        # another batch size rounds differently
+        torch.testing.assert_close(load_file(one)["versions"], load_file(other)["versions"], atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("change", ["steps", "seed", "levels", "generator", "scan"])
+def test_a_spectrum_made_otherwise_is_refused_not_reused(change, tiny_pipeline, scans, tmp_path):
+    build(tiny_pipeline, scans, tmp_path)
+    changes = {"steps": {"num_inference_steps": 5}, "seed": {"seed": 1}, "levels": {"strengths": [0.0, 1.0]}}
+    if change == "generator":
+        with torch.no_grad():
+            next(tiny_pipeline.unet.parameters()).add_(0.01)
+    if change == "scan":
+        scans[1]["volume"] = scans[1]["volume"] * 0.9
+    with pytest.raises(ValueError, match="delete .* or choose another folder"):
+        build(tiny_pipeline, scans, tmp_path, **changes.get(change, {}))
+
+
+def test_a_subset_of_levels_keeps_both_ends_and_differs_between_subjects():
+    strengths = [i / 10 for i in range(11)]
+    drawn = [subject_levels(f"sub-{i}", strengths, 5, seed=0) for i in range(20)]
+    assert all(levels == sorted(levels) and len(set(levels)) == 5 for levels in drawn)
+    assert all(levels[0] == 0 and levels[-1] == 1 for levels in drawn)
+    assert len({tuple(levels) for levels in drawn}) > 10
+    assert drawn == [subject_levels(f"sub-{i}", strengths, 5, seed=0) for i in range(20)]
+    assert subject_levels("sub-0", strengths, None, 0) == strengths
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"strengths": [0.5, 1.0]}, {"strengths": [0.0]}, {"strengths": [0.0, 1.1]}, {"levels_per_subject": 1}]
+)
+def test_impossible_levels_are_refused(wrong, tiny_pipeline, scans, tmp_path):
+    with pytest.raises(ValueError, match="got"):
+        build(tiny_pipeline, scans, tmp_path, **wrong)
+
+
+def test_two_scans_of_a_subject_have_a_file_each_and_the_null_class_works(tiny_pipeline, data, tmp_path):
+    scans = VolumeDataset(data.data_dir, ["sub-01", "sub-08"], data)
+    paths = build(tiny_pipeline, scans, tmp_path, trained_on=[])
+    assert [path.name for path in paths] == [f"sub-0{name}.safetensors" for name in ("1-1", "1-2", "8-1")]
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_report_knows_a_perfect_a_constant_and_a_backward_reward(tmp_path):
+    dataset = toy_spectrum(tmp_path, 3)
+
+    def sharpness(volumes):  # a toy's realism; noise and sharpening fool it, as they should fool something this simple
+        return torch.stack([(v - gaussian_smooth(v, 1.0)).square().mean() for v in volumes])
+
+    perfect = summarise(score_spectrum(sharpness, dataset))
+    assert perfect["rank_correlation"] == pytest.approx(1) and perfect["neighbours_in_order"] == 1
+    assert perfect["real_above_round_trip"] == 1
+    assert perfect["score/real"] > perfect["score/round_trip"] > perfect["score/full_sample"]
+    assert 0 < perfect["damage_below_round_trip"] < 1
+    constant = summarise(score_spectrum(lambda volumes: torch.ones(len(volumes)), dataset))
+    assert constant["rank_correlation"] == 0 and constant["neighbours_in_order"] == 0
+    assert constant["damage_below_round_trip"] == 0
+    backward = summarise(score_spectrum(lambda volumes: -sharpness(volumes), dataset))
+    assert backward["rank_correlation"] == pytest.approx(-1)
+
+
+def test_the_report_scores_what_the_names_say(tmp_path):
+    dataset = toy_spectrum(tmp_path, 2)
+    rows = score_spectrum(lambda volumes: volumes.mean(dim=(1, 2, 3, 4)), dataset, severities=[0.3], batch_size=3)
+    item = dataset[1]
+    assert rows[1]["real"] == pytest.approx(item["real"].mean().item())
+    assert rows[1]["strength_0.6"] == pytest.approx(item["versions"][2].mean().item())
+    blurred = damage(item["real"], "blur", 0.3, seeded("any"))
+    assert rows[1]["blur_0.3"] == pytest.approx(blurred.mean().item())
+    assert {"full_sample", "half_swap", "cut_off_0.3", "noisy_blur_0.3"} <= set(rows[0])
+
+
+# --------------------------------------------------------------------------------------------------------- the trainer
+
+
+def test_a_batch_holds_versions_with_their_labels_and_ranks_within_subjects_only(tmp_path):
+    dataset = toy_spectrum(tmp_path, 3)
+    batch = torch.utils.data.default_collate([dataset[i] for i in range(3)])
+    args = config(tmp_path, clean_versions=3, damaged_versions=4, per_device_train_batch_size=3)
+    drawn = draw_versions(batch, args, seeded(0))
+    assert drawn.volumes.shape == (21, 1, 16, 16, 16) and drawn.labels.shape == (21,)
+    subject = torch.arange(21) // 7
+    assert not drawn.better[subject[:, None] != subject[None]].any()
+    assert (drawn.labels[:, None] > drawn.labels[None])[drawn.better].all()
+    clean = {level_name(s): clean_label(s) for s in (REAL, 0.0, 0.3, 0.6, 1.0)}
+    for i, name in enumerate(drawn.names):
+        if i % 7 < 3:
+            assert drawn.labels[i].item() == pytest.approx(clean[name])
+            assert (i % 7 == 0) == (name == "real")
+        else:
+            assert " " in name and drawn.labels[i] < clean[name.split()[0]]
+    again = draw_versions(batch, args, seeded(0))
+    assert torch.equal(again.volumes, drawn.volumes) and again.names == drawn.names
+    assert not torch.equal(draw_versions(batch, args, seeded(1)).volumes, drawn.volumes)
+
+
+@pytest.mark.parametrize("kind", [VolumeRewardModel, SliceRewardModel])
+def test_training_teaches_the_order_of_an_unseen_subject_and_moves_every_weight(kind, tmp_path):
+    model = tiny_model(kind)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    args = config(tmp_path / "out", max_steps=40, learning_rate=5e-3, warmup_steps=2, save_strategy="no", ema_decay=0.8)
+    trainer = RewardModelTrainer(
+        model, args, toy_spectrum(tmp_path / "train", 6), toy_spectrum(tmp_path / "val", 2, 50)
+    )
+    trainer.train()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+    results = trainer.evaluate()
+    assert results["eval_rank_correlation"] > 0.9
+    assert results["eval_score/real"] > results["eval_score/full_sample"] + 0.2
+    assert results["eval_score/real"] > results["eval_score/noise_0.7"] + 0.1
+    pictures = {path.name for path in (tmp_path / "out" / "figures").glob("*.png")}
+    assert pictures == {"score_by_noise_level.png", "spectrum.png", "damage.png"}
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert logged["loss"] == pytest.approx(logged["regression"] + 0.2 * logged["ranking"], abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", [VolumeRewardModel, SliceRewardModel])
+def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path):
+    dataset = toy_spectrum(tmp_path / "train", 5)
+
+    def run(folder, resume=None):
+        args = config(tmp_path / folder, gradient_accumulation_steps=2, ema_decay=0.5)
+        trainer = RewardModelTrainer(tiny_model(kind), args, dataset)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        return trainer
+
+    whole = run("whole")
+    resumed = run("resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.state.global_step == whole.state.global_step == 4
+    assert torch.equal(weights(whole.model), weights(resumed.model))
+    saved = [load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("whole", "resumed")]
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+    assert not torch.equal(weights(whole.model), weights(tiny_model(kind)))
+
+
+def test_two_batches_of_one_step_draw_different_versions(tmp_path):
+    args = config(tmp_path, gradient_accumulation_steps=2)
+    dataset = toy_spectrum(tmp_path / "train", 4)
+    trainer = RewardModelTrainer(tiny_model(num_members=1).eval(), args, dataset)
+    batch = torch.utils.data.default_collate([dataset[0], dataset[1]])
+    losses = [trainer.compute_loss(trainer.model, batch).item() for _ in range(2)]
+    assert losses[0] != losses[1]
+    trainer._micro_step = (-1, 0)
+    assert trainer.compute_loss(trainer.model, batch).item() == losses[0]
+
+
+def test_what_is_saved_is_the_average_in_half_precision_and_what_a_reward_reads(tmp_path):
+    dataset = toy_spectrum(tmp_path / "train", 3)
+    trainer = RewardModelTrainer(tiny_model(), config(tmp_path / "out", ema_decay=0.9, save_strategy="no"), dataset)
+    trainer.train()
+    trainer.save_model()
+    volumes = dataset[0]["versions"]
+    reward = VolumeReward.from_pretrained(str(tmp_path / "out"))
+    with trainer.ema_weights(), torch.no_grad():
+        averaged = trainer.reward_model.eval()(volumes)
+    torch.testing.assert_close(reward(volumes), averaged, atol=5e-3, rtol=0)
+    stored = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    assert trainer.reward_model.dtype == torch.float32
+    assert not torch.allclose(weights(reward.model), weights(trainer.model), atol=1e-4)
+    assert not (tmp_path / "out" / "training_args.bin").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"per_device_train_batch_size": 1},
+        {"clean_versions": 1},
+        {"damaged_versions": -1},
+        {"min_severity": 0.0},
+        {"ranking_temperature": 0.0},
+        {"ranking_weight": -0.1},
+    ],
+)
+def test_impossible_arguments_are_refused(wrong, tmp_path):
+    with pytest.raises(ValueError, match="got"):
+        config(tmp_path, **wrong)
+
+
+def test_too_few_scans_for_a_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="3 scans cannot fill a batch of 4"):
+        RewardModelTrainer(
+            tiny_model(), config(tmp_path, per_device_train_batch_size=4), toy_spectrum(tmp_path / "t", 3)
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- the scripts
+
+
+def run_script(name, *arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_scripts_train_resume_and_report_on_unseen_subjects(tiny_pipeline, data, tmp_path):
+    common = ["--data_dir", data.data_dir, "--split_file", data.split_file]
+    common += ["--volume_shape", *VOLUME_SHAPE, "--spacing", *SPACING]
+    for fold in "ab":
+        tiny_pipeline.save_pretrained(tmp_path / fold)
+        (tmp_path / fold / TRAINING_SUBJECTS).write_text(json.dumps(SPLIT["folds"][fold]))
+    train = [*common, "--spectrum_dir", tmp_path / "spectrum", "--strengths", 0, 0.5, 1, "--spectrum_steps", 4]
+    train += ["--channels", 8, 16, "--norm_num_groups", 4, "--per_device_train_batch_size", 2, "--bf16", "false"]
+    train += ["--eval_steps", 2, "--save_steps", 2, "--logging_steps", 1, "--resume_from_checkpoint", "latest"]
+    generators = ["--generator_a", tmp_path / "a", "--generator_b", tmp_path / "b"]
+    for kind in ("3d", "2d"):
+        output = tmp_path / kind
+        for steps in (2, 3):
+            arguments = [*train, *generators, "--kind", kind, "--output_dir", output, "--max_steps", steps]
+            code, out, err = run_script("train_reward.py", *arguments)
+            assert code == 0, err[-3000:]
+            assert "rank_correlation" in out
+            made = sorted(path.parent.name + "/" + path.name for path in (tmp_path / "spectrum").rglob("*.safetensors"))
+            assert made == [
+                *(f"a-by-generator-b/sub-0{name}.safetensors" for name in ("1-1", "1-2", "3-1", "5-1")),
+                *(f"b-by-generator-a/sub-0{name}.safetensors" for name in ("2-1", "4-1")),
+                *(f"validation-by-generator-a/sub-0{name}.safetensors" for name in ("6-1", "7-1")),
+            ]
+        state = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())
+        steps = [entry["step"] for entry in state["log_history"] if "loss" in entry]
+        assert steps == [1, 2, 3]  # the second run went on where the first had ended
+        assert "rank_correlation" in (output / "README.md").read_text()
+        assert list(output.rglob("events.out.tfevents*"))
+        assert str(tmp_path) not in (output / "README.md").read_text() + (output / "config.json").read_text()
+    assert isinstance(SliceReward.from_pretrained(str(tmp_path / "2d")), SliceReward)
+
+    swapped = ["--generator_a", tmp_path / "b", "--generator_b", tmp_path / "a"]
+    code, _, err = run_script("train_reward.py", *train, *swapped, "--output_dir", tmp_path / "x", "--max_steps", 1)
+    assert code != 0 and "use the generator of the other fold" in err
+
+    report = [*common, "--generator", tmp_path / "a", "--reward_3d", tmp_path / "3d", "--reward_2d", tmp_path / "2d"]
+    report += ["--strengths", 0, 0.5, 1, "--spectrum_steps", 4, "--output_dir", tmp_path / "report"]
+    code, out, err = run_script("reward_report.py", *report)
+    assert code == 0, err[-3000:]
+    assert "2 scans of the validation subjects" in out and "| score/half_swap |" in out
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert set(written["report"]) == {"3d", "2d"} and len(written["scores"]["3d"]) == 2
+    assert {"report.md", "scores.png", "spectrum.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
