@@ -1,0 +1,213 @@
+"""Every way in which a saved pipeline must load (PITFALLS P1), each in a process that knows nothing but the import."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers.pipelines import pipeline_loading_utils
+from safetensors.torch import load_file
+
+import diffusers_med3d
+import minihub
+from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, MedDiffusion3DPipeline, VolumeRewardModel, VQModel3D
+from diffusers_med3d.hub import NOT_FOR_CLINICAL_USE, bundled_names, resolve, write_model_card
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """Run ``code`` in a fresh interpreter outside the repository; its standard output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | environment,
+        cwd=os.environ.get("TMPDIR", "/tmp"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def sample(pipeline: DiffusionPipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(class_labels=["young", "old"], num_inference_steps=2, generator=torch.manual_seed(5)).volumes
+
+
+def test_model_index_names_our_package_and_not_our_files(tiny_pipeline_folder):
+    index = json.loads(Path(tiny_pipeline_folder, "model_index.json").read_text())
+    assert index["vae"] == ["diffusers_med3d", "AutoencoderKL3D"]
+    assert index["unet"] == ["diffusers_med3d", "DiffusionUNet3D"]
+    assert index["scheduler"] == ["diffusers", "DDIMScheduler"]
+    assert index["volume_shape"] == [16, 16, 16] and index["spacing"] == [12.0, 12.0, 12.0]
+    assert index["orientation"] == "RAS" and index["class_names"] == {"young": 0, "middle": 1, "old": 2}
+
+
+def test_a_saved_pipeline_holds_safetensors_and_no_pickle(tiny_pipeline_folder):
+    files = [path for path in Path(tiny_pipeline_folder).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+
+
+def test_our_class_loads_a_folder_and_samples_the_same(tiny_pipeline, tiny_pipeline_folder):
+    loaded = MedDiffusion3DPipeline.from_pretrained(tiny_pipeline_folder)
+    assert torch.equal(sample(loaded), sample(tiny_pipeline))
+    assert loaded.config.class_names == ["young", "middle", "old"]  # in the order of the indices
+    assert loaded.config.intensity == tiny_pipeline.config.intensity
+
+
+def test_diffusion_pipeline_loads_a_folder_in_a_process_that_only_imported_the_package(tiny_pipeline_folder):
+    code = """
+import sys
+import diffusers
+import diffusers_med3d
+from diffusers import DiffusionPipeline, AutoModel
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+model = AutoModel.from_pretrained(sys.argv[1], subfolder="unet")
+print(type(pipeline).__name__, type(pipeline.vae).__name__, type(model).__name__)
+"""
+    out = run_python(code, tiny_pipeline_folder)
+    assert out.split() == ["MedDiffusion3DPipeline", "AutoencoderKL3D", "DiffusionUNet3D"]
+
+
+def test_components_load_one_by_one(tiny_pipeline, tiny_pipeline_folder):
+    for model_class, name in ((AutoencoderKL3D, "vae"), (DiffusionUNet3D, "unet")):
+        expected = tiny_pipeline.components[name].state_dict()
+        for loader in (model_class, AutoModel):
+            loaded = loader.from_pretrained(tiny_pipeline_folder, subfolder=name)
+            assert type(loaded) is model_class
+            assert all(torch.equal(loaded.state_dict()[key], value) for key, value in expected.items())
+
+
+def test_auto_model_loads_a_model_that_stands_alone(tmp_path):
+    model = VolumeRewardModel(channels=(8, 8), num_members=1)
+    model.save_pretrained(tmp_path / "reward")
+    assert type(AutoModel.from_pretrained(str(tmp_path / "reward"))) is VolumeRewardModel
+
+
+def test_a_vq_pipeline_comes_back_whole(tiny_vq, tiny_unet, tiny_scheduler, tmp_path):
+    pipeline = MedDiffusion3DPipeline(
+        tiny_vq, tiny_unet, tiny_scheduler, (16, 16, 16), class_names=("young", "x", "old")
+    )
+    pipeline.save_pretrained(tmp_path / "vq")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "vq")
+    assert type(loaded.vae) is VQModel3D
+    assert torch.equal(sample(loaded), sample(pipeline))
+
+
+def test_a_component_can_be_replaced_while_loading(tiny_pipeline_folder, tiny_unet):
+    with torch.no_grad():
+        tiny_unet.conv_in.conv.weight.add_(1)
+    loaded = MedDiffusion3DPipeline.from_pretrained(tiny_pipeline_folder, unet=tiny_unet)
+    assert loaded.unet is tiny_unet
+
+
+def test_push_to_hub_and_every_way_of_loading_from_the_hub(tiny_pipeline_folder, tmp_path):
+    server, hub = minihub.serve(str(tmp_path / "hub"))
+    code = """
+import sys
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, MedDiffusion3DPipeline
+pipeline = MedDiffusion3DPipeline.from_pretrained(sys.argv[1])
+pipeline.push_to_hub("tiny")
+from_hub = MedDiffusion3DPipeline.from_pretrained("tester/tiny")
+assert type(DiffusionPipeline.from_pretrained("tester/tiny")) is MedDiffusion3DPipeline
+assert type(AutoencoderKL3D.from_pretrained("tester/tiny", subfolder="vae")) is AutoencoderKL3D
+assert type(AutoModel.from_pretrained("tester/tiny", subfolder="unet")) is DiffusionUNet3D
+for old, new in zip(pipeline.unet.parameters(), from_hub.unet.parameters(), strict=True):
+    assert (old == new).all()
+print("loaded")
+"""
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+        "HF_TOKEN": hub.token,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",  # PITFALLS P9
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+    try:
+        assert "loaded" in run_python(code, tiny_pipeline_folder, **environment)
+        tree = hub.repos["model", "tester/tiny"].resolve("main")["tree"]
+    finally:
+        server.shutdown()
+    assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "vae/config.json", "README.md"} <= set(tree)
+
+
+def test_everything_that_diffusers_looks_up_is_an_attribute_of_the_package():
+    assert "diffusers_med3d" in pipeline_loading_utils.LOADABLE_CLASSES
+    for name in diffusers_med3d.__all__:
+        assert getattr(diffusers_med3d, name) is not None
+
+
+def test_an_unknown_attribute_of_the_package_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="NoSuchTrainer"):
+        _ = diffusers_med3d.NoSuchTrainer
+
+
+def test_importing_the_package_does_not_import_trl():
+    assert run_python("import sys, diffusers_med3d; print('trl' in sys.modules)").strip() == "False"
+
+
+def test_dtype_is_taken_without_a_deprecation_warning(tiny_pipeline_folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        loaded = MedDiffusion3DPipeline.from_pretrained(tiny_pipeline_folder, dtype=torch.bfloat16)
+    assert loaded.unet.dtype == loaded.vae.dtype == torch.bfloat16
+
+
+def test_half_precision_files_load_as_float32_by_default(tiny_pipeline, tmp_path):
+    tiny_pipeline.to(torch.float16).save_pretrained(tmp_path / "half")
+    stored = load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    loaded = MedDiffusion3DPipeline.from_pretrained(tmp_path / "half")
+    assert loaded.unet.dtype == loaded.vae.dtype == torch.float32
+    assert torch.isfinite(sample(loaded)).all()
+
+
+def test_saved_configs_do_not_tell_the_folder_that_a_component_came_from(tiny_pipeline_folder, tmp_path):
+    loaded = DiffusionPipeline.from_pretrained(tiny_pipeline_folder)
+    loaded.save_pretrained(tmp_path / "again")
+    for path in (tmp_path / "again").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
+
+
+def test_a_bare_name_that_is_not_bundled_is_refused_with_the_names_that_are():
+    with pytest.raises(ValueError, match="'no-such-brain' is no bundled checkpoint") as error:
+        MedDiffusion3DPipeline.from_pretrained("no-such-brain")
+    assert all(name in str(error.value) for name in bundled_names())
+
+
+def test_a_local_folder_goes_before_a_bundled_name_and_hub_ids_pass_through(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("brain-t1").mkdir()
+    assert resolve("brain-t1") == "brain-t1"
+    assert resolve("org/name") == "org/name"
+
+
+@pytest.mark.parametrize("name", [name for name in bundled_names() if "reward" not in name])
+def test_a_bundled_generator_loads_by_its_bare_name(name):
+    pipeline = MedDiffusion3DPipeline.from_pretrained(name)
+    assert pipeline.config.orientation == "RAS" and pipeline.config.class_names
+    assert pipeline.scheduler.config.clip_sample is False
+    files = list(Path(resolve(name)).rglob("*.safetensors"))
+    assert {tensor.dtype for file in files for tensor in load_file(file).values()} <= {torch.float16, torch.int64}
+
+
+def test_a_model_card_has_metadata_and_the_clinical_warning(tmp_path):
+    path = write_model_card(tmp_path / "model", "Tiny", "Made of *nothing*.", license="cc-by-sa-3.0", tags=["mri"])
+    text = path.read_text()
+    assert text.startswith("---\n") and "license: cc-by-sa-3.0" in text and "- mri" in text
+    assert "# Tiny" in text and NOT_FOR_CLINICAL_USE in text and "Made of *nothing*." in text
+
+
+def test_no_folder_of_the_package_bears_the_name_of_a_diffusers_pipeline():
+    """diffusers would take components in it for its own and could not load them again (PITFALLS P2)."""
+    root = Path(diffusers_med3d.__file__).parent
+    folders = {path.name for path in root.rglob("*") if path.is_dir() and (path / "__init__.py").exists()}
+    assert folders
+    assert not [name for name in folders | {root.name} if hasattr(diffusers.pipelines, name)]
