@@ -27,6 +27,9 @@ class ModelArguments:
     autoencoder_subfolder: str | None = field(
         default=None, metadata={"help": "Subfolder, such as vae when --autoencoder is a whole pipeline."}
     )
+    init_from: str | None = field(
+        default=None, metadata={"help": "Pipeline whose UNet training starts from; random weights when not set."}
+    )
     part: str = field(default="train", metadata={"help": "Part of the split to train on: train, or its fold a or b."})
     channels: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "Channels per level."})
     num_res_blocks: int = field(default=2, metadata={"help": "Residual blocks per level."})
@@ -41,16 +44,19 @@ def main() -> None:
     ).parse_args_into_dataclasses()
     set_seed(args.seed)
     autoencoder = AutoModel.from_pretrained(model.autoencoder, subfolder=model.autoencoder_subfolder)
-    unet = DiffusionUNet3D(
-        in_channels=autoencoder.latent_channels,
-        out_channels=autoencoder.latent_channels,
-        channels=model.channels,
-        num_res_blocks=model.num_res_blocks,
-        attention_levels=[False] * (len(model.channels) - 1) + [True],
-        num_head_channels=model.num_head_channels,
-        norm_num_groups=model.norm_num_groups,
-        num_class_embeds=len(data.class_names) + 1,
-    )
+    if model.init_from:
+        unet = DiffusionUNet3D.from_pretrained(model.init_from, subfolder="unet")
+    else:
+        unet = DiffusionUNet3D(
+            in_channels=autoencoder.latent_channels,
+            out_channels=autoencoder.latent_channels,
+            channels=model.channels,
+            num_res_blocks=model.num_res_blocks,
+            attention_levels=[False] * (len(model.channels) - 1) + [True],
+            num_head_channels=model.num_head_channels,
+            norm_num_groups=model.norm_num_groups,
+            num_class_embeds=len(data.class_names) + 1,
+        )
     pipeline = MedDiffusion3DPipeline(
         vae=autoencoder,
         unet=unet,

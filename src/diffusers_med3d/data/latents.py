@@ -110,7 +110,7 @@ def _encode(
     for item in tqdm(volumes, desc="encoding scans", unit="scan"):
         volume = item["volume"].as_tensor()
         batch = torch.stack([volume] + [augment(volume, generator, max_shift) for _ in range(copies - 1)])
-        moments = [autoencoder._encode_to_moments(chunk.to(autoencoder.device)) for chunk in batch.split(4)]
+        moments = [autoencoder.encode_moments(chunk.to(autoencoder.device)) for chunk in batch.split(4)]
         means.append(torch.cat([mean for mean, _ in moments]).half().cpu())
         sigmas.append(torch.cat([sigma for _, sigma in moments]).half().cpu())
     return {"mean": torch.stack(means), "sigma": torch.stack(sigmas)}

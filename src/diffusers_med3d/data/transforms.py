@@ -19,8 +19,8 @@ FOREGROUND_THRESHOLD = 0.02
 
 def to_meta_tensor(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
     """(X, Y, Z) or (X, Y, Z, C) array and affine to a channel-first MetaTensor (C, X, Y, Z)."""
-    # Channel first before the MetaTensor is made: MONAI takes a 3-D MetaTensor for a 2-D picture with channels, and crop
-    # and pad would then leave the third axis of the affine as it was.
+    # Channel first before the MetaTensor is made: MONAI takes a 3-D MetaTensor for a 2-D picture with channels, and
+    # crop and pad would then leave the third axis of the affine as it was.
     channel_first = array[None] if array.ndim == 3 else np.moveaxis(array, -1, 0)
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(channel_first)), affine=torch.tensor(affine))
 

@@ -85,8 +85,8 @@ class AutoencoderKL3D(NormalizedLatentsMixin, ModelMixin, AutoencoderKL, ConfigM
         """Raw latents (B, latent_channels, x, y, z) to volumes (B, C, x*f, y*f, z*f), not clamped."""
         return self._run(self.decoder.blocks, self.post_quant_conv(z))
 
-    def _encode_to_moments(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_moments(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.encode(volumes)
 
-    def _decode_from_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_raw(self, latents: torch.Tensor) -> torch.Tensor:
         return self.decode(latents)

@@ -8,7 +8,7 @@ import torch
 class NormalizedLatentsMixin:
     """``encode_latents`` / ``decode_latents`` of an autoencoder with ``latents_mean``, ``latents_std`` in its config.
 
-    Subclasses give ``_encode_to_moments(volumes) -> (mean, sigma)``, ``_decode_from_latents(latents) -> volumes``,
+    Subclasses give ``encode_moments(volumes) -> (mean, sigma)``, ``decode_raw(latents) -> volumes``,
     ``downsample_factor`` and ``latent_channels``.
     """
 
@@ -52,7 +52,7 @@ class NormalizedLatentsMixin:
         Returns:
             float32 latents (B, latent_channels, X/f, Y/f, Z/f), about zero mean and unit variance per channel.
         """
-        mean, sigma = self._encode_to_moments(volumes.to(self.dtype))
+        mean, sigma = self.encode_moments(volumes.to(self.dtype))
         latents = mean.float()
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator, device=generator.device)
@@ -67,5 +67,5 @@ class NormalizedLatentsMixin:
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode normalised latents (B, latent_channels, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1]."""
         mean, std = self._statistics(latents)
-        volumes = self._decode_from_latents((latents.float() * std + mean).to(self.dtype))
+        volumes = self.decode_raw((latents.float() * std + mean).to(self.dtype))
         return volumes.float().clamp(0.0, 1.0)

@@ -83,10 +83,10 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
         """Quantised latents (B, embedding_dim, x, y, z) to volumes (B, C, x*f, y*f, z*f), not clamped."""
         return self._run(self.decoder.blocks, quantizations)
 
-    def _encode_to_moments(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_moments(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = self.encode(volumes)
         return encoded, torch.zeros_like(encoded)
 
-    def _decode_from_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_raw(self, latents: torch.Tensor) -> torch.Tensor:
         quantized, _ = self.quantize(latents)
         return self.decode(quantized.to(self.dtype))

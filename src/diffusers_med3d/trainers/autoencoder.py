@@ -199,8 +199,8 @@ class AutoencoderTrainer(Med3DTrainer):
 
     def reconstruct(self, volumes: Tensor) -> Tensor:
         """Round trip through the posterior mean (VQ: the quantised code), clamped to [0, 1]."""
-        mean, _ = self.autoencoder._encode_to_moments(volumes)
-        return self.autoencoder._decode_from_latents(mean).float().clamp(0.0, 1.0)
+        mean, _ = self.autoencoder.encode_moments(volumes)
+        return self.autoencoder.decode_raw(mean).float().clamp(0.0, 1.0)
 
     def codes_used(self, volumes: Tensor) -> float:
         """Share of the codebook that the volumes use."""
@@ -213,7 +213,7 @@ class AutoencoderTrainer(Med3DTrainer):
         total, squares, count = 0.0, 0.0, 0
         self.autoencoder.eval()
         for item in self.train_volumes:
-            mean, sigma = self.autoencoder._encode_to_moments(item["volume"].as_tensor()[None].to(self.args.device))
+            mean, sigma = self.autoencoder.encode_moments(item["volume"].as_tensor()[None].to(self.args.device))
             mean, sigma = mean.double().flatten(2), sigma.double().flatten(2)
             total = total + mean.sum(dim=(0, 2)).cpu()
             squares = squares + (mean.square() + sigma.square()).sum(dim=(0, 2)).cpu()

@@ -6,6 +6,7 @@ exponential moving average of the weights, checkpoints that are known to be whol
 reads instead of a pickle of the training arguments.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,10 +25,13 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from .. import figures
+from .. import figures, hub
 
 COMPLETE_MARKER = "complete"
 """Last file written into a checkpoint: without it the run was killed while saving."""
+
+_PRIVATE_ARGUMENTS = {"output_dir", "resume_from_checkpoint", "hub_token", "run_name", "deepspeed", "fsdp_config"}
+"""Arguments that may hold local paths or secrets and stay out of model cards."""
 
 
 def bf16_is_fast() -> bool:
@@ -63,6 +67,11 @@ class Med3DConfig(_BaseConfig):
         metadata={
             "help": "Decay of the exponential moving average of the weights that evaluation and saving use; 0 is off."
         },
+    )
+
+    weights_license: str = field(
+        default="other",
+        metadata={"help": "Licence of the weights for the model card, such as cc-by-sa-3.0 for weights trained on IXI."},
     )
 
     def __post_init__(self) -> None:
@@ -137,7 +146,7 @@ class Med3DTrainer(_BaseTrainer):
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """Inside, the model holds the averaged weights; afterwards the trained ones again."""
-        if self.ema is None:
+        if self.ema is None or self.ema.temp_stored_params is not None:  # off, or inside already
             yield
             return
         self.ema.store(self.ema_parameters)
@@ -150,6 +159,33 @@ class Med3DTrainer(_BaseTrainer):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what ``from_pretrained`` reads, with the averaged weights."""
         raise NotImplementedError
+
+    def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
+        """Write ``output_dir/README.md``: what was trained, the arguments that are not the defaults, the last figures."""
+        if not self.is_world_process_zero():
+            return
+        name = model_name or Path(self.args.output_dir).name
+        changed = [
+            f"| {field.name} | {getattr(self.args, field.name)} |"
+            for field in dataclasses.fields(self.args)
+            if field.name not in _PRIVATE_ARGUMENTS and getattr(self.args, field.name) != field.default
+        ]
+        evaluations = [row for row in self.state.log_history if any(key.startswith("eval_") for key in row)]
+        figures_of = evaluations[-1] if evaluations else {}
+        results = [f"| {key} | {value:.5g} |" for key, value in figures_of.items() if key.startswith("eval_")]
+        lines = [
+            f"Trained with `diffusers_med3d.{type(self).__name__}`, {self.state.global_step} optimizer steps.",
+            *(["", "| validation figure | value |", "|---|---|", *results] if results else []),
+            *(["", "## Arguments", "", "| argument | value |", "|---|---|", *changed] if changed else []),
+        ]
+        hub.write_model_card(
+            self.args.output_dir,
+            title=name,
+            body="\n".join(lines),
+            license=self.args.weights_license,
+            tags=[tags] if isinstance(tags, str) else tags or [],
+            datasets=[dataset_name] if dataset_name else [],
+        )
 
     def log_figure(self, name: str, figure: Figure) -> None:
         """Write a picture to ``output_dir/figures/<name>.png`` and to TensorBoard, on the main process."""
@@ -170,6 +206,7 @@ class Med3DTrainer(_BaseTrainer):
         if folder.resolve() == Path(self.args.output_dir).resolve():
             with self.ema_weights():
                 self.save_pretrained(folder)
+            self.create_model_card()
             return
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         tensors = {name: tensor.contiguous().clone() for name, tensor in state_dict.items()}
