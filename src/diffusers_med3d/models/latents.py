@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
+from .sizes import check_divisible
+
 
 class NormalizedLatentsMixin:
     """``encode_latents`` / ``decode_latents`` of an autoencoder with ``latents_mean``, ``latents_std`` in its config.
@@ -17,8 +19,6 @@ class NormalizedLatentsMixin:
 
     def latent_shape(self, volume_shape: Iterable[int]) -> tuple[int, int, int]:
         """Spatial latent size of a volume of size (X, Y, Z); raises ValueError with the nearest size that fits."""
-        from .sizes import check_divisible
-
         volume_shape = tuple(volume_shape)
         check_divisible(volume_shape, self.downsample_factor, "volume shape")
         return tuple(int(side) // self.downsample_factor for side in volume_shape)

@@ -71,7 +71,7 @@ class Med3DConfig(_BaseConfig):
 
     weights_license: str = field(
         default="other",
-        metadata={"help": "Licence of the weights for the model card, such as cc-by-sa-3.0 for weights trained on IXI."},
+        metadata={"help": "Licence of the weights, for the model card; cc-by-sa-3.0 when trained on IXI."},
     )
 
     def __post_init__(self) -> None:
@@ -161,7 +161,7 @@ class Med3DTrainer(_BaseTrainer):
         raise NotImplementedError
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:
-        """Write ``output_dir/README.md``: what was trained, the arguments that are not the defaults, the last figures."""
+        """Write ``output_dir/README.md``: what was trained, the last figures, arguments that are not the defaults."""
         if not self.is_world_process_zero():
             return
         name = model_name or Path(self.args.output_dir).name
