@@ -27,12 +27,26 @@ class ModelArguments:
     )
     latent_channels: int = field(default=16, metadata={"help": "Channels of the latent space."})
     num_res_blocks: int = field(default=1, metadata={"help": "Residual blocks per level."})
-    norm_num_groups: int = field(default=8, metadata={"help": "Groups of GroupNorm (kl)."})
+    norm_num_groups: int = field(
+        default=1,
+        metadata={
+            "help": "Groups of GroupNorm (kl). With one, the channels keep their ratio, so absolute intensity survives "
+            "the normalisation and a network trained on crops fits whole volumes."
+        },
+    )
+    use_convtranspose: bool = field(
+        default=True, metadata={"help": "Upsample with transposed convolutions (kl): finer detail at less compute."}
+    )
+    init_from: str | None = field(
+        default=None, metadata={"help": "Folder of an autoencoder whose weights training starts from."}
+    )
     num_embeddings: int = field(default=512, metadata={"help": "Codebook size (vq)."})
 
 
 def build(args: ModelArguments) -> AutoencoderKL3D | VQModel3D:
     """The network that the arguments describe."""
+    if args.init_from:
+        return (VQModel3D if args.kind == "vq" else AutoencoderKL3D).from_pretrained(args.init_from)
     if args.kind == "vq":
         return VQModel3D(
             channels=args.channels,
@@ -47,6 +61,7 @@ def build(args: ModelArguments) -> AutoencoderKL3D | VQModel3D:
         num_res_blocks=args.num_res_blocks,
         attention_levels=[False] * len(args.channels),
         norm_num_groups=args.norm_num_groups,
+        use_convtranspose=args.use_convtranspose,
     )
 
 

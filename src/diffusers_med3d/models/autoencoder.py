@@ -27,6 +27,7 @@ class AutoencoderKL3D(NormalizedLatentsMixin, ModelMixin, AutoencoderKL, ConfigM
         attention_levels: which levels have self-attention.
         norm_num_groups: groups of every GroupNorm; every entry of ``channels`` must be a multiple.
         with_encoder_nonlocal_attn, with_decoder_nonlocal_attn: attention in the middle of encoder / decoder.
+        use_convtranspose: upsample with transposed convolutions instead of nearest neighbour and convolution.
         latents_mean, latents_std: per-channel statistics of the raw latents over the training set.
     """
 
@@ -45,6 +46,7 @@ class AutoencoderKL3D(NormalizedLatentsMixin, ModelMixin, AutoencoderKL, ConfigM
         norm_eps: float = 1e-6,
         with_encoder_nonlocal_attn: bool = False,
         with_decoder_nonlocal_attn: bool = False,
+        use_convtranspose: bool = False,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
     ) -> None:
@@ -61,6 +63,7 @@ class AutoencoderKL3D(NormalizedLatentsMixin, ModelMixin, AutoencoderKL, ConfigM
             norm_eps=norm_eps,
             with_encoder_nonlocal_attn=with_encoder_nonlocal_attn,
             with_decoder_nonlocal_attn=with_decoder_nonlocal_attn,
+            use_convtranspose=use_convtranspose,
         )
         self.downsample_factor = 2 ** (len(channels) - 1)
         self.latent_channels = latent_channels

@@ -47,7 +47,10 @@ class AutoencoderConfig(Med3DConfig):
 
 
 class CropDataset(TorchDataset):
-    """Random crops (C, s, s, s) centred on the foreground, flipped left-right half of the time.
+    """Random crops (C, s, s, s), flipped left-right half of the time.
+
+    Half are centred on a foreground voxel, half lie anywhere: GroupNorm sees the whole input (PITFALLS P20), so the share
+    of background must vary in training as it does between a crop and a whole volume.
 
     Randomness comes from torch's global generator, whose state checkpoints keep.
     """
@@ -68,10 +71,12 @@ class CropDataset(TorchDataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         volume = self.volumes[index]
         if self.crop_size:
-            foreground = self.foreground[index]
-            centre = foreground[torch.randint(len(foreground), ())]
             limit = torch.tensor(volume.shape[1:]) - self.crop_size
-            x, y, z = (centre - self.crop_size // 2).clamp(min=torch.zeros(3).long(), max=limit).tolist()
+            corner = (torch.rand(3) * (limit + 1)).long()
+            if torch.rand(()) < 0.5:
+                foreground = self.foreground[index]
+                corner = foreground[torch.randint(len(foreground), ())] - self.crop_size // 2
+            x, y, z = corner.clamp(min=torch.zeros_like(limit), max=limit).tolist()
             volume = volume[:, x : x + self.crop_size, y : y + self.crop_size, z : z + self.crop_size]
         if torch.rand(()) < 0.5:
             volume = volume.flip(1)
