@@ -15,8 +15,10 @@ import diffusers_med3d  # noqa: F401  (registers the classes with diffusers)
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.figures import curves
+from diffusers_med3d.hub import resolve
 from diffusers_med3d.trainers.base import checkpoint_to_resume
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
+from diffusers_med3d.trainers.spectrum_data import read_training_subjects
 
 
 @dataclass
@@ -28,7 +30,7 @@ class ModelArguments:
         default=None, metadata={"help": "Subfolder, such as vae when --autoencoder is a whole pipeline."}
     )
     init_from: str | None = field(
-        default=None, metadata={"help": "Pipeline whose UNet training starts from; random weights when not set."}
+        default=None, metadata={"help": "Local pipeline whose UNet training starts from; random weights when not set."}
     )
     part: str = field(default="train", metadata={"help": "Part of the split to train on: train, or its fold a or b."})
     channels: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "Channels per level."})
@@ -43,9 +45,9 @@ def main() -> None:
         [DataArguments, ModelArguments, LatentDiffusionConfig]
     ).parse_args_into_dataclasses()
     set_seed(args.seed)
-    autoencoder = AutoModel.from_pretrained(model.autoencoder, subfolder=model.autoencoder_subfolder)
+    autoencoder = AutoModel.from_pretrained(resolve(model.autoencoder), subfolder=model.autoencoder_subfolder)
     if model.init_from:
-        unet = DiffusionUNet3D.from_pretrained(model.init_from, subfolder="unet")
+        unet = DiffusionUNet3D.from_pretrained(resolve(model.init_from), subfolder="unet")
     else:
         unet = DiffusionUNet3D(
             in_channels=autoencoder.latent_channels,
@@ -71,6 +73,7 @@ def main() -> None:
         args=args,
         train_dataset=VolumeDataset.from_arguments(data, model.part),
         eval_dataset=VolumeDataset.from_arguments(data, "validation"),
+        earlier_subjects=read_training_subjects(resolve(model.init_from)) if model.init_from else (),
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     trainer.save_model()

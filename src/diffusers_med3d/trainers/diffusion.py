@@ -1,5 +1,7 @@
 """Stage 2: pre-train the latent diffusion model."""
 
+import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from ..data import VolumeDataset
 from ..data.latents import LatentDataset
 from ..pipeline import MedDiffusion3DPipeline
 from .base import Med3DConfig, Med3DTrainer
+from .spectrum_data import TRAINING_SUBJECTS
 
 
 @dataclass
@@ -53,6 +56,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
         args: arguments.
         train_dataset: scans.
         eval_dataset: validation scans, for the validation loss, KID and pictures.
+        earlier_subjects: subjects that the UNet was trained on before, when training starts from another generator.
     """
 
     _name = "LatentDiffusion"
@@ -63,9 +67,11 @@ class LatentDiffusionTrainer(Med3DTrainer):
         args: LatentDiffusionConfig,
         train_dataset: VolumeDataset,
         eval_dataset: VolumeDataset | None = None,
+        earlier_subjects: Collection[str] = (),
         **kwargs,
     ) -> None:
         self.pipeline = model
+        self.training_subjects = {item["subject"] for item in train_dataset} | set(earlier_subjects)
         self.pipeline.vae.requires_grad_(False)
         cache = Path(args.output_dir) / "cache"
         with args.main_process_first(desc="encoding scans"):
@@ -153,8 +159,9 @@ class LatentDiffusionTrainer(Med3DTrainer):
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the whole pipeline."""
+        """Write the whole pipeline, and beside it which subjects it was trained on."""
         self.pipeline.save_pretrained(folder)
+        (Path(folder) / TRAINING_SUBJECTS).write_text(json.dumps(sorted(self.training_subjects), indent=1) + "\n")
 
 
 def default_scheduler() -> DDIMScheduler:
