@@ -16,6 +16,10 @@ from .rewards import SliceReward, VolumeReward
 
 if TYPE_CHECKING:
     from .trainers.autoencoder import AutoencoderConfig, AutoencoderTrainer
+    from .trainers.ddpo import DDPOTrainer
+    from .trainers.ddpo_config import DDPOConfig
+    from .trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer
+    from .trainers.reward import RewardModelConfig, RewardModelTrainer
 
 __version__ = "0.1.0"
 
@@ -39,16 +43,28 @@ for _class in (
 _TRAINERS = {
     "AutoencoderConfig": ".trainers.autoencoder",
     "AutoencoderTrainer": ".trainers.autoencoder",
+    "DDPOTrainer": ".trainers.ddpo",
+    "DDPOConfig": ".trainers.ddpo_config",
+    "LatentDiffusionConfig": ".trainers.diffusion",
+    "LatentDiffusionTrainer": ".trainers.diffusion",
+    "RewardModelConfig": ".trainers.reward",
+    "RewardModelTrainer": ".trainers.reward",
 }
 
 __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL3D",
     "AutoencoderTrainer",
+    "DDPOConfig",
+    "DDPOTrainer",
     "DiffusionUNet3D",
+    "LatentDiffusionConfig",
+    "LatentDiffusionTrainer",
     "MedDiffusion3DPipeline",
     "MedDiffusion3DPipelineOutput",
     "ModelMixin",
+    "RewardModelConfig",
+    "RewardModelTrainer",
     "SchedulerMixin",
     "SliceReward",
     "SliceRewardModel",

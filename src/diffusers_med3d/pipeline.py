@@ -394,8 +394,6 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         if strength is None:
             return self.scheduler.timesteps
         start = (num_inference_steps - round(strength * num_inference_steps)) * self.scheduler.order
-        if hasattr(self.scheduler, "set_begin_index"):  # schedulers that count their steps; DDPM and DDIM do not
-            self.scheduler.set_begin_index(start)
         return self.scheduler.timesteps[start:]
 
     def _first_latents(

@@ -1,6 +1,7 @@
 """VQModel3D: MONAI's VQVAE as a diffusers model (trained with a discriminator it is a 3D VQ-GAN)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -31,6 +32,7 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
+    _keep_in_fp32_modules = ["quantizer"]  # MONAI's quantiser compares float32 latents with the codebook
 
     @register_to_config
     def __init__(
@@ -67,6 +69,11 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = None
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Self:
+        super()._apply(fn, *args, **kwargs)
+        self.quantizer.float()  # ... also after ``.to(dtype)`` and ``.half()``
+        return self
+
     def _run(self, blocks: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
         checkpoint = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in blocks:
@@ -81,7 +88,7 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
 
     def decode(self, quantizations: torch.Tensor) -> torch.Tensor:
         """Quantised latents (B, embedding_dim, x, y, z) to volumes (B, C, x*f, y*f, z*f), not clamped."""
-        return self._run(self.decoder.blocks, quantizations)
+        return self._run(self.decoder.blocks, quantizations.to(self.dtype))
 
     def encode_moments(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = self.encode(volumes)
@@ -89,4 +96,4 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
 
     def decode_raw(self, latents: torch.Tensor) -> torch.Tensor:
         quantized, _ = self.quantize(latents)
-        return self.decode(quantized.to(self.dtype))
+        return self.decode(quantized)
