@@ -120,6 +120,8 @@ class Med3DTrainer(_BaseTrainer):
     """
 
     loss_is_scaled_for_ga = False
+    card_notes = ""
+    """Markdown that the model card starts with: results, pictures."""
     _name = "Med3D"
     _tag_names = ["diffusers-med3d"]
 
@@ -175,6 +177,7 @@ class Med3DTrainer(_BaseTrainer):
         results = [f"| {key} | {value:.5g} |" for key, value in figures_of.items() if key.startswith("eval_")]
         lines = [
             f"Trained with `diffusers_med3d.{type(self).__name__}`, {self.state.global_step} optimizer steps.",
+            *(["", self.card_notes] if self.card_notes else []),
             *(["", "| validation figure | value |", "|---|---|", *results] if results else []),
             *(["", "## Arguments", "", "| argument | value |", "|---|---|", *changed] if changed else []),
         ]

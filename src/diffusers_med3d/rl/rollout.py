@@ -1,0 +1,118 @@
+"""Sampling trajectories: noise that a resumed or a distributed run draws again, and a window of stochastic steps.
+
+Only the steps inside a short window are stochastic (and can be trained); the others are deterministic, so a rollout
+needs few steps and its gradient little memory: MixGRPO (Li et al. 2025, arXiv 2507.21802), Flow-GRPO-Fast. Where the
+window lies is drawn per rollout and is the same for every sample and rank.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.utils.torch_utils import randn_tensor
+
+from .transition import deterministic_step, log_prob, transition
+
+Predict = Callable[[torch.Tensor, int], torch.Tensor]  # (x_t (B, C, X, Y, Z), t) -> model output, guidance included
+
+
+class Trajectory(NamedTuple):
+    """What an update needs of B samples, in float32: half-precision states would shift the log-probabilities."""
+
+    steps: tuple[int, ...]  # indices into scheduler.timesteps of the W trained steps
+    states: torch.Tensor  # (W, B, C, X, Y, Z), x_t of each trained step
+    next_states: torch.Tensor  # (W, B, C, X, Y, Z), x_{t-1} of each trained step
+    log_probs: torch.Tensor  # (W, B)
+    final: torch.Tensor  # (B, C, X, Y, Z), x_0
+
+
+def derive_seed(*keys: int) -> int:
+    """One 63-bit seed from integers such as (seed, rollout, sample): the same on every machine, unlike `hash`."""
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def generators_for(keys: Sequence[Sequence[int]]) -> list[torch.Generator]:
+    """One CPU generator per sample, so that a sample does not depend on its batch, rank or device."""
+    return [torch.Generator().manual_seed(derive_seed(*key)) for key in keys]
+
+
+def rollout_window(
+    num_steps: int,
+    window_size: int,
+    fraction: float,
+    seed: int,
+    window_range: Sequence[int] | None = None,
+) -> tuple[range, tuple[int, ...]]:
+    """Which steps of a rollout are stochastic, and which of those are trained.
+
+    Args:
+        num_steps: rollout steps; the last one is deterministic and never in the window.
+        window_size: length of the stochastic window, 0 = all of them.
+        fraction: share of the window's steps that is trained (at least one), drawn without replacement.
+        seed: shared by all ranks, e.g. `derive_seed(seed, rollout)`.
+        window_range: first and one-past-last step in which the window may lie, default (0, num_steps - 1).
+
+    Raises:
+        ValueError: if the window does not fit.
+    """
+    first, end = (0, num_steps - 1) if window_range is None else window_range
+    size = (end - first) if window_size == 0 else window_size
+    if not 0 <= first < end <= num_steps - 1:
+        raise ValueError(
+            f"The stochastic window must lie in [0, {num_steps - 1}) (the last of {num_steps} steps is deterministic); "
+            f"found [{first}, {end})."
+        )
+    if not 0 < size <= end - first:
+        raise ValueError(f"A stochastic window of {size} steps does not fit in [{first}, {end}).")
+    generator = torch.Generator().manual_seed(seed)
+    start = first + int(torch.randint(end - first - size + 1, (1,), generator=generator))
+    count = max(1, round(size * fraction))
+    chosen = torch.randperm(size, generator=generator)[:count].sort().values
+    return range(start, start + size), tuple(start + int(i) for i in chosen)
+
+
+@torch.inference_mode(False)  # inference tensors could not be used in the update
+@torch.no_grad()
+def rollout(
+    predict: Predict,
+    scheduler: DDIMScheduler | DDPMScheduler,
+    initial: torch.Tensor,
+    step_generators: list[torch.Generator],
+    window: range,
+    trained: Sequence[int],
+    eta: float = 1.0,
+    storage_device: torch.device | str | None = None,
+) -> Trajectory:
+    """Denoise `initial` (B, C, X, Y, Z) with the scheduler's timesteps, keeping what the trained steps need.
+
+    Args:
+        predict: the policy, the very same callable as in the update.
+        scheduler: DDIM or DDPM, with `set_timesteps` called.
+        step_generators: one per sample, for the noise inside the window.
+        window, trained: from `rollout_window`; `trained` lies inside `window`.
+        storage_device: where states are kept, e.g. "cpu" to offload them; default where they are.
+    """
+    kept: dict[str, list[torch.Tensor]] = {"states": [], "next": [], "log_probs": []}
+    sample = initial.float() * scheduler.init_noise_sigma
+    for index, timestep in enumerate(scheduler.timesteps.tolist()):
+        output = predict(sample, timestep)
+        if index not in window:
+            sample = deterministic_step(scheduler, output, timestep, sample)
+            continue
+        step = transition(scheduler, output, timestep, sample, eta)
+        noise = randn_tensor(tuple(sample.shape), generator=step_generators, device=sample.device)
+        following = step.mean + step.std * noise
+        if index in trained:
+            kept["states"].append(sample.to(storage_device or sample.device))
+            kept["next"].append(following.to(storage_device or sample.device))
+            kept["log_probs"].append(log_prob(following, step))
+        sample = following
+    return Trajectory(
+        tuple(trained),
+        torch.stack(kept["states"]),
+        torch.stack(kept["next"]),
+        torch.stack(kept["log_probs"]),
+        sample,
+    )

@@ -1,0 +1,595 @@
+"""Stage 4: fine-tune a 3D diffusion model with PPO against any rewards (DDPO with group-relative advantages).
+
+The denoising chain is a Markov decision process whose actions are the stochastic denoising steps (DDPO, Black et al.
+2023, arXiv 2305.13301); the loop reads rollout -> rewards -> advantages -> clipped update.
+
+Why this is still PPO although it has no critic: PPO (Schulman et al. 2017, arXiv 1707.06347) is the clipped surrogate
+on samples of an older policy, for *any* advantage estimate. A critic is one way to get the baseline that is subtracted
+from the return. Here the reward comes once, after the last step, so all actions of a chain share one return, and the
+baseline is the mean reward of other samples of the same condition: a Monte-Carlo estimate of the value of that
+condition, without the bias of a value network, that costs samples instead of a second 3D network (Shao et al. 2024,
+arXiv 2402.03300). The KL to the pre-trained policy is a penalty of its own, in closed form, since every step is a
+Gaussian of known variance.
+"""
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_utils import set_seed
+
+from ..figures import orthogonal_views
+from ..metrics import diversity, sharpness
+from ..pipeline import MedDiffusion3DPipeline, guided_prediction
+from ..rewards import SliceReward, VolumeReward
+from ..rl import (
+    Trajectory,
+    check_scheduler,
+    clip_fraction,
+    clipped_loss,
+    derive_seed,
+    gaussian_kl,
+    generators_for,
+    group_advantages,
+    log_prob,
+    rollout,
+    rollout_window,
+    transition,
+)
+from .base import Med3DTrainer
+from .ddpo_config import DDPOConfig
+from .lora import add_lora, enable_lora, lora_layers, merged, save_lora
+from .scoring import RewardFunc, reward_names, score
+
+LABEL_COLUMN = "class_label"
+INITIAL, SHARED_INITIAL, STEP, EVALUATION = range(4)  # what a random stream is for; part of its seed
+CLIP_WARNING_AFTER = 10  # log entries
+REFERENCE_FILE = "reference.safetensors"
+DIVERSITY_OF = 8  # volumes; the number of pairs grows with its square
+MAXIMUM = "ratio/first_step"  # largest |ratio - 1| before any update of a rollout: 0, or something is wrong
+PIPELINE_CONFIG = ("volume_shape", "spacing", "orientation", "class_names", "channel_names", "intensity")
+
+
+class Chunk(NamedTuple):
+    """B samples that go through the network together, in the rollout and in every update."""
+
+    trajectory: Trajectory
+    labels: torch.Tensor | None  # (B,)
+    advantages: torch.Tensor  # (B,)
+
+
+class Scored(NamedTuple):
+    """`volumes` of this process (n, C, X, Y, Z) on the CPU, `labels` (n,); `rewards` (N, R) of all processes."""
+
+    volumes: torch.Tensor
+    labels: torch.Tensor | None
+    rewards: torch.Tensor
+
+
+def _reduce(name: str, values: torch.Tensor) -> torch.Tensor:
+    """What one process logs of the values (n,) it recorded since the last entry."""
+    return values.max() if name == MAXIMUM else values.sum() if name.startswith("seconds/") else values.nanmean()
+
+
+class _Boundaries(TrainerCallback):
+    """Moves checkpoints between two rollouts (a rollout is not stored) and refreshes the reference after a step."""
+
+    def __init__(self, trainer: "DDPOTrainer") -> None:
+        self.trainer = trainer
+        self.save_is_due = False
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.save_is_due |= control.should_save
+        is_boundary = state.global_step % self.trainer.updates_per_rollout == 0 or state.global_step >= state.max_steps
+        control.should_save = self.save_is_due and is_boundary
+        self.save_is_due &= not control.should_save
+        if args.sync_ref_model and state.global_step % args.ref_model_sync_steps == 0:
+            self.trainer.sync_reference()
+
+
+class DDPOTrainer(Med3DTrainer):
+    """Fine-tunes the UNet of a pipeline with PPO.
+
+    Args:
+        model: pipeline with a DDIM or DDPM scheduler, or what `MedDiffusion3DPipeline.from_pretrained` takes. Its UNet
+        is
+            trained in place.
+        reward_funcs: one or more callables `f(volumes, **conditions) -> list[float | None] | Tensor[B]`, sync or async.
+            `volumes` is float32 (B, C, X, Y, Z) in [0, 1]; `conditions` are the dataset's columns as lists of B. None
+            or NaN means "could not score": that sample gets zero advantage.
+        args: see `DDPOConfig`.
+        train_dataset: conditions, one per row. Column `class_label` (index, name or None) conditions the generator;
+            all columns go to the reward functions. Three rows are enough: rows are used again.
+        eval_dataset: conditions of the evaluation, default `train_dataset`.
+        peft_config: LoRA instead of full fine-tuning; with `target_modules=None` all linear layers and convolutions but
+            the 1x1x1 ones. The reference policy is then the UNet with the adapters off.
+        callbacks, optimizers: as in `transformers.Trainer`.
+
+    Evaluation and `save_pretrained` use the average of the weights (`ema_decay`). Dropout is off in rollout and update.
+    Noise is keyed by (seed, rollout, global sample index): a resumed run repeats exactly, and two processes draw what
+    one process would have drawn.
+
+    Raises:
+        ValueError: for a scheduler without step densities, sizes that do not divide, unknown class labels.
+    """
+
+    _name = "DDPO"
+    _tag_names = ["diffusers-med3d", "reinforcement-learning", "ddpo", "ppo"]
+
+    def __init__(
+        self,
+        model: MedDiffusion3DPipeline | str,
+        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        args: DDPOConfig | None = None,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+    ) -> None:
+        args = DDPOConfig() if args is None else args
+        pipeline = model if isinstance(model, MedDiffusion3DPipeline) else MedDiffusion3DPipeline.from_pretrained(model)
+        self.pipeline = pipeline
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.reward_names = reward_names(self.reward_funcs)
+        if not self.reward_funcs:
+            raise ValueError("reward_funcs is empty; give at least one callable f(volumes, **conditions).")
+        if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
+            raise ValueError(f"Found {len(args.reward_weights)} reward_weights for rewards {self.reward_names}.")
+        if train_dataset is None or len(train_dataset) == 0:
+            raise ValueError(
+                "train_dataset must hold at least one condition, e.g. Dataset.from_dict({'class_label': [0]})."
+            )
+
+        for conditions in (train_dataset, eval_dataset):
+            if conditions is not None and LABEL_COLUMN in conditions.column_names:
+                pipeline.encode_class_labels(
+                    list(conditions[LABEL_COLUMN]), len(conditions)
+                )  # refuses unknown ones now
+        check_scheduler(pipeline.scheduler, args.eta)
+        self.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        self.scheduler.set_timesteps(args.num_inference_steps)
+        self._window(args, 0)  # refuses a window that does not fit
+
+        set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
+        unet = pipeline.unet.to(torch.float32)
+        pipeline.vae.requires_grad_(False).eval()
+        self.reference: nn.Module | None = None
+        if peft_config is not None:
+            if args.sync_ref_model:
+                raise ValueError(
+                    "sync_ref_model is for full fine-tuning: with LoRA the reference is the frozen base itself."
+                )
+            add_lora(unet, peft_config)
+        else:
+            unet.requires_grad_(True)
+            if args.beta > 0:
+                self.reference = type(unet).from_config(unet.config)
+                self.reference.load_state_dict(unet.state_dict())
+                self.reference.requires_grad_(False).eval()
+
+        super().__init__(
+            model=unet,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=train_dataset if eval_dataset is None else eval_dataset,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        self.add_callback(_Boundaries(self))
+        device = self.accelerator.device
+        pipeline.vae.to(device)
+        if self.reference is not None:
+            self.reference.to(device)
+        for func in self.reward_funcs:
+            if isinstance(func, VolumeReward | SliceReward):
+                func.to(device)
+
+        self.samples_per_process = args.per_device_train_batch_size * args.steps_per_generation
+        total = self.samples_per_process * self.accelerator.num_processes
+        if total % args.num_generations:
+            raise ValueError(
+                f"A rollout of {self.accelerator.num_processes} processes x {args.per_device_train_batch_size} "
+                f"per_device_train_batch_size x {args.steps_per_generation} steps_per_generation = {total} samples "
+                f"must be a multiple of num_generations ({args.num_generations})."
+            )
+        self.conditions_per_rollout = total // args.num_generations
+        self.rollouts_per_epoch = -(-len(train_dataset) // self.conditions_per_rollout)
+        self.batches_per_rollout = args.num_iterations * args.steps_per_generation
+        self.updates_per_rollout = self.batches_per_rollout // args.gradient_accumulation_steps
+        vae = pipeline.vae
+        self.latent_shape = (vae.latent_channels, *vae.latent_shape(tuple(pipeline.config.volume_shape)))
+
+        self._chunks: list[Chunk] = []
+        self._rollout_index = -1
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._clip_history: list[float] = []
+
+    # Rollout: what is sampled is a function of (seed, rollout index, sample index) and of the weights, of nothing else.
+
+    def _window(self, args: DDPOConfig, index: int) -> tuple[range, tuple[int, ...]]:
+        return rollout_window(
+            len(self.scheduler.timesteps),
+            args.sde_window_size,
+            args.timestep_fraction,
+            derive_seed(args.seed, index),
+            args.sde_window_range,
+        )
+
+    def _condition_rows(self, index: int) -> list[int]:
+        """Rows of `train_dataset` for rollout `index`: a new permutation every epoch, filled up by wrapping."""
+        epoch, position = divmod(index, self.rollouts_per_epoch)
+        generator = torch.Generator().manual_seed(derive_seed(self.args.seed, epoch))
+        order = torch.randperm(len(self.train_dataset), generator=generator).tolist()
+        first = position * self.conditions_per_rollout
+        return [order[(first + i) % len(order)] for i in range(self.conditions_per_rollout)]
+
+    def _labels(self, conditions: datasets.Dataset) -> torch.Tensor | None:
+        labels = conditions[LABEL_COLUMN] if LABEL_COLUMN in conditions.column_names else None
+        encoded = self.pipeline.encode_class_labels(None if labels is None else list(labels), len(conditions))
+        return None if encoded is None else encoded.to(self.accelerator.device)
+
+    def _predict(
+        self, model: nn.Module, sample: torch.Tensor, timestep: int, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The one way to ask a policy, in rollout, update and reference: same guidance, same autocast, float32 out."""
+        with self.accelerator.autocast():
+            return guided_prediction(model, sample, timestep, labels, self.args.guidance_scale).float()
+
+    def _noise(self, keys: list[tuple[int, ...]]) -> torch.Tensor:
+        shape = (len(keys), *self.latent_shape)
+        return randn_tensor(shape, generator=generators_for(keys), device=self.accelerator.device)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (B, c, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1], in chunks."""
+        with self.accelerator.autocast():
+            return self.pipeline.decode(latents.to(self.accelerator.device), self.args.decode_batch_size).float()
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._metrics[f"seconds/{phase}"].append(time.perf_counter() - start)
+
+    def _generate(self, model: nn.Module, index: int) -> list[Chunk]:
+        """One rollout: sample, decode, score, compare. The layout of its P x G samples, here P = 3, G = 4, two
+        processes:
+
+        condition    0 1 2 0 1 2 | 0 1 2 0 1 2
+        generation   0 0 0 1 1 1 | 2 2 2 3 3 3
+        sample       0 1 2 3 4 5 | 6 7 8 9 .. 11
+                     process 0   |   process 1      each cut into chunks of per_device_train_batch_size
+        """
+        args, seed = self.args, self.args.seed
+        window, trained = self._window(args, index)
+        rows = self._condition_rows(index)
+        start = self.accelerator.process_index * self.samples_per_process
+        samples = range(start, start + self.samples_per_process)
+        conditions = self.train_dataset.select([rows[i % len(rows)] for i in samples])
+        labels = self._labels(conditions)
+        storage = "cpu" if args.offload_trajectories else None
+
+        trajectories, chunk_labels = [], []
+        with self._timed("rollout"):
+            for first in range(0, len(samples), args.per_device_train_batch_size):
+                chunk = samples[first : first + args.per_device_train_batch_size]
+                own = labels[first : first + len(chunk)] if labels is not None else None
+                if args.share_initial_noise:
+                    initial = self._noise([(seed, index, SHARED_INITIAL, i % len(rows)) for i in chunk])
+                else:
+                    initial = self._noise([(seed, index, INITIAL, i) for i in chunk])
+                trajectories.append(
+                    rollout(
+                        lambda sample, t, own=own: self._predict(model, sample, t, own),
+                        self.scheduler,
+                        initial,
+                        generators_for([(seed, index, STEP, i) for i in chunk]),
+                        window,
+                        trained,
+                        args.eta,
+                        storage,
+                    )
+                )
+                chunk_labels.append(own)
+        with self._timed("decode"):
+            volumes = torch.cat([self.decode(t.final).to(storage or t.final.device) for t in trajectories])
+        with self._timed("reward"):
+            columns = {name: list(conditions[name]) for name in conditions.column_names}
+            own_rewards = score(self.reward_funcs, self.reward_names, volumes, columns)
+        rewards = self.accelerator.gather(own_rewards.to(self.accelerator.device)).cpu()  # (G * P, R), by sample index
+
+        by_condition = rewards.view(args.num_generations, len(rows), -1).transpose(0, 1).reshape(rewards.shape)
+        advantages = group_advantages(
+            by_condition,
+            args.num_generations,
+            args.reward_weights,
+            args.multi_objective_aggregation,
+            args.scale_rewards,
+            args.advantage_clip,
+        )
+        values = advantages.values.view(len(rows), args.num_generations).T.reshape(-1)[start : start + len(samples)]
+        with self._timed("metrics"):
+            self._record_rollout(rewards, advantages.frac_zero_std, volumes, rows, samples)
+        values = values.to(self.accelerator.device).split(args.per_device_train_batch_size)
+        return [Chunk(*parts) for parts in zip(trajectories, chunk_labels, values, strict=True)]
+
+    def _record_rollout(
+        self, rewards: torch.Tensor, frac_zero_std: torch.Tensor, volumes: torch.Tensor, rows: list[int], samples: range
+    ) -> None:
+        for r, name in enumerate(self.reward_names):
+            scored = rewards[:, r][~rewards[:, r].isnan()]
+            if len(scored):
+                self._metrics[f"rewards/{name}/mean"].append(scored.mean().item())
+                self._metrics[f"rewards/{name}/std"].append(scored.std(correction=0).item())
+            self._metrics[f"rewards/{name}/frac_zero_std"].append(frac_zero_std[r].item())
+        self._metrics["rewards/unscored"].append(rewards.isnan().any(dim=1).float().mean().item())
+        # Never rewards: if these fall while rewards rise, the rewards are being cheated
+        self._metrics["quality/sharpness"].append(sharpness(volumes).nanmean().item())
+        first_condition = [j for j, i in enumerate(samples) if i % len(rows) == 0][:DIVERSITY_OF]
+        spread = diversity(volumes[first_condition]).mean if len(first_condition) > 1 else float("nan")
+        self._metrics["quality/diversity"].append(spread)
+
+    # Update
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Numbers of the batches of one epoch. Every process gets all of them: samples are divided in `_generate`."""
+        count = self.rollouts_per_epoch * self.batches_per_rollout
+        return DataLoader(range(count), batch_size=1, collate_fn=lambda items: {"batch": items[0]})
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One chunk of samples: the gradients of its trained steps add up, each step in a backward pass of its own."""
+        accumulation = self.args.gradient_accumulation_steps
+        batch = self.state.global_step * accumulation + inputs["batch"] % accumulation
+        index, position = divmod(batch, self.batches_per_rollout)
+        model.eval()  # dropout in the update and none in the rollout would be another policy
+        if index != self._rollout_index:
+            self._chunks = []  # frees the last rollout before the next one is made
+            self._chunks = self._generate(model, index)
+            self._rollout_index = index
+
+        chunk = self._chunks[position % len(self._chunks)]
+        trajectory, device = chunk.trajectory, self.accelerator.device
+        synchronize = self.accelerator.sync_gradients
+        total = torch.zeros((), device=device)
+        with self._timed("update"):
+            for w, step in enumerate(trajectory.steps):
+                is_last = w == len(trajectory.steps) - 1
+                self.accelerator.gradient_state._set_sync_gradients(synchronize and is_last)
+                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                    transition_inputs = {
+                        "timestep": int(self.scheduler.timesteps[step]),
+                        "states": trajectory.states[w].to(device),
+                        "next_states": trajectory.next_states[w].to(device),
+                        "log_probs": trajectory.log_probs[w],
+                        "advantages": chunk.advantages,
+                        "labels": chunk.labels,
+                        "on_policy": position < accumulation,
+                    }
+                    loss = self.compute_loss(model, transition_inputs) / (len(trajectory.steps) * accumulation)
+                    self.accelerator.backward(loss, **self._backward_options())
+                total += loss.detach()
+        if not total.isfinite():
+            raise FloatingPointError(
+                f"The loss is {total.item()} after {self.state.global_step} optimizer steps. Lower learning_rate, or, "
+                "on a CPU, try bf16=False (torch 2.13 gives NaN gradients for bf16 3D convolutions of 2x2x2 voxels)."
+            )
+        return total
+
+    def _backward_options(self) -> dict[str, bool]:
+        return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Clipped surrogate plus beta times KL, mean over B transitions at one timestep."""
+        args, states, t = self.args, inputs["states"], inputs["timestep"]
+        reference = self._reference_transition(states, t, inputs["labels"])
+        step = transition(self.scheduler, self._predict(model, states, t, inputs["labels"]), t, states, args.eta)
+        advantages = inputs["advantages"]
+        losses, ratio = clipped_loss(
+            log_prob(inputs["next_states"], step), inputs["log_probs"], advantages, args.epsilon
+        )
+        loss = losses.mean()
+        if reference is not None:
+            kl = gaussian_kl(step, reference).mean()
+            loss = loss + args.beta * kl
+            self._metrics["kl"].append(kl.item())
+        ratio = ratio.detach()
+        self._metrics["ratio/mean"].append(ratio.mean().item())
+        if inputs["on_policy"]:
+            self._metrics[MAXIMUM].append((ratio - 1).abs().max().item())
+        else:
+            self._metrics["clip_ratio"].append(clip_fraction(ratio, advantages, args.epsilon).item())
+        return loss
+
+    def _reference_transition(self, states: torch.Tensor, t: int, labels: torch.Tensor | None):
+        if self.args.beta == 0:
+            return None
+        with torch.no_grad():
+            if self.reference is not None:
+                output = self._predict(self.reference, states, t, labels)
+            else:
+                enable_lora(self.model, False)
+                try:
+                    output = self._predict(self.model, states, t, labels)
+                finally:
+                    enable_lora(self.model, True)
+            return transition(self.scheduler, output, t, states, self.args.eta)
+
+    def sync_reference(self) -> None:
+        """Let the reference policy be the current one from here on."""
+        self.reference.load_state_dict(self.model.state_dict())
+
+    # Logs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds to the entries of training what was recorded since the last one, averaged over batches and processes."""
+        if "loss" in logs and self._metrics:
+            names = sorted(self._metrics)  # the same on every process, or gathering would hang
+            values = [torch.tensor(self._metrics[name]) for name in names]
+            own = torch.stack([_reduce(n, v) for n, v in zip(names, values, strict=True)])
+            everyone = self.accelerator.gather(own.to(self.accelerator.device)[None])  # (processes, metrics)
+            for name, column in zip(names, everyone.unbind(dim=1), strict=True):
+                logs[name] = (column.max() if name == MAXIMUM else column.nanmean()).item()
+            self._metrics.clear()
+            self._warn_about(logs)
+        super().log(logs, start_time)
+
+    def _warn_about(self, logs: dict[str, float]) -> None:
+        if logs.get(MAXIMUM, 0.0) > self.args.epsilon:
+            warnings.warn(
+                f"{MAXIMUM} is {logs[MAXIMUM]:.1e}, more than epsilon ({self.args.epsilon:.1e}): rollout and update "
+                "disagree about one policy (a reward that changes the network, a layer that is not deterministic?).",
+                stacklevel=2,
+            )
+        if "clip_ratio" not in logs:
+            return
+        self._clip_history.append(logs["clip_ratio"])
+        recent = self._clip_history[-CLIP_WARNING_AFTER:]
+        if len(self._clip_history) == CLIP_WARNING_AFTER and len(set(recent)) == 1 and recent[0] in (0.0, 1.0):
+            advice = (
+                "never acts: lower epsilon or raise the learning rate"
+                if recent[0] == 0.0
+                else "always acts: raise epsilon"
+            )
+            warnings.warn(
+                f"clip_ratio was {recent[0]:.0f} in {CLIP_WARNING_AFTER} log entries in a row: "
+                f"epsilon={self.args.epsilon} {advice}. Log-probabilities are means over the latent, so a fitting "
+                "epsilon depends on its size.",
+                stacklevel=2,
+            )
+
+    # Evaluation
+
+    @torch.no_grad()
+    def sample_and_score(
+        self,
+        conditions: datasets.Dataset,
+        num_generations: int = 1,
+        seed: int | None = None,
+        description: str = "Sampling",
+    ) -> Scored:
+        """Sample with the averaged weights, `eval_num_inference_steps` steps without noise, and score.
+
+        Sample i belongs to row `i // num_generations`; its noise depends on the seed and i alone, so that calls before
+        and after training can be compared in pairs. With several processes each makes its share.
+        """
+        seed = self.args.seed if seed is None else seed
+        total, processes = len(conditions) * num_generations, self.accelerator.num_processes
+        share = -(-total // processes)
+        own = [min(self.accelerator.process_index * share + i, total - 1) for i in range(share)]
+        rows = conditions.select([i // num_generations for i in own])
+        labels = self._labels(rows)
+        self.model.eval()
+        volumes = []
+        bar = tqdm(
+            total=share,
+            desc=description,
+            unit="volume",
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        )
+        sampler = self._pipeline_with(self.model)
+        sampler.set_progress_bar_config(disable=True)
+        with self.ema_weights(), bar:
+            for first in range(0, share, self.args.per_device_eval_batch_size):
+                chunk = own[first : first + self.args.per_device_eval_batch_size]
+                keys = [(seed, 0, EVALUATION, i) for i in chunk]
+                with self.accelerator.autocast():
+                    latents = sampler(
+                        class_labels=None if labels is None else labels[first : first + len(chunk)],
+                        latents=self._noise(keys),
+                        num_inference_steps=self.args.eval_num_inference_steps,
+                        guidance_scale=self.args.guidance_scale,
+                        generator=generators_for([(*key, STEP) for key in keys]),
+                        output_type="latent",
+                    ).volumes
+                volumes.append(self.decode(latents).cpu())
+                bar.update(len(chunk))
+        volumes = torch.cat(volumes)
+        columns = {name: list(rows[name]) for name in rows.column_names}
+        rewards = score(self.reward_funcs, self.reward_names, volumes.to(self.accelerator.device), columns)
+        rewards = self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()[:total]
+        return Scored(volumes, labels, rewards)
+
+    def evaluate(
+        self,
+        eval_dataset: datasets.Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Rewards and quality of `num_generations_eval` samples per condition, from the same noise every time."""
+        conditions = self.eval_dataset if eval_dataset is None else eval_dataset
+        start = time.perf_counter()
+        scored = self.sample_and_score(conditions, self.args.num_generations_eval)
+        metrics = {f"rewards/{name}": scored.rewards[:, r].nanmean().item() for r, name in enumerate(self.reward_names)}
+        local = {"quality/sharpness": sharpness(scored.volumes).nanmean().item()}
+        if len(scored.volumes) > 1:
+            local["quality/diversity"] = diversity(scored.volumes[:DIVERSITY_OF]).mean
+        gathered = self.accelerator.gather(torch.tensor([list(local.values())], device=self.accelerator.device)).mean(
+            dim=0
+        )
+        metrics |= dict(zip(local, gathered.tolist(), strict=True))
+        metrics["runtime"] = time.perf_counter() - start
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        if scored.volumes.shape[1] == 1:
+            picture = orthogonal_views({"samples": scored.volumes[:4]}, self.pipeline.config.spacing)
+            self.log_figure(f"{metric_key_prefix}_samples", picture)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # Saving
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a whole pipeline that `MedDiffusion3DPipeline.from_pretrained(folder)` loads, with the averaged
+        weights.
+
+        With LoRA the adapters are *merged* into the UNet that is written, so that loading needs no PEFT, and written
+        once more alone as `pytorch_lora_weights.safetensors`, to be put on the base pipeline (not on this one, which
+        has them). Only the main process writes and nobody waits, so it may be called on one process or on all.
+        """
+        if not self.is_world_process_zero():
+            return
+        with self.ema_weights():
+            self._pipeline_with(merged(self.model)).save_pretrained(folder)
+            if lora_layers(self.model):
+                save_lora(self.model, folder)
+
+    def _pipeline_with(self, unet: nn.Module) -> MedDiffusion3DPipeline:
+        """A pipeline of its own that shares everything but the UNet with the user's, which is left as it is."""
+        config = {name: self.pipeline.config[name] for name in PIPELINE_CONFIG}
+        return type(self.pipeline)(**{**self.pipeline.components, "unet": unet}, **config)
+
+    # The reference is the starting point, which a resumed run loads anyway, unless it has been refreshed.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.sync_ref_model and self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(self.reference.state_dict(), folder / REFERENCE_FILE)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.sync_ref_model:
+            self.reference.load_state_dict(load_file(Path(resume_from_checkpoint) / REFERENCE_FILE))
