@@ -1,0 +1,119 @@
+"""What is shipped: a wheel that works elsewhere, and declarations that agree with the code."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from diffusers_med3d.hub import bundled_names
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def normalised(requirement: str) -> str:
+    """Distribution name of a requirement, as PyPI compares them."""
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower()
+
+
+@pytest.fixture(scope="module")
+def installed_wheel(tmp_path_factory) -> Path:
+    """The package, built from a copy of the sources and installed into a folder of its own."""
+    source, wheels, target = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "target"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True, timeout=300)
+    (wheel,) = wheels.glob("diffusers_med3d-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", target, wheel], check=True, timeout=300)
+    return target
+
+
+def test_the_wheel_holds_the_licence_the_type_marker_and_every_module(installed_wheel):
+    package = installed_wheel / "diffusers_med3d"
+    assert (package / "py.typed").exists()
+    (licence,) = installed_wheel.glob("diffusers_med3d-*.dist-info/licenses/LICENSE")
+    assert "Apache License" in licence.read_text()
+    sources = ROOT / "src" / "diffusers_med3d"
+    shipped = {str(path.relative_to(package)) for path in package.rglob("*.py")}
+    assert shipped == {str(path.relative_to(sources)) for path in sources.rglob("*.py")}
+    for name in bundled_names():
+        files = {path.relative_to(sources) for path in (sources / "checkpoints" / name).rglob("*") if path.is_file()}
+        assert all((package / file).exists() for file in files), name
+
+
+def test_the_installed_wheel_generates_from_its_own_bundled_checkpoint(installed_wheel, tiny_pipeline_folder):
+    code = """
+import sys
+from importlib.metadata import version
+from pathlib import Path
+import diffusers_med3d
+from diffusers_med3d import DDPOTrainer, MedDiffusion3DPipeline
+from diffusers_med3d.hub import bundled_names
+assert Path(diffusers_med3d.__file__).is_relative_to(sys.argv[1]), diffusers_med3d.__file__
+assert diffusers_med3d.__version__ == version("diffusers-med3d")
+name = "brain-t1" if "brain-t1" in bundled_names() else sys.argv[2]
+pipeline = MedDiffusion3DPipeline.from_pretrained(name)
+print(tuple(pipeline(num_inference_steps=1).volumes.shape)[:2])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(installed_wheel), tiny_pipeline_folder],
+        env=os.environ | {"PYTHONPATH": str(installed_wheel)},
+        cwd=installed_wheel,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "(1, 1)" in done.stdout
+
+
+def imported_modules(folder: Path) -> set[str]:
+    """Top-level names of everything that the Python files below ``folder`` import."""
+    names = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module.split(".")[0])
+    return names - sys.stdlib_module_names - {"diffusers_med3d"}
+
+
+@pytest.mark.parametrize("folder", ["src", "examples"])
+def test_every_package_that_is_imported_is_declared(folder):
+    declared = {normalised(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["eval"]}
+    distributions = importlib.metadata.packages_distributions()
+    modules = imported_modules(ROOT / folder)
+    assert "torch" in modules
+    missing = {
+        module
+        for module in modules
+        if not {normalised(name) for name in distributions.get(module, [module])} & declared
+    }
+    assert not missing
+
+
+def test_the_constraints_pin_everything_that_is_declared():
+    pinned = {normalised(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    extras = PROJECT["optional-dependencies"]
+    for line in [*PROJECT["dependencies"], *extras["test"], *extras["eval"]]:
+        assert normalised(line) in pinned, f"{line} is not pinned in constraints.txt"
+
+
+def test_the_files_of_the_repository_name_no_folder_of_a_machine():
+    pattern = re.compile(r"(?<![\w.])/(work|root|home|farm|Users)/")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    texts = [ROOT / name for name in tracked if re.search(r"\.(py|md|toml|json|txt|yml|yaml|sh)$|/run$", name)]
+    found = [
+        str(path) for path in texts if path != Path(__file__) and path.exists() and pattern.search(path.read_text())
+    ]
+    assert not found
