@@ -214,8 +214,8 @@ def main() -> None:
     results = compare(trainer, before, after, seconds)
     summary = table(results)
     show(trainer, pipeline, before, after)
-    trainer.card_notes = (
-        f"Base: `{Path(script.pipeline).name}`. Same {results['volumes']} fresh seeds before and after, "
+    trainer.card_notes += (
+        f"\n\nBase: `{Path(script.pipeline).name}`. Same {results['volumes']} fresh seeds before and after, "
         f"{args.eval_num_inference_steps} steps without noise; mean and 95 % interval, differences paired.\n\n"
         f"{summary}\n\n"
         "![before and after](figures/before_after.png)\n\n![reward](figures/reward_curve.png)"

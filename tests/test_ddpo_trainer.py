@@ -487,7 +487,7 @@ def test_a_lora_file_that_does_not_fit_is_refused(tiny_pipeline, tiny_unet, tmp_
 def test_the_card_tells_how_it_was_made(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path, [brightness, contrast], max_steps=2)
     trainer.train()
-    trainer.card_notes = "## Results\n\nIt moved."
+    trainer.card_notes += "\n\n## Results\n\nIt moved."
     trainer.create_model_card(model_name="brain-ppo")
     card = (tmp_path / "README.md").read_text()
     assert "It moved." in card and "brightness, contrast" in card and "Never for clinical use" in card

@@ -217,6 +217,7 @@ class DDPOTrainer(Med3DTrainer):
         self._rollout_index = -1
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._clip_history: list[float] = []
+        self.card_notes = f"Rewards: {', '.join(self.reward_names)}."
 
     # Rollout: what is sampled is a function of (seed, rollout index, sample index) and of the weights, of nothing else.
 
