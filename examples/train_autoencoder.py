@@ -10,6 +10,7 @@ from transformers import HfArgumentParser, set_seed
 
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.models import AutoencoderKL3D, VQModel3D
+from diffusers_med3d.models.haar import haar_init_
 from diffusers_med3d.trainers.autoencoder import AutoencoderConfig, AutoencoderTrainer
 from diffusers_med3d.trainers.base import checkpoint_to_resume
 
@@ -37,6 +38,10 @@ class ModelArguments:
     use_convtranspose: bool = field(
         default=True, metadata={"help": "Upsample with transposed convolutions (kl): finer detail at less compute."}
     )
+    haar_init: bool = field(
+        default=True,
+        metadata={"help": "Start as a truncated Haar transform (kl): fine detail is there from the first step."},
+    )
     init_from: str | None = field(
         default=None, metadata={"help": "Folder of an autoencoder whose weights training starts from."}
     )
@@ -55,7 +60,7 @@ def build(args: ModelArguments) -> AutoencoderKL3D | VQModel3D:
             num_embeddings=args.num_embeddings,
             embedding_dim=args.latent_channels,
         )
-    return AutoencoderKL3D(
+    autoencoder = AutoencoderKL3D(
         channels=args.channels,
         latent_channels=args.latent_channels,
         num_res_blocks=args.num_res_blocks,
@@ -63,6 +68,7 @@ def build(args: ModelArguments) -> AutoencoderKL3D | VQModel3D:
         norm_num_groups=args.norm_num_groups,
         use_convtranspose=args.use_convtranspose,
     )
+    return haar_init_(autoencoder) if args.haar_init else autoencoder
 
 
 def main() -> None:
