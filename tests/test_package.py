@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_med3d.hub import bundled_names
+from diffusers_med3d.hub import CHECKPOINTS, bundled_names
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -117,3 +117,52 @@ def test_the_files_of_the_repository_name_no_folder_of_a_machine():
         str(path) for path in texts if path != Path(__file__) and path.exists() and pattern.search(path.read_text())
     ]
     assert not found
+
+
+def sources() -> dict[str, str]:
+    """Every module of the package, by its path below the package."""
+    package = ROOT / "src" / "diffusers_med3d"
+    return {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}
+
+
+@pytest.mark.parametrize(
+    ("private", "place"),
+    [
+        ("pipeline_loading_utils", "__init__.py"),
+        ("_BaseTrainer", "trainers/base.py"),
+        ("_BaseConfig", "trainers/base.py"),
+    ],
+)
+def test_private_interfaces_of_others_are_imported_in_one_place(private, place):
+    assert [name for name, text in sources().items() if re.search(rf"import .*\b{private}\b", text)] == [place]
+
+
+def test_nothing_in_the_package_unpickles():
+    """PITFALLS P10: foreign weights come as safetensors, our own training state with weights_only=True."""
+    for name, text in sources().items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "pickle" not in ast.unparse(node), name
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in ast.unparse(node), name
+
+
+def test_bundled_checkpoints_are_small_safetensors():
+    files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".png"}
+    assert sum(path.stat().st_size for path in files) <= 60 * 2**20
+
+
+@pytest.mark.skipif("brain-t1" not in bundled_names(), reason="no bundled generator in this checkout")
+def test_the_code_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    """Both blocks, one after the other, with fewer denoising steps and up to the point where training would start."""
+    monkeypatch.chdir(tmp_path)
+    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    first = first.replace("num_inference_steps=30", "num_inference_steps=2")
+    second = second.replace("trainer.train()\n", "").replace("trainer.push_to_hub()\n", "")
+    scope: dict[str, object] = {}
+    exec(first.replace("strength=0.3", "strength=0.3, num_inference_steps=4"), scope)
+    assert scope["out"].volumes.shape[:2] == scope["noised"].volumes.shape[:2] == (4, 1)
+    assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 4
+    exec(second, scope)
+    assert type(scope["trainer"]).__name__ == "DDPOTrainer"
