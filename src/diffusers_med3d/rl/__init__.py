@@ -1,7 +1,7 @@
 """Reinforcement learning of a diffusion policy as pure functions: transition -> objective -> rollout, no framework."""
 
 from .objective import Advantages, as_reward_tensor, clip_fraction, clipped_loss, group_advantages
-from .rollout import Trajectory, derive_seed, generators_for, rollout, rollout_window
+from .rollout import Trajectory, derive_seed, deterministic_steps, generators_for, rollout, rollout_window
 from .transition import Transition, check_scheduler, deterministic_step, gaussian_kl, log_prob, transition
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "clipped_loss",
     "derive_seed",
     "deterministic_step",
+    "deterministic_steps",
     "gaussian_kl",
     "generators_for",
     "group_advantages",

@@ -73,6 +73,16 @@ def rollout_window(
     return range(start, start + size), tuple(start + int(i) for i in chosen)
 
 
+@torch.no_grad()
+def deterministic_steps(
+    predict: Predict, scheduler: DDIMScheduler | DDPMScheduler, sample: torch.Tensor, steps: range
+) -> torch.Tensor:
+    """Take `sample` (B, C, X, Y, Z) through the given steps without noise."""
+    for timestep in scheduler.timesteps[steps.start : steps.stop].tolist():
+        sample = deterministic_step(scheduler, predict(sample, timestep), timestep, sample)
+    return sample
+
+
 @torch.inference_mode(False)  # inference tensors could not be used in the update
 @torch.no_grad()
 def rollout(
@@ -84,8 +94,9 @@ def rollout(
     trained: Sequence[int],
     eta: float = 1.0,
     storage_device: torch.device | str | None = None,
+    first_step: int = 0,
 ) -> Trajectory:
-    """Denoise `initial` (B, C, X, Y, Z) with the scheduler's timesteps, keeping what the trained steps need.
+    """Denoise `initial` (B, C, X, Y, Z) to the end, keeping what the trained steps need.
 
     Args:
         predict: the policy, the very same callable as in the update.
@@ -93,10 +104,11 @@ def rollout(
         step_generators: one per sample, for the noise inside the window.
         window, trained: from `rollout_window`; `trained` lies inside `window`.
         storage_device: where states are kept, e.g. "cpu" to offload them; default where they are.
+        first_step: the step that `initial` is at, not behind the window.
     """
     kept: dict[str, list[torch.Tensor]] = {"states": [], "next": [], "log_probs": []}
-    sample = initial.float() * scheduler.init_noise_sigma
-    for index, timestep in enumerate(scheduler.timesteps.tolist()):
+    sample = initial.float()
+    for index, timestep in list(enumerate(scheduler.timesteps.tolist()))[first_step:]:
         output = predict(sample, timestep)
         if index not in window:
             sample = deterministic_step(scheduler, output, timestep, sample)

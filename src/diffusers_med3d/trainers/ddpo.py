@@ -13,10 +13,8 @@ Gaussian of known variance.
 """
 
 import time
-import warnings
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +39,7 @@ from ..rl import (
     clip_fraction,
     clipped_loss,
     derive_seed,
+    deterministic_steps,
     gaussian_kl,
     generators_for,
     group_advantages,
@@ -51,15 +50,14 @@ from ..rl import (
 )
 from .base import Med3DTrainer
 from .ddpo_config import DDPOConfig
+from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, Recorder, Watch
 from .lora import add_lora, enable_lora, lora_layers, merged, save_lora
 from .scoring import RewardFunc, reward_names, score
 
 LABEL_COLUMN = "class_label"
 INITIAL, SHARED_INITIAL, STEP, EVALUATION = range(4)  # what a random stream is for; part of its seed
-CLIP_WARNING_AFTER = 10  # log entries
 REFERENCE_FILE = "reference.safetensors"
 DIVERSITY_OF = 8  # volumes; the number of pairs grows with its square
-MAXIMUM = "ratio/first_step"  # largest |ratio - 1| before any update of a rollout: 0, or something is wrong
 PIPELINE_CONFIG = ("volume_shape", "spacing", "orientation", "class_names", "channel_names", "intensity")
 
 
@@ -79,17 +77,16 @@ class Scored(NamedTuple):
     rewards: torch.Tensor
 
 
-def _reduce(name: str, values: torch.Tensor) -> torch.Tensor:
-    """What one process logs of the values (n,) it recorded since the last entry."""
-    return values.max() if name == MAXIMUM else values.sum() if name.startswith("seconds/") else values.nanmean()
-
-
 class _Boundaries(TrainerCallback):
     """Moves checkpoints between two rollouts (a rollout is not stored) and refreshes the reference after a step."""
 
     def __init__(self, trainer: "DDPOTrainer") -> None:
         self.trainer = trainer
         self.save_is_due = False
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.save_is_due = False
+        self.trainer.forget_rollout()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.save_is_due |= control.should_save
@@ -154,11 +151,9 @@ class DDPOTrainer(Med3DTrainer):
                 "train_dataset must hold at least one condition, e.g. Dataset.from_dict({'class_label': [0]})."
             )
 
-        for conditions in (train_dataset, eval_dataset):
+        for conditions in (train_dataset, eval_dataset):  # unknown labels are refused now, not after a rollout
             if conditions is not None and LABEL_COLUMN in conditions.column_names:
-                pipeline.encode_class_labels(
-                    list(conditions[LABEL_COLUMN]), len(conditions)
-                )  # refuses unknown ones now
+                pipeline.encode_class_labels(list(conditions[LABEL_COLUMN]), len(conditions))
         check_scheduler(pipeline.scheduler, args.eta)
         self.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         self.scheduler.set_timesteps(args.num_inference_steps)
@@ -215,9 +210,14 @@ class DDPOTrainer(Med3DTrainer):
 
         self._chunks: list[Chunk] = []
         self._rollout_index = -1
-        self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._clip_history: list[float] = []
+        self._record = Recorder()
+        self._watch = Watch(args.epsilon)
         self.card_notes = f"Rewards: {', '.join(self.reward_names)}."
+
+    def forget_rollout(self) -> None:
+        """Drop the stored rollout and what was recorded of it; the next batch makes a new one."""
+        self._chunks, self._rollout_index = [], -1
+        self._record.clear()
 
     # Rollout: what is sampled is a function of (seed, rollout index, sample index) and of the weights, of nothing else.
 
@@ -260,12 +260,6 @@ class DDPOTrainer(Med3DTrainer):
         with self.accelerator.autocast():
             return self.pipeline.decode(latents.to(self.accelerator.device), self.args.decode_batch_size).float()
 
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._metrics[f"seconds/{phase}"].append(time.perf_counter() - start)
-
     def _generate(self, model: nn.Module, index: int) -> list[Chunk]:
         """One rollout: sample, decode, score, compare. The layout of its P x G samples, here P = 3, G = 4, two
         processes:
@@ -285,12 +279,13 @@ class DDPOTrainer(Med3DTrainer):
         storage = "cpu" if args.offload_trajectories else None
 
         trajectories, chunk_labels = [], []
-        with self._timed("rollout"):
+        with self._record.timed("rollout"):
+            shared = self._until_window(model, index, rows, window) if args.share_initial_noise else None
             for first in range(0, len(samples), args.per_device_train_batch_size):
                 chunk = samples[first : first + args.per_device_train_batch_size]
                 own = labels[first : first + len(chunk)] if labels is not None else None
-                if args.share_initial_noise:
-                    initial = self._noise([(seed, index, SHARED_INITIAL, i % len(rows)) for i in chunk])
+                if shared is not None:
+                    initial = shared[[i % len(rows) for i in chunk]]
                 else:
                     initial = self._noise([(seed, index, INITIAL, i) for i in chunk])
                 trajectories.append(
@@ -303,12 +298,13 @@ class DDPOTrainer(Med3DTrainer):
                         trained,
                         args.eta,
                         storage,
+                        first_step=0 if shared is None else window.start,
                     )
                 )
                 chunk_labels.append(own)
-        with self._timed("decode"):
+        with self._record.timed("decode"):
             volumes = torch.cat([self.decode(t.final).to(storage or t.final.device) for t in trajectories])
-        with self._timed("reward"):
+        with self._record.timed("reward"):
             columns = {name: list(conditions[name]) for name in conditions.column_names}
             own_rewards = score(self.reward_funcs, self.reward_names, volumes, columns)
         rewards = self.accelerator.gather(own_rewards.to(self.accelerator.device)).cpu()  # (G * P, R), by sample index
@@ -323,10 +319,28 @@ class DDPOTrainer(Med3DTrainer):
             args.advantage_clip,
         )
         values = advantages.values.view(len(rows), args.num_generations).T.reshape(-1)[start : start + len(samples)]
-        with self._timed("metrics"):
+        with self._record.timed("metrics"):
             self._record_rollout(rewards, advantages.frac_zero_std, volumes, rows, samples)
         values = values.to(self.accelerator.device).split(args.per_device_train_batch_size)
         return [Chunk(*parts) for parts in zip(trajectories, chunk_labels, values, strict=True)]
+
+    def _until_window(self, model: nn.Module, index: int, rows: list[int], window: range) -> torch.Tensor:
+        """States (P, c, x, y, z) at which the samples of each condition part: noise and steps up to there are shared."""
+        noise = self._noise([(self.args.seed, index, SHARED_INITIAL, p) for p in range(len(rows))])
+        labels = self._labels(self.train_dataset.select(rows))
+        states = []
+        for first in range(0, len(rows), self.args.per_device_train_batch_size):
+            part = slice(first, first + self.args.per_device_train_batch_size)
+            own = None if labels is None else labels[part]
+            states.append(
+                deterministic_steps(
+                    lambda sample, t, own=own: self._predict(model, sample, t, own),
+                    self.scheduler,
+                    noise[part],
+                    range(window.start),
+                )
+            )
+        return torch.cat(states)
 
     def _record_rollout(
         self, rewards: torch.Tensor, frac_zero_std: torch.Tensor, volumes: torch.Tensor, rows: list[int], samples: range
@@ -334,15 +348,15 @@ class DDPOTrainer(Med3DTrainer):
         for r, name in enumerate(self.reward_names):
             scored = rewards[:, r][~rewards[:, r].isnan()]
             if len(scored):
-                self._metrics[f"rewards/{name}/mean"].append(scored.mean().item())
-                self._metrics[f"rewards/{name}/std"].append(scored.std(correction=0).item())
-            self._metrics[f"rewards/{name}/frac_zero_std"].append(frac_zero_std[r].item())
-        self._metrics["rewards/unscored"].append(rewards.isnan().any(dim=1).float().mean().item())
+                self._record(f"rewards/{name}/mean", scored.mean().item())
+                self._record(f"rewards/{name}/std", scored.std(correction=0).item())
+            self._record(f"rewards/{name}/frac_zero_std", frac_zero_std[r].item())
+        self._record("rewards/unscored", rewards.isnan().any(dim=1).float().mean().item())
         # Never rewards: if these fall while rewards rise, the rewards are being cheated
-        self._metrics["quality/sharpness"].append(sharpness(volumes).nanmean().item())
-        first_condition = [j for j, i in enumerate(samples) if i % len(rows) == 0][:DIVERSITY_OF]
+        self._record("quality/sharpness", sharpness(volumes).nanmean().item())
+        first_condition = [j for j, i in enumerate(samples) if i % len(rows) == 0][: DIVERSITY_OF // 2]
         spread = diversity(volumes[first_condition]).mean if len(first_condition) > 1 else float("nan")
-        self._metrics["quality/diversity"].append(spread)
+        self._record("quality/diversity", spread)
 
     # Update
 
@@ -368,7 +382,7 @@ class DDPOTrainer(Med3DTrainer):
         trajectory, device = chunk.trajectory, self.accelerator.device
         synchronize = self.accelerator.sync_gradients
         total = torch.zeros((), device=device)
-        with self._timed("update"):
+        with self._record.timed("update"):
             for w, step in enumerate(trajectory.steps):
                 is_last = w == len(trajectory.steps) - 1
                 self.accelerator.gradient_state._set_sync_gradients(synchronize and is_last)
@@ -414,13 +428,13 @@ class DDPOTrainer(Med3DTrainer):
         if reference is not None:
             kl = gaussian_kl(step, reference).mean()
             loss = loss + args.beta * kl
-            self._metrics["kl"].append(kl.item())
+            self._record("kl", kl.item())
         ratio = ratio.detach()
-        self._metrics["ratio/mean"].append(ratio.mean().item())
+        self._record("ratio/mean", ratio.mean().item())
         if inputs["on_policy"]:
-            self._metrics[MAXIMUM].append((ratio - 1).abs().max().item())
+            self._record(FIRST_RATIO, (ratio - 1).abs().max().item())
         else:
-            self._metrics["clip_ratio"].append(clip_fraction(ratio, advantages, args.epsilon).item())
+            self._record(CLIP_RATIO, clip_fraction(ratio, advantages, args.epsilon).item())
         return loss
 
     def _reference_transition(self, states: torch.Tensor, t: int, labels: torch.Tensor | None):
@@ -444,41 +458,11 @@ class DDPOTrainer(Med3DTrainer):
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds to the entries of training what was recorded since the last one, averaged over batches and processes."""
-        if "loss" in logs and self._metrics:
-            names = sorted(self._metrics)  # the same on every process, or gathering would hang
-            values = [torch.tensor(self._metrics[name]) for name in names]
-            own = torch.stack([_reduce(n, v) for n, v in zip(names, values, strict=True)])
-            everyone = self.accelerator.gather(own.to(self.accelerator.device)[None])  # (processes, metrics)
-            for name, column in zip(names, everyone.unbind(dim=1), strict=True):
-                logs[name] = (column.max() if name == MAXIMUM else column.nanmean()).item()
-            self._metrics.clear()
-            self._warn_about(logs)
+        """Adds to the entries of training what was recorded since the last one."""
+        if "loss" in logs:
+            logs |= self._record.flush(self.accelerator)
+            self._watch(logs)
         super().log(logs, start_time)
-
-    def _warn_about(self, logs: dict[str, float]) -> None:
-        if logs.get(MAXIMUM, 0.0) > self.args.epsilon:
-            warnings.warn(
-                f"{MAXIMUM} is {logs[MAXIMUM]:.1e}, more than epsilon ({self.args.epsilon:.1e}): rollout and update "
-                "disagree about one policy (a reward that changes the network, a layer that is not deterministic?).",
-                stacklevel=2,
-            )
-        if "clip_ratio" not in logs:
-            return
-        self._clip_history.append(logs["clip_ratio"])
-        recent = self._clip_history[-CLIP_WARNING_AFTER:]
-        if len(self._clip_history) == CLIP_WARNING_AFTER and len(set(recent)) == 1 and recent[0] in (0.0, 1.0):
-            advice = (
-                "never acts: lower epsilon or raise the learning rate"
-                if recent[0] == 0.0
-                else "always acts: raise epsilon"
-            )
-            warnings.warn(
-                f"clip_ratio was {recent[0]:.0f} in {CLIP_WARNING_AFTER} log entries in a row: "
-                f"epsilon={self.args.epsilon} {advice}. Log-probabilities are means over the latent, so a fitting "
-                "epsilon depends on its size.",
-                stacklevel=2,
-            )
 
     # Evaluation
 

@@ -73,10 +73,10 @@ class DDPOConfig(Med3DConfig):
         default=1.0, metadata={"help": "Share of the stochastic steps that is trained, drawn anew for each rollout."}
     )
     share_initial_noise: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "Start all samples of a condition from one noise, so that their rewards differ by the stochastic "
-            "steps alone."
+            "steps alone: less variance, and what comes before the window is computed once."
         },
     )
     offload_trajectories: bool = field(

@@ -24,6 +24,7 @@ from ..spectrum import (
     REAL,
     augment,
     clean_label,
+    clear_haze,
     damage,
     damaged_label,
     dominance,
@@ -42,7 +43,7 @@ class RewardModelConfig(Med3DConfig):
     per_device_train_batch_size: int = field(
         default=4, metadata={"help": "Subjects per device and step, at least 2 (a hemisphere comes from another one)."}
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=20, metadata={"help": "Steps of linear warm-up."})
@@ -138,8 +139,12 @@ def draw_versions(batch: dict[str, Tensor], args: RewardModelConfig, generator: 
             labels.append(damaged_label(strength, severity))
             orders.append((strength, severity, kind))
             names.append(f"{level_name(round(strength, 4))} {DAMAGE_NAMES[kind]}")
-    volumes = torch.stack([augment(volume, generator, args.max_shift) for volume in volumes])
     size = len(volumes) // count
+    seeds = torch.randint(2**31, (count,), generator=generator).repeat_interleave(size).tolist()
+    volumes = [
+        augment(v, torch.Generator().manual_seed(s), args.max_shift) for v, s in zip(volumes, seeds, strict=True)
+    ]
+    volumes = torch.stack([clear_haze(volume, generator) for volume in volumes])
     order = torch.tensor(orders)
     better = torch.block_diag(*[dominance(*group.unbind(1)) for group in order.split(size)])
     device = real.device
@@ -165,6 +170,10 @@ class RewardModelTrainer(Med3DTrainer):
     """
 
     _name = "RewardModel"
+    card_notes = (
+        "Scores volumes (B, C, X, Y, Z) in [0, 1] by realism: about 1 for a real scan, lower the less real. The "
+        "figures are mean scores of the versions of validation scans, and how often they stand in the right order."
+    )
 
     def __init__(
         self,
@@ -183,6 +192,7 @@ class RewardModelTrainer(Med3DTrainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self._parts: dict[str, list[Tensor]] = {}
         self._micro_step = (-1, 0)  # optimizer step, batches seen in it
+        self._versions_shown = False
 
     def compute_loss(
         self, model: Callable, inputs: dict[str, Tensor], return_outputs: bool = False, **kwargs
@@ -245,14 +255,15 @@ class RewardModelTrainer(Med3DTrainer):
             "score_by_noise_level",
             figures.curves({"mean validation score": (strengths, scores)}, xlabel="noise level", ylabel="score"),
         )
+        if self._versions_shown:
+            return
+        self._versions_shown = True
         rows = {"real": item["real"][None, :1]}
         rows |= {level_name(s): version[None, :1] for s, version in zip(strengths, item["versions"], strict=True)}
-        damaged = {
-            kind: damage(item["real"], kind, 0.5, seeded("picture", kind), dataset[len(dataset) - 1]["real"])[None, :1]
-            for kind in DAMAGE_NAMES
-        }
+        other = dataset[len(dataset) - 1]["real"]
+        damaged = {kind: damage(item["real"], kind, 0.5, seeded("picture", kind), other) for kind in DAMAGE_NAMES}
         self.log_figure("spectrum", figures.orthogonal_views(rows))
-        self.log_figure("damage", figures.orthogonal_views(damaged))
+        self.log_figure("damage", figures.orthogonal_views({kind: v[None, :1] for kind, v in damaged.items()}))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the reward model in half precision (fp16: bfloat16 would round small differences away)."""
