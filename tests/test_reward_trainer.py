@@ -31,6 +31,9 @@ from diffusers_med3d.trainers.spectrum_data import (
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LEVELS = [0.0, 0.5, 1.0]
+MODELS = pytest.mark.parametrize(
+    "model", [{"kind": VolumeRewardModel}, {"kind": SliceRewardModel, "num_slices": 3}], ids=["3d", "2d"]
+)
 SPLIT = {
     "train": [f"sub-0{i}" for i in range(1, 6)],
     "validation": ["sub-06", "sub-07"],
@@ -240,11 +243,12 @@ def test_a_batch_holds_versions_with_their_labels_and_ranks_within_subjects_only
     assert not torch.equal(draw_versions(batch, args, seeded(1)).volumes, drawn.volumes)
 
 
-@pytest.mark.parametrize("kind", [VolumeRewardModel, SliceRewardModel])
-def test_training_teaches_the_order_of_an_unseen_subject_and_moves_every_weight(kind, tmp_path):
-    model = tiny_model(kind)
+@MODELS
+def test_training_teaches_the_order_of_unseen_subjects_and_moves_every_weight(model, tmp_path):
+    model = tiny_model(**model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     args = config(tmp_path / "out", max_steps=40, learning_rate=5e-3, warmup_steps=2, save_strategy="no", ema_decay=0.8)
+    args.logging_steps = 10
     trainer = RewardModelTrainer(
         model, args, toy_spectrum(tmp_path / "train", 6), toy_spectrum(tmp_path / "val", 2, 50)
     )
@@ -252,21 +256,23 @@ def test_training_teaches_the_order_of_an_unseen_subject_and_moves_every_weight(
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
     results = trainer.evaluate()
     assert results["eval_rank_correlation"] > 0.9
-    assert results["eval_score/real"] > results["eval_score/full_sample"] + 0.2
-    assert results["eval_score/real"] > results["eval_score/noise_0.7"] + 0.1
+    assert results["eval_score/real"] > results["eval_score/full_sample"] + 0.1
+    assert results["eval_score/real"] > results["eval_score/blur_0.7"] + 0.2
     pictures = {path.name for path in (tmp_path / "out" / "figures").glob("*.png")}
     assert pictures == {"score_by_noise_level.png", "spectrum.png", "damage.png"}
-    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert logged["loss"] == pytest.approx(logged["regression"] + logged["ranking"], abs=2e-4)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[-1]["ranking"] < logged[0]["ranking"]
+    for entry in logged:
+        assert entry["loss"] == pytest.approx(entry["regression"] + entry["ranking"], abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", [VolumeRewardModel, SliceRewardModel])
-def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path):
+@MODELS
+def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path):
     dataset = toy_spectrum(tmp_path / "train", 5)
 
     def run(folder, resume=None):
         args = config(tmp_path / folder, gradient_accumulation_steps=2, ema_decay=0.5)
-        trainer = RewardModelTrainer(tiny_model(kind), args, dataset)
+        trainer = RewardModelTrainer(tiny_model(**model), args, dataset)
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
         return trainer
@@ -277,7 +283,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path):
     assert torch.equal(weights(whole.model), weights(resumed.model))
     saved = [load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("whole", "resumed")]
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
-    assert not torch.equal(weights(whole.model), weights(tiny_model(kind)))
+    assert not torch.equal(weights(whole.model), weights(tiny_model(**model)))
 
 
 def test_two_batches_of_one_step_draw_different_versions(tmp_path):

@@ -24,7 +24,7 @@ class ResidualScorer(nn.Module):
 
     An image goes in twice, as it is and as what a 3-voxel box filter takes away from it: fine detail is a twentieth of
     the intensity range and would take long to be noticed. The first convolution, which has no norm (how much detail
-    there is, is what counts), and every unit but the first halve the side. The mean of every level's features is
+    there is, is what counts), and every unit halve the side. The mean of every level's features is
     pooled, so that texture has a short way to the score, and of the last level the maximum too, so that a defect in one
     place (a cut, a seam) stays visible.
     """
@@ -44,10 +44,10 @@ class ResidualScorer(nn.Module):
         self.stem = Convolution(spatial_dims, 2 * in_channels, widths[0], strides=2, kernel_size=3, act=act, norm=None)
         self.orientation = nn.Embedding(num_orientations, widths[0]) if num_orientations else None
         self.blocks = nn.ModuleList(
-            ResidualUnit(spatial_dims, before, after, strides=1 if i == 0 else 2, act=act, norm=norm)
-            for i, (before, after) in enumerate(zip(widths[:1] + widths[:-1], widths, strict=True))
+            ResidualUnit(spatial_dims, before, after, strides=2, act=act, norm=norm)
+            for before, after in zip(widths[:-1], widths[1:], strict=True)
         )
-        features = widths[0] + sum(widths) + widths[-1]
+        features = sum(widths) + widths[-1]
         self.head = nn.Sequential(
             nn.LayerNorm(features), nn.Linear(features, widths[-1]), nn.LeakyReLU(0.1), nn.Linear(widths[-1], 1)
         )
@@ -138,7 +138,7 @@ class VolumeRewardModel(_RewardModel):
 
     Args:
         in_channels: channels of a volume.
-        channels: channels of each level; the side is halved by the first convolution and between two levels.
+        channels: channels of each level; the side is halved at each.
         norm_num_groups: groups of every GroupNorm; every entry of ``channels`` must be a multiple.
         num_members: networks of the ensemble, which differ by their initial weights; the score is their mean.
     """
@@ -170,7 +170,7 @@ class SliceRewardModel(_RewardModel):
 
     Args:
         in_channels: channels of a volume.
-        channels: channels of each level; the side is halved by the first convolution and between two levels.
+        channels: channels of each level; the side is halved at each.
         norm_num_groups: groups of every GroupNorm; every entry of ``channels`` must be a multiple.
         num_members: networks of the ensemble, which differ by their initial weights; the score is their mean.
         num_slices: slices per axis.

@@ -60,7 +60,7 @@ class RewardModelConfig(Med3DConfig):
     damaged_versions: int = field(default=3, metadata={"help": "Damaged versions per subject and step."})
     min_severity: float = field(default=0.2, metadata={"help": "Damage is drawn between this and 1."})
     ranking_weight: float = field(
-        default=0.2, metadata={"help": "Weight of the ranking loss beside the regression loss."}
+        default=1.0, metadata={"help": "Weight of the ranking loss beside the regression loss."}
     )
     ranking_temperature: float = field(
         default=0.1, metadata={"help": "Difference of scores that counts as one unit of log-odds in the ranking loss."}
