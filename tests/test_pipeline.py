@@ -12,6 +12,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from monai.data import MetaTensor
 
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.models import DiffusionUNet3DOutput
@@ -210,6 +211,12 @@ def test_partial_noising_runs_the_last_steps_and_moves_further_with_more_strengt
     assert distances == sorted(distances) and distances[-1] > 2 * distances[0]
 
 
+def test_partial_noising_takes_monai_tensors_and_gives_plain_ones(tiny_pipeline, tiny_volumes):
+    out = tiny_pipeline(volumes=MetaTensor(tiny_volumes), strength=0.5, num_inference_steps=2, generator=seeded())
+    plain = tiny_pipeline(volumes=tiny_volumes, strength=0.5, num_inference_steps=2, generator=seeded())
+    assert type(out.volumes) is torch.Tensor and torch.equal(out.volumes, plain.volumes)
+
+
 def test_partial_noising_keeps_the_affine_it_is_given(tiny_pipeline, tiny_volumes):
     options = {"volumes": tiny_volumes, "strength": 0.5, "num_inference_steps": 4}
     affines = np.stack([np.diag([2.0, 2, 2, 1])] * 3)
@@ -324,6 +331,8 @@ VOLUME = torch.zeros(1, 1, 16, 16, 16)
     ("arguments", "message"),
     [
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
+        ({"class_labels": []}, "at least one sample, got class_labels of length 0"),
+        ({"volumes": VOLUME[:0], "strength": 0.5}, "volumes hold no sample"),
         ({"num_samples": 2, "class_labels": [0]}, "num_samples: 2, class_labels: 1"),
         ({"class_labels": ["young", "ancient"]}, "unknown class 'ancient'"),
         ({"class_labels": 4}, "class label 4 is no whole number from 0 to 3"),

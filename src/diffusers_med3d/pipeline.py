@@ -310,7 +310,7 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         """The one number of samples that everything given agrees on."""
         counts = {}
         if num_samples is not None:
-            if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+            if isinstance(num_samples, bool) or not isinstance(num_samples, int | np.integer) or num_samples < 1:
                 raise ValueError(f"num_samples must be a whole number of at least 1, got {num_samples!r}.")
             counts["num_samples"] = num_samples
         if class_labels is not None and not isinstance(class_labels, int | str | np.integer):
@@ -324,7 +324,10 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{name}: {count}" for name, count in counts.items())
             raise ValueError(f"every argument must give the same number of samples, got {found}.")
-        return next(iter(counts.values()), 1)
+        batch = next(iter(counts.values()), 1)
+        if batch < 1:
+            raise ValueError(f"there must be at least one sample, got {next(iter(counts))} of length 0.")
+        return batch
 
     def _check_inputs(
         self,
@@ -345,7 +348,7 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
                 "sample of a variance-preserving diffusion; use DDPM, DDIM, DPMSolverMultistep, UniPC or Euler."
             )
         trained = self.scheduler.config.num_train_timesteps
-        if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= trained:
+        if not isinstance(num_inference_steps, int | np.integer) or not 1 <= num_inference_steps <= trained:
             raise ValueError(
                 f"num_inference_steps must be a whole number from 1 to {trained}, got {num_inference_steps!r}."
             )
@@ -380,6 +383,8 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
                 f"use num_inference_steps >= {math.ceil(0.5 / strength)}, or strength 0 for a round trip."
             )
         check_volumes(volumes, self.vae.config.in_channels)
+        if len(volumes) == 0:
+            raise ValueError(f"volumes hold no sample: shape {tuple(volumes.shape)}.")
         lowest, highest = float(volumes.min()), float(volumes.max())
         if lowest < -1e-3 or highest > 1 + 1e-3:
             raise ValueError(f"volumes must lie in [0, 1], got [{lowest:.4g}, {highest:.4g}].")
@@ -414,7 +419,7 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if volumes is None or strength == 1:  # not even the trace of the volume that some schedules leave at T
             return noise * self.scheduler.init_noise_sigma
-        encoded = self.encode(volumes.to(device, torch.float32))
+        encoded = self.encode(volumes.as_subclass(torch.Tensor).to(device, torch.float32))  # MONAI's MetaTensor too
         return self.scheduler.add_noise(encoded, noise, timesteps[:1].repeat(len(encoded))) if strength > 0 else encoded
 
     @torch.no_grad()
