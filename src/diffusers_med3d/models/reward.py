@@ -165,8 +165,9 @@ class SliceRewardModel(_RewardModel):
     """The 2D eye: scores slices across the three axes (texture, folds, edges); a volume's score is their mean.
 
     Slices lie evenly between the two positions that cut ``mass_margin`` of the volume's intensity off either end of an
-    axis, so they follow the anatomy and not the field of view; in training mode each is moved at random within its own
-    interval. One network serves the three orientations and is told which one it sees by a learned embedding.
+    axis, so they follow the anatomy and not the field of view. In training mode each is moved at random within its own
+    interval, by the same share in every volume of the batch: versions of one subject are compared on the same slices.
+    One network serves the three orientations and is told which one it sees by a learned embedding.
 
     Args:
         in_channels: channels of a volume.
@@ -228,6 +229,6 @@ class SliceRewardModel(_RewardModel):
         low = (share < margin).sum(1, keepdim=True).float()
         high = (share < 1 - margin).sum(1, keepdim=True).float() + 1
         count = self.config.num_slices
-        offsets = torch.rand(volumes.shape[0], count, device=volumes.device) if self.training else 0.5
+        offsets = torch.rand(count, device=volumes.device) if self.training else 0.5
         steps = torch.arange(count, device=volumes.device) + offsets
         return (low + (high - low) * steps / count).long().clamp(0, side - 1)
