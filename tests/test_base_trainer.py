@@ -133,6 +133,13 @@ def test_a_plain_config_trains_on_this_machine_and_moves_every_parameter(tmp_pat
     assert Med3DConfig(output_dir=str(tmp_path), bf16=False).bf16 is False
 
 
+def test_bf16_stays_off_where_the_device_has_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert Med3DConfig(output_dir=str(tmp_path)).bf16 is False
+
+
 def test_gradient_checkpointing_is_switched_on_in_the_model_itself(tiny_unet, tmp_path):
     args = Med3DConfig(output_dir=str(tmp_path), gradient_checkpointing=True, report_to="none")
     assert not tiny_unet.is_gradient_checkpointing

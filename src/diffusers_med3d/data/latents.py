@@ -40,9 +40,10 @@ def augment(volume: Tensor, generator: torch.Generator, max_shift: int) -> Tenso
 class LatentDataset(TorchDataset):
     """Normalised latents drawn from the cached posteriors of every scan and its augmented copies.
 
-    An item is ``{"latents": (c, x, y, z) float32, "class_label": int}``. Draws come from torch's global generator,
-    whose state checkpoints keep. The cache holds raw mean and sigma (float16) and is made again when scans,
-    augmentation or autoencoder changed.
+    An item is ``{"index": int, "class_label": int}``; the training step draws latents with ``draw``. The loader reads a
+    batch ahead of the step, so latents that it drew would leave the random state of a checkpoint one batch ahead, and a
+    resumed run would not repeat an uninterrupted one. The cache holds raw mean and sigma (float16) and is made again
+    when scans, augmentation or autoencoder changed.
 
     Args:
         volumes: scans to encode.
@@ -84,11 +85,15 @@ class LatentDataset(TorchDataset):
     def __len__(self) -> int:
         return len(self.class_labels)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
-        copy = int(torch.randint(self.copies, ()))
-        mean, sigma = self.mean[index, copy].float(), self.sigma[index, copy].float()
-        latents = self.autoencoder.normalize_latents((mean + sigma * torch.randn(mean.shape))[None])[0]
-        return {"latents": latents, "class_label": self.class_labels[index]}
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"index": index, "class_label": self.class_labels[index]}
+
+    def draw(self, indices: Tensor) -> Tensor:
+        """Latents of one copy of each scan: (B,) to float32 (B, c, x, y, z), with torch's global generator."""
+        indices = indices.cpu()
+        copies = torch.randint(self.copies, indices.shape)
+        mean, sigma = self.mean[indices, copies].float(), self.sigma[indices, copies].float()
+        return self.autoencoder.normalize_latents(mean + sigma * torch.randn(mean.shape))
 
 
 def _fingerprint(volumes: VolumeDataset, autoencoder: torch.nn.Module, *settings: int) -> str:

@@ -49,10 +49,12 @@ class AutoencoderConfig(Med3DConfig):
 class CropDataset(TorchDataset):
     """Random crops (C, s, s, s), flipped left-right half of the time.
 
-    Half are centred on a foreground voxel, half lie anywhere: GroupNorm sees the whole input (PITFALLS P20), so the share
-    of background must vary in training as it does between a crop and a whole volume.
+    Half are centred on a foreground voxel, half lie anywhere: GroupNorm sees the whole input (PITFALLS P20), so the
+    share of background must vary in training as it does between a crop and a whole volume.
 
-    Randomness comes from torch's global generator, whose state checkpoints keep.
+    An item is ``{"index": int}``; the training step cuts the crops with ``draw``. The loader reads a batch ahead of the
+    step, so crops that it cut would leave the random state of a checkpoint one batch ahead, and a resumed run would not
+    repeat an uninterrupted one.
     """
 
     def __init__(self, volumes: VolumeDataset, crop_size: int, divisor: int) -> None:
@@ -68,7 +70,14 @@ class CropDataset(TorchDataset):
     def __len__(self) -> int:
         return len(self.volumes)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"index": index}
+
+    def draw(self, indices: Tensor) -> Tensor:
+        """One random crop of each volume: (B,) to (B, C, s, s, s), with numbers from torch's global generator."""
+        return torch.stack([self._crop(index) for index in indices.tolist()])
+
+    def _crop(self, index: int) -> Tensor:
         volume = self.volumes[index]
         if self.crop_size:
             limit = torch.tensor(volume.shape[1:]) - self.crop_size
@@ -80,7 +89,7 @@ class CropDataset(TorchDataset):
             volume = volume[:, x : x + self.crop_size, y : y + self.crop_size, z : z + self.crop_size]
         if torch.rand(()) < 0.5:
             volume = volume.flip(1)
-        return {"volume": volume.contiguous()}
+        return volume
 
 
 class AutoencoderLosses(nn.Module):
@@ -158,15 +167,20 @@ class AutoencoderTrainer(Med3DTrainer):
     ) -> None:
         self.autoencoder = model
         self.train_volumes = train_dataset
-        crops = CropDataset(train_dataset, args.crop_size, model.downsample_factor)
+        self.crops = CropDataset(train_dataset, args.crop_size, model.downsample_factor)
         super().__init__(
-            model=AutoencoderLosses(model, args), args=args, train_dataset=crops, eval_dataset=eval_dataset, **kwargs
+            model=AutoencoderLosses(model, args),
+            args=args,
+            train_dataset=self.crops,
+            eval_dataset=eval_dataset,
+            **kwargs,
         )
         self._parts: dict[str, list[Tensor]] = {}
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
         """One step's loss; its parts are averaged into the next log."""
-        losses = model(inputs["volume"], adversarial=self.state.global_step >= self.args.adversarial_start)
+        volume = self.crops.draw(inputs["index"]).to(self.args.device)
+        losses = model(volume, adversarial=self.state.global_step >= self.args.adversarial_start)
         for name, value in losses.items():
             if name != "loss":
                 self._parts.setdefault(name, []).append(value.detach())

