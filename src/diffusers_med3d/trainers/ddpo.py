@@ -325,7 +325,7 @@ class DDPOTrainer(Med3DTrainer):
         return [Chunk(*parts) for parts in zip(trajectories, chunk_labels, values, strict=True)]
 
     def _until_window(self, model: nn.Module, index: int, rows: list[int], window: range) -> torch.Tensor:
-        """States (P, c, x, y, z) at which the samples of each condition part: noise and steps up to there are shared."""
+        """States (P, c, x, y, z) at which the samples of each condition part; what comes before is shared."""
         noise = self._noise([(self.args.seed, index, SHARED_INITIAL, p) for p in range(len(rows))])
         labels = self._labels(self.train_dataset.select(rows))
         states = []
