@@ -33,6 +33,14 @@ class ModelArguments:
         default=None, metadata={"help": "Local pipeline whose UNet training starts from; random weights when not set."}
     )
     part: str = field(default="train", metadata={"help": "Part of the split to train on: train, or its fold a or b."})
+    prediction_type: str = field(
+        default="v_prediction",
+        metadata={
+            "help": "What the network predicts. sample converges faster when the network is narrow for its latents: it "
+            "need not hand the noise of every latent channel through.",
+            "choices": ["v_prediction", "sample", "epsilon"],
+        },
+    )
     channels: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "Channels per level."})
     num_res_blocks: int = field(default=2, metadata={"help": "Residual blocks per level."})
     num_head_channels: int = field(default=32, metadata={"help": "Channels of an attention head (last level)."})
@@ -62,7 +70,7 @@ def main() -> None:
     pipeline = MedDiffusion3DPipeline(
         vae=autoencoder,
         unet=unet,
-        scheduler=default_scheduler(),
+        scheduler=default_scheduler(model.prediction_type),
         volume_shape=data.volume_shape,
         spacing=data.spacing,
         class_names=data.class_names,

@@ -40,8 +40,18 @@ class AutoencoderConfig(Med3DConfig):
     adversarial_start: int = field(default=2800, metadata={"help": "Step at which the discriminator comes in."})
     discriminator_channels: int = field(default=16, metadata={"help": "Channels of the discriminator's first layer."})
 
+    latent_scaling: str = field(
+        default="global",
+        metadata={
+            "help": "How latents are normalised: 'channel' gives every channel unit variance; 'global' divides all by "
+            "the largest standard deviation, so that channels of fine detail stay small and are generated last."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.latent_scaling not in ("channel", "global"):
+            raise ValueError(f"latent_scaling must be 'channel' or 'global', got {self.latent_scaling!r}.")
         if self.crop_size < 0:
             raise ValueError(f"crop_size must be 0 (whole volumes) or positive, got {self.crop_size}.")
 
@@ -242,5 +252,8 @@ class AutoencoderTrainer(Med3DTrainer):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the autoencoder with its latent statistics."""
-        self.autoencoder.set_latent_statistics(*self.latent_statistics())
+        mean, std = self.latent_statistics()
+        if self.args.latent_scaling == "global":
+            std = std.max().expand_as(std)
+        self.autoencoder.set_latent_statistics(mean, std)
         self.autoencoder.save_pretrained(folder)

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
@@ -239,6 +240,16 @@ class Med3DTrainer(_BaseTrainer):
             self.ema.optimization_step = int(shadow.pop("optimization_step"))
             for i, tensor in enumerate(self.ema.shadow_params):
                 tensor.copy_(shadow[str(i)])
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """As ``transformers.Trainer.train``; a finished run that is resumed only loads its last checkpoint."""
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            if 0 < self.args.max_steps <= state.global_step:
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _load_best_model(self) -> None:
         """With ``load_best_model_at_end``: raw weights and their average, from the best checkpoint."""

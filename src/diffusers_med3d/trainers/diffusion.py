@@ -16,6 +16,9 @@ from ..pipeline import MedDiffusion3DPipeline
 from .base import Med3DConfig, Med3DTrainer
 from .spectrum_data import TRAINING_SUBJECTS
 
+SAMPLE_WEIGHT_CAP = 5.0
+"""Largest weight of a timestep when the network predicts the sample (min-SNR-gamma, arXiv 2303.09556, gamma = 5)."""
+
 
 @dataclass
 class LatentDiffusionConfig(Med3DConfig):
@@ -48,8 +51,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
     """Trains the UNet of a ``MedDiffusion3DPipeline`` on cached latents.
 
     The loss is the mean squared error of what the scheduler's ``prediction_type`` says (velocity: Salimans & Ho 2022,
-    arXiv 2202.00512, appendix D), at timesteps spread evenly over the batch (Kingma et al. 2021, arXiv 2107.00630,
-    appendix I.1).
+    arXiv 2202.00512, appendix D; sample: the same error seen from x_0, its weight capped), at timesteps spread evenly
+    over the batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
 
     Args:
         model: pipeline whose ``unet`` is trained; autoencoder with latent statistics.
@@ -99,7 +102,12 @@ class LatentDiffusionTrainer(Med3DTrainer):
         timesteps = (spread * trained).long()
         noisy = self.pipeline.scheduler.add_noise(latents, noise, timesteps)
         prediction = model(noisy, timesteps, labels, return_dict=False)[0]
-        return (prediction.float() - self._target(latents, noise, timesteps)).square().mean()
+        error = (prediction.float() - self._target(latents, noise, timesteps)).square().flatten(1).mean(1)
+        if self.pipeline.scheduler.config.prediction_type == "sample":
+            # an error of the sample is 1 / sigma^2 = SNR + 1 times as large as a velocity; capped as Hang et al. 2023
+            alphas = self.pipeline.scheduler.alphas_cumprod.to(latents.device)[timesteps]
+            error = error * (1 / (1 - alphas)).clamp(max=SAMPLE_WEIGHT_CAP)
+        return error.mean()
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
         """Denoising loss of one batch {"index": (B,), "class_label": (B,)}."""
@@ -164,8 +172,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
         (Path(folder) / TRAINING_SUBJECTS).write_text(json.dumps(sorted(self.training_subjects), indent=1) + "\n")
 
 
-def default_scheduler() -> DDIMScheduler:
-    """Velocity prediction over 1000 scaled-linear steps; every default that would hurt latents is written out."""
+def default_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
+    """1000 scaled-linear steps; every default that would hurt latents is written out."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.0015,
@@ -174,6 +182,6 @@ def default_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=True,
         steps_offset=0,
-        prediction_type="v_prediction",
+        prediction_type=prediction_type,
         timestep_spacing="trailing",
     )
