@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import TrainerState
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import TrainerState
 from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
@@ -241,9 +241,9 @@ class Med3DTrainer(_BaseTrainer):
             for i, tensor in enumerate(self.ema.shadow_params):
                 tensor.copy_(shadow[str(i)])
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As ``transformers.Trainer.train``; a finished run that is resumed only loads its last checkpoint."""
-        if resume_from_checkpoint:
+        if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
                 self._load_from_checkpoint(resume_from_checkpoint)
