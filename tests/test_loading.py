@@ -28,7 +28,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> str:
         cwd=os.environ.get("TMPDIR", "/tmp"),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
