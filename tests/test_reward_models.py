@@ -19,6 +19,15 @@ def tiny(model_class, **kwargs):
     return model_class(**TINY, **kwargs).eval()
 
 
+def first_features(member, slices, axis):
+    """What the head of a member is given."""
+    kept = []
+    handle = member.head.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    member(slices, axis)
+    handle.remove()
+    return kept[0].detach()
+
+
 @MODELS
 def test_a_model_scores_every_volume_and_sees_what_is_in_it(model_class, tiny_volumes):
     scores = tiny(model_class)(tiny_volumes)
@@ -120,6 +129,16 @@ def test_the_slice_model_knows_which_axis_a_slice_crosses():
     slices = torch.rand(2, 1, 16, 16)
     scores = [model.members[0](slices, axis) for axis in range(3)]
     assert not torch.allclose(scores[0], scores[1]) and not torch.allclose(scores[1], scores[2])
+
+
+def test_before_training_the_axis_does_not_drown_what_a_slice_shows():
+    torch.manual_seed(0)
+    member = SliceRewardModel(num_members=1).eval().members[0]
+    slices = torch.rand(8, 1, 32, 32)
+    features = [member.head[0](pooled) for pooled in (first_features(member, slices, axis) for axis in range(3))]
+    by_axis = torch.stack(features).std(0).mean()
+    by_image = member.head[0](first_features(member, 0.5 + 0.5 * (slices - 0.5), 0)).sub(features[0]).abs().mean()
+    assert by_axis < 0.5 * by_image
 
 
 @MODELS

@@ -43,6 +43,8 @@ class ResidualScorer(nn.Module):
         self.box = nn.AvgPool3d(3, 1, 1) if spatial_dims == 3 else nn.AvgPool2d(3, 1, 1)
         self.stem = Convolution(spatial_dims, 2 * in_channels, widths[0], strides=2, kernel_size=3, act=act, norm=None)
         self.orientation = nn.Embedding(num_orientations, widths[0]) if num_orientations else None
+        if self.orientation is not None:
+            nn.init.normal_(self.orientation.weight, std=0.02)  # beside features of 0.05, 1 would drown the image
         self.blocks = nn.ModuleList(
             ResidualUnit(spatial_dims, before, after, strides=2, act=act, norm=norm)
             for before, after in zip(widths[:-1], widths[1:], strict=True)
