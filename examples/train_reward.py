@@ -26,7 +26,10 @@ class RewardArguments:
     """The network and its spectrum."""
 
     generator_a: str = field(metadata={"help": "Pipeline trained on fold a; makes the spectrum of fold b."})
-    generator_b: str = field(metadata={"help": "Pipeline trained on fold b; makes the spectrum of fold a."})
+    generator_b: str | None = field(
+        default=None,
+        metadata={"help": "Pipeline trained on fold b; makes the spectrum of fold a. Not set: fold b alone is used."},
+    )
     kind: str = field(
         default="3d", metadata={"help": "3d (VolumeRewardModel) or 2d (SliceRewardModel).", "choices": ["3d", "2d"]}
     )
@@ -65,6 +68,8 @@ def spectra(
     root = Path(reward.spectrum_dir or Path(args.output_dir) / "spectrum")
     paths: dict[str, list[Path]] = {"train": [], "validation": []}
     for name, generator, parts in (("a", reward.generator_a, ("b", "validation")), ("b", reward.generator_b, ("a",))):
+        if generator is None:
+            continue
         pipeline = MedDiffusion3DPipeline.from_pretrained(generator).to(args.device)
         trained_on = read_training_subjects(resolve(generator))
         for part in parts:
