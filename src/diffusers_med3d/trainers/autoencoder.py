@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import Dataset as TorchDataset
 
-from .. import figures, metrics
+from .. import figures, hub, metrics
 from ..data import FOREGROUND_THRESHOLD, VolumeDataset
 from ..models import AutoencoderKL3D, VQModel3D
 from .base import Med3DConfig, Med3DTrainer
@@ -256,4 +256,5 @@ class AutoencoderTrainer(Med3DTrainer):
         if self.args.latent_scaling == "global":
             std = std.max().expand_as(std)
         self.autoencoder.set_latent_statistics(mean, std)
+        hub.forget_local_paths(self.autoencoder)
         self.autoencoder.save_pretrained(folder)
