@@ -280,6 +280,18 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path):
     assert torch.equal(mine[0]["exp_avg_sq"], theirs[0]["exp_avg_sq"])
 
 
+def test_a_finished_run_that_is_resumed_is_loaded_and_not_trained_on(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4, "ema_decay": 0.9}
+    finished = make(tmp_path, **settings)
+    finished.train()
+    again = make(tmp_path, **settings)
+    again.model.linear.weight.data.zero_()
+    again.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert again.state.global_step == 4
+    assert torch.equal(weights(again), weights(finished))
+    assert all(torch.equal(a, b) for a, b in zip(again.ema.shadow_params, finished.ema.shadow_params, strict=True))
+
+
 def test_a_checkpoint_that_was_cut_off_is_passed_over_and_refused(tmp_path):
     trainer = make(tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()

@@ -82,11 +82,15 @@ def test_augmentation_shifts_and_flips_without_touching_a_voxels_value():
 
 
 def test_what_is_shifted_out_does_not_come_in_on_the_other_side():
-    volume = torch.ones(1, 6, 6, 6)
-    for seed in range(10):
+    volume = torch.rand(1, 6, 7, 8) + 0.1
+    for seed in range(12):
         moved = augment(volume, torch.Generator().manual_seed(seed), max_shift=2)
-        lost = [(moved[0].sum(dim=[d for d in range(3) if d != axis]) == 0).sum().item() for axis in range(3)]
-        assert moved.sum().item() == np.prod([6 - n for n in lost])
+        generator = torch.Generator().manual_seed(seed)
+        flip = torch.rand((), generator=generator) < 0.5
+        shifts = torch.randint(-2, 3, (3,), generator=generator).tolist()
+        padded = np.pad((volume.flip(1) if flip else volume).numpy()[0], 2)
+        window = tuple(slice(2 - shift, 2 - shift + size) for shift, size in zip(shifts, (6, 7, 8), strict=True))
+        assert np.array_equal(moved[0].numpy(), padded[window])
 
 
 def test_every_copy_of_a_scan_is_drawn(scans, tiny_vae, tmp_path):
@@ -143,16 +147,27 @@ def test_an_autoencoder_without_latent_statistics_is_refused_with_the_remedy(sca
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
-def test_the_target_is_what_the_scheduler_says_the_network_predicts(tiny_pipeline, scans, tmp_path, prediction_type):
+def test_the_loss_is_that_of_what_the_network_predicts(tiny_pipeline, scans, tmp_path, prediction_type):
     tiny_pipeline.scheduler.register_to_config(prediction_type=prediction_type)
     trainer = make(tmp_path, tiny_pipeline, scans)
-    x0, noise, t = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 4, 4, 4, 4), torch.tensor([100, 900])
+    x0, noise = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 4, 4, 4, 4)
     betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
-    alpha = np.cumprod(1 - betas)[t.numpy()].reshape(2, 1, 1, 1, 1)
+    alpha = np.cumprod(1 - betas)[[100, 600]].reshape(2, 1, 1, 1, 1)  # a shift of 0.1 gives timesteps 100 and 600
     a, b = x0.double().numpy(), noise.double().numpy()
-    velocity = np.sqrt(alpha) * b - np.sqrt(1 - alpha) * a
-    expected = {"v_prediction": velocity, "epsilon": b, "sample": a}[prediction_type]
-    assert np.abs(trainer._target(x0, noise, t).numpy() - expected).max() < 1e-5
+    noisy = np.sqrt(alpha) * a + np.sqrt(1 - alpha) * b
+    target = {"v_prediction": np.sqrt(alpha) * b - np.sqrt(1 - alpha) * a, "epsilon": b, "sample": a}[prediction_type]
+    weight = np.minimum(1 / (1 - alpha), 5) if prediction_type == "sample" else 1
+    prediction = torch.randn(2, 4, 4, 4, 4)
+    seen = []
+
+    def network(sample: torch.Tensor, timestep: torch.Tensor, class_labels: None, return_dict: bool) -> tuple:
+        seen.append((sample, timestep.tolist()))
+        return (prediction,)
+
+    loss = trainer._denoising_loss(network, x0, None, noise, torch.tensor(0.1004))
+    assert seen[0][1] == [100, 600]
+    assert np.abs(seen[0][0].numpy() - noisy).max() < 1e-5
+    assert loss.item() == pytest.approx((weight * (prediction.numpy() - target) ** 2).mean(), rel=1e-4)
 
 
 def test_labels_are_dropped_to_the_null_class_as_often_as_asked_and_timesteps_are_spread(
