@@ -41,6 +41,9 @@ class ModelArguments:
             "choices": ["v_prediction", "sample", "epsilon"],
         },
     )
+    channel_names: list[str] | None = field(
+        default=None, metadata={"help": "One name per image channel, such as t1, for the pipeline's config."}
+    )
     channels: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "Channels per level."})
     num_res_blocks: int = field(default=2, metadata={"help": "Residual blocks per level."})
     num_head_channels: int = field(default=32, metadata={"help": "Channels of an attention head (last level)."})
@@ -74,6 +77,7 @@ def main() -> None:
         volume_shape=data.volume_shape,
         spacing=data.spacing,
         class_names=data.class_names,
+        channel_names=model.channel_names,
         intensity="0: background; 1: the scan's 99.5th percentile above 0",
     )
     trainer = LatentDiffusionTrainer(
