@@ -57,7 +57,7 @@ class DDPOConfig(Med3DConfig):
         metadata={"help": "Noise of a stochastic DDIM step, in (0, 1]. DDPM is eta = 1 and takes no other."},
     )
     sde_window_size: int = field(
-        default=3,
+        default=2,
         metadata={
             "help": "Consecutive stochastic steps of a rollout, the others are deterministic; 0 makes all stochastic."
         },
