@@ -299,7 +299,9 @@ def test_two_batches_of_one_step_draw_different_versions(tmp_path):
 
 def test_what_is_saved_is_the_average_in_half_precision_and_what_a_reward_reads(tmp_path):
     dataset = toy_spectrum(tmp_path / "train", 3)
-    trainer = RewardModelTrainer(tiny_model(), config(tmp_path / "out", ema_decay=0.9, save_strategy="no"), dataset)
+    trainer = RewardModelTrainer(
+        tiny_model(), config(tmp_path / "out", ema_decay=0.95, learning_rate=1e-2, save_strategy="no"), dataset
+    )
     trainer.train()
     trainer.save_model()
     volumes = dataset[0]["versions"]
@@ -307,6 +309,10 @@ def test_what_is_saved_is_the_average_in_half_precision_and_what_a_reward_reads(
     with trainer.ema_weights(), torch.no_grad():
         averaged = trainer.reward_model.eval()(volumes)
     torch.testing.assert_close(reward(volumes), averaged, atol=5e-3, rtol=0)
+    judged = trainer.evaluate(toy_spectrum(tmp_path / "val", 2, 50))
+    scans = torch.stack([toy_spectrum(tmp_path / "val", 2, 50)[i]["real"] for i in range(2)])
+    assert judged["eval_score/real"] == pytest.approx(reward(scans).mean().item(), abs=5e-3)
+    assert abs(judged["eval_score/real"] - trainer.reward_model(scans).mean().item()) > 1e-2  # the trained weights'
     stored = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
     assert trainer.reward_model.dtype == torch.float32
