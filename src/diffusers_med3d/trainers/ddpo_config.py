@@ -24,7 +24,7 @@ class DDPOConfig(Med3DConfig):
 
     # Defaults of TrainingArguments that fine-tuning by reward wants otherwise
     output_dir: str = field(default="outputs/ddpo", metadata={"help": "Where everything is written."})
-    learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two log entries."})
     per_device_train_batch_size: int = field(
