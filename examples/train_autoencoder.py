@@ -46,6 +46,10 @@ class ModelArguments:
         default=None, metadata={"help": "Folder of an autoencoder whose weights training starts from."}
     )
     num_embeddings: int = field(default=512, metadata={"help": "Codebook size (vq)."})
+    codebook_decay: float = field(
+        default=0.9,
+        metadata={"help": "Decay of the codebook's moving average (vq). At 0.99 it lags behind the encoder early on."},
+    )
 
 
 def build(args: ModelArguments) -> AutoencoderKL3D | VQModel3D:
@@ -59,6 +63,7 @@ def build(args: ModelArguments) -> AutoencoderKL3D | VQModel3D:
             num_res_channels=args.channels,
             num_embeddings=args.num_embeddings,
             embedding_dim=args.latent_channels,
+            decay=args.codebook_decay,
         )
     autoencoder = AutoencoderKL3D(
         channels=args.channels,

@@ -42,13 +42,13 @@ class RoadArguments:
     size: int = field(default=32, metadata={"help": "Side of the volumes in voxels."})
     spacing: float = field(default=6.0, metadata={"help": "Voxel size in mm."})
     num_embeddings: int = field(default=256, metadata={"help": "Codebook size."})
-    autoencoder_steps: int = field(default=700, metadata={"help": "Optimizer steps of the autoencoder."})
-    diffusion_steps: int = field(default=900, metadata={"help": "Optimizer steps of each of the two generators."})
-    reward_steps: int = field(default=120, metadata={"help": "Optimizer steps of each of the two reward models."})
-    ppo_steps: int = field(default=30, metadata={"help": "Optimizer steps of the fine-tuning."})
+    autoencoder_steps: int = field(default=500, metadata={"help": "Optimizer steps of the autoencoder."})
+    diffusion_steps: int = field(default=500, metadata={"help": "Optimizer steps of each of the two generators."})
+    reward_steps: int = field(default=80, metadata={"help": "Optimizer steps of each of the two reward models."})
+    ppo_steps: int = field(default=20, metadata={"help": "Optimizer steps of the fine-tuning."})
     batch_size: int = field(default=8, metadata={"help": "Batch size of the autoencoder and the generators."})
     eval_samples: int = field(default=12, metadata={"help": "Generated volumes for the KID; 0 leaves it out."})
-    eval_volumes: int = field(default=16, metadata={"help": "Volumes per class before and after fine-tuning."})
+    eval_volumes: int = field(default=8, metadata={"help": "Volumes per class before and after fine-tuning."})
 
 
 def last_dictionary(output: str) -> dict[str, float]:

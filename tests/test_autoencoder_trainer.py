@@ -161,6 +161,44 @@ def test_the_codebook_moves_and_its_use_is_reported(tmp_path, scans):
     assert trainer.evaluate()["eval_codes_used"] == pytest.approx(len(used) / 8)
 
 
+def test_the_nearest_code_is_found_under_bf16_autocast_too():
+    model = vq_model().eval()
+    latents = torch.randn(2, 2, 6, 6, 6)
+    codebook = model.quantizer.quantizer.embedding.weight
+    codebook.copy_(1 + 0.01 * torch.randn(8, 2))  # close to one another: bf16 cannot tell them apart
+    nearest = torch.cdist(latents.movedim(1, -1).reshape(-1, 2).double(), codebook.double()).argmin(1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        quantised, _ = model.quantize(latents)
+    assert torch.allclose(quantised.movedim(1, -1).reshape(-1, 2), codebook[nearest], atol=1e-6)
+
+
+def test_codes_that_nobody_uses_restart_at_latents_of_the_batch_in_training_only():
+    model = vq_model()
+    quantizer = model.quantizer.quantizer
+    latents = torch.randn(1, 2, 4, 4, 4)
+    rows = latents.movedim(1, -1).reshape(-1, 2)
+    before = quantizer.embedding.weight.clone()
+    model.eval().quantize(latents)
+    assert torch.equal(quantizer.embedding.weight, before)
+    model._restart_unused_codes(latents)  # the first batch: nothing was used yet
+    assert all((rows == code).all(1).any() for code in quantizer.embedding.weight)
+    quantizer.ema_cluster_size[:] = torch.tensor([8.0, 8, 8, 0.7, 8, 8, 0.9, 8])  # an even spread is 8, a tenth is 0.8
+    before = quantizer.embedding.weight.clone()
+    model._restart_unused_codes(torch.randn(1, 2, 4, 4, 4))
+    changed = (quantizer.embedding.weight != before).any(1).tolist()
+    assert changed == [False, False, False, True, False, False, False, False]
+    assert torch.allclose(quantizer.ema_w[3] / quantizer.ema_cluster_size[3], quantizer.embedding.weight[3])
+
+
+def test_the_codebook_does_not_collapse(tmp_path, scans):
+    torch.manual_seed(1)
+    model = VQModel3D(channels=(8, 8), num_res_channels=(8, 8), num_embeddings=32, embedding_dim=4, decay=0.9)
+    settings = {"max_steps": 100, "learning_rate": 1e-3, "adversarial_weight": 0.0, "crop_size": 0}
+    trainer = make(tmp_path, model, scans, per_device_train_batch_size=4, **settings)
+    trainer.train()
+    assert trainer.evaluate()["eval_codes_used"] > 0.5
+
+
 def test_the_discriminator_rests_until_its_step(tmp_path, scans):
     trainer = make(tmp_path, kl_model(), scans, adversarial_start=2, max_steps=2)
     before = [p.detach().clone() for p in trainer.model.discriminator.parameters()]

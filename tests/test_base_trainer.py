@@ -140,6 +140,23 @@ def test_bf16_stays_off_where_the_device_has_none(tmp_path, monkeypatch):
     assert Med3DConfig(output_dir=str(tmp_path)).bf16 is False
 
 
+def test_bf16_gradients_of_convolutions_on_two_voxels_are_no_garbage(tmp_path):
+    # oneDNN's are uninitialised memory on CPUs with AMX
+    model = torch.nn.Sequential(torch.nn.Conv3d(16, 16, 3, padding=1), torch.nn.Conv3d(16, 16, 3, padding=1))
+    x = torch.randn(4, 16, 2, 2, 2)
+    exact = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    args = Med3DConfig(output_dir=str(tmp_path), bf16=True, report_to="none")
+    trainer = LineTrainer(model=model, args=args, train_dataset=points())
+    with trainer.accelerator.autocast():
+        small, large = model(x), model(torch.randn(1, 16, 3, 3, 3))
+    assert (small.dtype, large.dtype) == (torch.float32, torch.bfloat16)
+    for _ in range(5):
+        with trainer.accelerator.autocast():
+            loss = model(x).sum()
+        for mine, theirs in zip(torch.autograd.grad(loss, list(model.parameters())), exact, strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
 def test_gradient_checkpointing_is_switched_on_in_the_model_itself(tiny_unet, tmp_path):
     args = Med3DConfig(output_dir=str(tmp_path), gradient_checkpointing=True, report_to="none")
     assert not tiny_unet.is_gradient_checkpointing

@@ -12,12 +12,20 @@ from torch import nn
 from .latents import NormalizedLatentsMixin
 from .sizes import check_divisible, check_volumes
 
+RESTART_SHARE = 0.1
+"""A code restarts when its use falls under this share of an even spread over the codebook, and has this share then: a
+new place that nobody uses at once is given up at once."""
+
 
 class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
     """3D VQ autoencoder (van den Oord et al. 2017, arXiv 1711.00937; VQ-GAN: Esser et al. 2021, arXiv 2012.09841).
 
     Diffusion runs on the continuous encoder output; ``decode_latents`` quantises before it decodes, as latent
     diffusion does (Rombach et al. 2022, section 3.1). State-dict keys are MONAI's.
+
+    In training mode, codes that hardly any latent uses restart at random latents of the batch (Dhariwal et al. 2020,
+    arXiv 2005.00341, section 3.2); the first batch starts them all. MONAI's quantiser flings codes that are not used at
+    once so far away that they never are: without restarts two of 256 codes remain.
 
     Args:
         in_channels, out_channels: image channels.
@@ -85,6 +93,33 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
         check_volumes(images, self.config.in_channels)
         check_divisible(images.shape[2:], self.downsample_factor, "volume shape")
         return self._run(self.encoder.blocks, images)
+
+    def quantize(self, encodings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoder output (B, embedding_dim, x, y, z) to nearest codes (straight-through) and the commitment loss."""
+        with torch.autocast(encodings.device.type, enabled=False):  # MONAI switches it off for CUDA only
+            encodings = encodings.float()
+            if self.training:
+                self._restart_unused_codes(encodings)
+            return super().quantize(encodings)
+
+    def index_quantize(self, images: torch.Tensor) -> torch.Tensor:
+        """Volumes (B, C, X, Y, Z) in [0, 1] to indices of the nearest codes (B, X/f, Y/f, Z/f)."""
+        encodings = self.encode(images)
+        with torch.autocast(encodings.device.type, enabled=False):
+            return self.quantizer.quantize(encodings)
+
+    @torch.no_grad()
+    def _restart_unused_codes(self, encodings: torch.Tensor) -> None:
+        quantizer = self.quantizer.quantizer
+        latents = encodings.movedim(1, -1).flatten(0, -2)
+        even_spread = len(latents) / quantizer.num_embeddings
+        unused = quantizer.ema_cluster_size < RESTART_SHARE * even_spread
+        chosen = latents[torch.randint(len(latents), (quantizer.num_embeddings,)).to(latents.device)].contiguous()
+        if torch.distributed.is_initialized():  # all processes must restart at the same latents
+            torch.distributed.broadcast(chosen, src=0)
+        quantizer.embedding.weight[unused] = chosen[unused]
+        quantizer.ema_cluster_size[unused] = RESTART_SHARE * even_spread
+        quantizer.ema_w[unused] = chosen[unused] * RESTART_SHARE * even_spread
 
     def decode(self, quantizations: torch.Tensor) -> torch.Tensor:
         """Quantised latents (B, embedding_dim, x, y, z) to volumes (B, C, x*f, y*f, z*f), not clamped."""

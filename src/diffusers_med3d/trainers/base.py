@@ -8,9 +8,10 @@ reads instead of a pickle of the training arguments.
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerState
@@ -40,6 +41,24 @@ def bf16_is_fast() -> bool:
     if torch.cuda.is_available():
         return is_torch_bf16_gpu_available()
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def keep_small_convolutions_exact(model: nn.Module) -> None:
+    """Let 3D convolutions run in float32 under autocast where their first spatial side is shorter than the kernel.
+
+    On CPUs with AMX, oneDNN's bfloat16 weight gradient is uninitialised memory there (torch 2.13: kernel 3, padding 1,
+    2 voxels), up to 1e37 and now and then NaN.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            module._conv_forward = partial(_convolve, module._conv_forward)
+
+
+def _convolve(inner: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.shape[-3] >= weight.shape[-3]:
+        return inner(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return inner(x.float(), weight.float(), None if bias is None else bias.float())
 
 
 @dataclass
@@ -133,6 +152,8 @@ class Med3DTrainer(_BaseTrainer):
                 if isinstance(module, ModelMixin):
                     module.enable_gradient_checkpointing()
             args.gradient_checkpointing = False  # done; Trainer would call methods that diffusers models lack
+        if args.bf16 and args.device.type == "cpu":
+            keep_small_convolutions_exact(model)
         super().__init__(model=model, args=args, **kwargs)
         if any(isinstance(callback, TensorBoardCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(TensorBoardCallback)
