@@ -43,7 +43,7 @@ class RoadArguments:
     spacing: float = field(default=6.0, metadata={"help": "Voxel size in mm."})
     num_embeddings: int = field(default=256, metadata={"help": "Codebook size."})
     autoencoder_steps: int = field(default=500, metadata={"help": "Optimizer steps of the autoencoder."})
-    diffusion_steps: int = field(default=500, metadata={"help": "Optimizer steps of each of the two generators."})
+    diffusion_steps: int = field(default=350, metadata={"help": "Optimizer steps of each of the two generators."})
     reward_steps: int = field(default=80, metadata={"help": "Optimizer steps of each of the two reward models."})
     ppo_steps: int = field(default=20, metadata={"help": "Optimizer steps of the fine-tuning."})
     batch_size: int = field(default=8, metadata={"help": "Batch size of the autoencoder and the generators."})
