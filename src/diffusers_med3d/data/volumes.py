@@ -9,7 +9,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from .reading import DataArguments, class_of, decode_nifti, read_scans
-from .split import load_split
+from .split import PARTS, load_split
 from .transforms import to_meta_tensor, volume_transform
 
 
@@ -50,7 +50,7 @@ class VolumeDataset(TorchDataset):
     def from_arguments(cls, args: DataArguments, part: str) -> "VolumeDataset":
         """Volumes of a part of the split: "train", "validation", "test", or fold "a" or "b" of train."""
         split = load_split(args.split_file)
-        parts = {**{name: split[name] for name in ("train", "validation", "test")}, **split["folds"]}
+        parts = {**{name: split[name] for name in PARTS}, **split["folds"]}
         if part not in parts:
             raise ValueError(f"unknown part {part!r} of the split, expected one of {list(parts)}.")
         return cls(args.data_dir, parts[part], args)

@@ -6,7 +6,6 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from monai.networks.nets import AutoencoderKL
-from torch import nn
 
 from .latents import NormalizedLatentsMixin
 from .sizes import check_divisible, check_volumes
@@ -67,14 +66,6 @@ class AutoencoderKL3D(NormalizedLatentsMixin, ModelMixin, AutoencoderKL, ConfigM
         )
         self.downsample_factor = 2 ** (len(channels) - 1)
         self.latent_channels = latent_channels
-        self.gradient_checkpointing = False
-        self._gradient_checkpointing_func = None
-
-    def _run(self, blocks: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
-        checkpoint = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in blocks:
-            hidden = self._gradient_checkpointing_func(block, hidden) if checkpoint else block(hidden)
-        return hidden
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Volumes (B, C, X, Y, Z) in [0, 1] to raw posterior mean and sigma, (B, latent_channels, X/f, Y/f, Z/f)."""

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 
 import torch
 
+from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
 
 
-class NormalizedLatentsMixin:
+class NormalizedLatentsMixin(CheckpointedBlocksMixin):
     """``encode_latents`` / ``decode_latents`` of an autoencoder with ``latents_mean``, ``latents_std`` in its config.
 
     Subclasses give ``encode_moments(volumes) -> (mean, sigma)``, ``decode_raw(latents) -> volumes``,
@@ -16,6 +17,11 @@ class NormalizedLatentsMixin:
 
     downsample_factor: int
     latent_channels: int
+
+    def _run(self, blocks: torch.nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+        for block in blocks:
+            hidden = self._call(block, hidden)
+        return hidden
 
     def latent_shape(self, volume_shape: Iterable[int]) -> tuple[int, int, int]:
         """Spatial latent size of a volume of size (X, Y, Z); raises ValueError with the nearest size that fits."""

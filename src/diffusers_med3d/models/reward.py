@@ -13,13 +13,14 @@ from diffusers.configuration_utils import register_to_config
 from monai.networks.blocks import Convolution, ResidualUnit
 from torch import nn
 
+from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_volumes
 
 RANGE_TOLERANCE = 1e-3
 DETAIL_GAIN = 5.0
 
 
-class ResidualScorer(nn.Module):
+class ResidualScorer(CheckpointedBlocksMixin, nn.Module):
     """Residual trunk of MONAI blocks, pooling, two linear layers: (N, C, ...) -> (N,).
 
     An image goes in twice, as it is and as what a 3-voxel box filter takes away from it: fine detail is a twentieth of
@@ -53,8 +54,6 @@ class ResidualScorer(nn.Module):
         self.head = nn.Sequential(
             nn.LayerNorm(features), nn.Linear(features, widths[-1]), nn.LeakyReLU(0.1), nn.Linear(widths[-1], 1)
         )
-        self.gradient_checkpointing = False
-        self._gradient_checkpointing_func = None
 
     def forward(self, images: torch.Tensor, orientation: int | None = None) -> torch.Tensor:
         """Images (N, C, ...) to scores (N,); ``orientation`` is the axis that the slices are perpendicular to."""
@@ -72,11 +71,6 @@ class ResidualScorer(nn.Module):
         features = torch.cat(pooled, dim=1).to(self.head[0].weight.dtype)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features).squeeze(1)
-
-    def _call(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, hidden)
-        return block(hidden)
 
 
 class _RewardModel(ModelMixin, ConfigMixin):

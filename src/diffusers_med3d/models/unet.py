@@ -10,6 +10,7 @@ from diffusers.utils import BaseOutput
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 
+from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
 
 
@@ -20,7 +21,7 @@ class DiffusionUNet3DOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class DiffusionUNet3D(ModelMixin, DiffusionModelUNet, ConfigMixin):
+class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, DiffusionModelUNet, ConfigMixin):
     """3D UNet that predicts noise, velocity or sample from a noisy latent (Pinaya et al. 2022, arXiv 2209.07162).
 
     State-dict keys are MONAI's. The last class index is the null class of classifier-free guidance
@@ -66,8 +67,6 @@ class DiffusionUNet3D(ModelMixin, DiffusionModelUNet, ConfigMixin):
             num_head_channels=num_head_channels,
             num_class_embeds=num_class_embeds,
         )
-        self.gradient_checkpointing = False
-        self._gradient_checkpointing_func = None
 
     @property
     def null_class(self) -> int | None:
@@ -132,8 +131,3 @@ class DiffusionUNet3D(ModelMixin, DiffusionModelUNet, ConfigMixin):
             hidden = self._call(block, hidden, block_residuals, embedding)
         prediction = self.out(hidden)
         return DiffusionUNet3DOutput(sample=prediction) if return_dict else (prediction,)
-
-    def _call(self, block: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *inputs)
-        return block(*inputs)

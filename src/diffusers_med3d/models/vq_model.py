@@ -7,7 +7,6 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from monai.networks.nets import VQVAE
-from torch import nn
 
 from .latents import NormalizedLatentsMixin
 from .sizes import check_divisible, check_volumes
@@ -74,19 +73,11 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
         )
         self.downsample_factor = 2 ** len(channels)
         self.latent_channels = embedding_dim
-        self.gradient_checkpointing = False
-        self._gradient_checkpointing_func = None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Self:
         super()._apply(fn, *args, **kwargs)
         self.quantizer.float()  # ... also after ``.to(dtype)`` and ``.half()``
         return self
-
-    def _run(self, blocks: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
-        checkpoint = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in blocks:
-            hidden = self._gradient_checkpointing_func(block, hidden) if checkpoint else block(hidden)
-        return hidden
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Volumes (B, C, X, Y, Z) in [0, 1] to encoder output (B, embedding_dim, X/f, Y/f, Z/f), not quantised."""

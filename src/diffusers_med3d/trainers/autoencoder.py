@@ -185,7 +185,6 @@ class AutoencoderTrainer(Med3DTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        self._parts: dict[str, list[Tensor]] = {}
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
         """One step's loss; its parts are averaged into the next log."""
@@ -193,15 +192,8 @@ class AutoencoderTrainer(Med3DTrainer):
         losses = model(volume, adversarial=self.state.global_step >= self.args.adversarial_start)
         for name, value in losses.items():
             if name != "loss":
-                self._parts.setdefault(name, []).append(value.detach())
+                self.record_part(name, value)
         return losses["loss"]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the loss since the last log."""
-        if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
-            self._parts.clear()
-        super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:

@@ -158,6 +158,7 @@ class Med3DTrainer(_BaseTrainer):
         if any(isinstance(callback, TensorBoardCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(TensorBoardCallback)
             self.add_callback(_TensorBoardCallback())
+        self._parts: dict[str, list[Tensor]] = {}
         self.ema: EMAModel | None = None
         self.ema_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if args.ema_decay > 0:
@@ -211,6 +212,17 @@ class Med3DTrainer(_BaseTrainer):
             tags=[tags] if isinstance(tags, str) else tags or [],
             datasets=[dataset_name] if dataset_name else [],
         )
+
+    def record_part(self, name: str, value: Tensor) -> None:
+        """Keep a part of the loss, a scalar; the next log shows its mean since the last."""
+        self._parts.setdefault(name, []).append(value.detach())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts of the loss since the last log."""
+        if "loss" in logs:
+            logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
+            self._parts.clear()
+        super().log(logs, start_time)
 
     def log_figure(self, name: str, figure: Figure) -> None:
         """Write a picture to ``output_dir/figures/<name>.png`` and to TensorBoard, on the main process."""

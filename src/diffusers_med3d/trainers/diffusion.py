@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -84,7 +85,6 @@ class LatentDiffusionTrainer(Med3DTrainer):
             if eval_dataset is not None:
                 self.eval_latents = LatentDataset(eval_dataset, model.vae, cache / "eval.safetensors", copies=1)
         super().__init__(model=model.unet, args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs)
-        self._reference_features: Tensor | None = None
 
     def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         prediction_type = self.pipeline.scheduler.config.prediction_type
@@ -141,6 +141,14 @@ class LatentDiffusionTrainer(Med3DTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
+    @cached_property
+    def _features(self) -> metrics.SliceFeatures:
+        return metrics.SliceFeatures(device=self.args.device)
+
+    @cached_property
+    def _reference_features(self) -> Tensor:
+        return self._features(self.eval_dataset.stack())
+
     def _judge_samples(self, generator: torch.Generator, prefix: str) -> dict[str, float]:
         count, classes = self.args.eval_samples, self.pipeline.unet.null_class
         labels = None if classes is None else [i % classes for i in range(count)]
@@ -152,10 +160,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
             generator=generator,
         ).volumes.cpu()
         scans = self.eval_dataset.stack()
-        features = metrics.SliceFeatures(device=self.args.device)
-        if self._reference_features is None:
-            self._reference_features = features(scans)
-        distance = metrics.kid(features(samples), self._reference_features)
+        distance = metrics.kid(self._features(samples), self._reference_features)
         shown = min(count, 6)
         picture = {"scans": scans[:shown, :1], "samples": samples[:shown, :1]}
         spacing = self.pipeline.config.spacing

@@ -190,7 +190,6 @@ class RewardModelTrainer(Med3DTrainer):
         self.reward_model = model
         kwargs.setdefault("data_collator", default_collate)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
-        self._parts: dict[str, list[Tensor]] = {}
         self._micro_step = (-1, 0)  # optimizer step, batches seen in it
         self._versions_shown = False
 
@@ -211,16 +210,9 @@ class RewardModelTrainer(Med3DTrainer):
         ]
         regression, ranking = (torch.stack(values).mean() for values in zip(*losses, strict=True))
         for name, value in (("regression", regression), ("ranking", ranking)):
-            self._parts.setdefault(name, []).append(value.detach())
+            self.record_part(name, value)
         loss = regression + self.args.ranking_weight * ranking
         return (loss, {"scores": scores}) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts of the loss since the last log."""
-        if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
-            self._parts.clear()
-        super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(
