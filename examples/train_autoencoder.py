@@ -89,8 +89,8 @@ def main() -> None:
         eval_dataset=VolumeDataset.from_arguments(data, "validation"),
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    trainer.save_model()
     print(trainer.evaluate())
+    trainer.save_model()
 
 
 if __name__ == "__main__":

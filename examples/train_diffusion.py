@@ -48,6 +48,13 @@ class ModelArguments:
     num_res_blocks: int = field(default=2, metadata={"help": "Residual blocks per level."})
     num_head_channels: int = field(default=32, metadata={"help": "Channels of an attention head (last level)."})
     norm_num_groups: int = field(default=16, metadata={"help": "Groups of GroupNorm."})
+    sample_skip: bool = field(
+        default=True,
+        metadata={
+            "help": "Add the noisy latent to the prediction, each channel times a learned function of the timestep, so "
+            "that a network that is narrow for its latents need not hand their noise through its layers."
+        },
+    )
 
 
 def main() -> None:
@@ -69,6 +76,7 @@ def main() -> None:
             num_head_channels=model.num_head_channels,
             norm_num_groups=model.norm_num_groups,
             num_class_embeds=len(data.class_names) + 1,
+            sample_skip=model.sample_skip,
         )
     pipeline = MedDiffusion3DPipeline(
         vae=autoencoder,
@@ -88,8 +96,8 @@ def main() -> None:
         earlier_subjects=read_training_subjects(resolve(model.init_from)) if model.init_from else (),
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    trainer.save_model()
     print(trainer.evaluate())
+    trainer.save_model()
     series = {}
     for name in ("eval_kid", "eval_loss"):
         points = [(row["step"], row[name]) for row in trainer.state.log_history if name in row]

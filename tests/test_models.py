@@ -270,3 +270,37 @@ def test_gradient_checkpointing_keeps_much_less_and_changes_no_gradient(model):
         assert torch.allclose(gradient, same, atol=1e-6)
     model.disable_gradient_checkpointing()
     assert saved_for_backward(model)[0] == plain
+
+
+def test_the_sample_skip_adds_the_noisy_latent_scaled_by_channel_and_timestep(tmp_path):
+    arguments = {"in_channels": 2, "out_channels": 2, "channels": (8, 16), "num_res_blocks": 1, "norm_num_groups": 4}
+    arguments |= {"attention_levels": (False, False), "num_class_embeds": 3, "num_head_channels": 4}
+    with_skip, without = DiffusionUNet3D(**arguments, sample_skip=True), DiffusionUNet3D(**arguments)
+    without.load_state_dict(with_skip.state_dict(), strict=False)
+    sample, labels = torch.randn(2, 2, 4, 4, 4), torch.tensor([0, 2])
+    assert torch.equal(with_skip(sample, 5, labels).sample, without(sample, 5, labels).sample)  # starts as no skip
+    torch.nn.init.normal_(with_skip.sample_skip.weight)
+    scales = (with_skip(sample, 5, labels).sample - without(sample, 5, labels).sample) / sample
+    assert scales.std(dim=(2, 3, 4)).max() < 1e-3 < scales.mean(dim=(2, 3, 4)).std()
+    assert not torch.allclose(
+        with_skip(sample, 5, labels).sample - without(sample, 5, labels).sample,
+        with_skip(sample, 900, labels).sample - without(sample, 900, labels).sample,
+    )
+    with_skip.save_pretrained(tmp_path)
+    assert torch.equal(
+        DiffusionUNet3D.from_pretrained(tmp_path)(sample, 5, labels).sample, with_skip(sample, 5, labels).sample
+    )
+
+
+def test_the_sample_skip_needs_as_many_channels_out_as_in():
+    with pytest.raises(ValueError, match="in_channels == out_channels, got 2 and 3"):
+        DiffusionUNet3D(
+            in_channels=2,
+            out_channels=3,
+            channels=(8,),
+            norm_num_groups=4,
+            attention_levels=(False,),
+            num_head_channels=8,
+            num_res_blocks=1,
+            sample_skip=True,
+        )

@@ -9,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
+from torch import nn
 
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
@@ -35,6 +36,10 @@ class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, DiffusionModelUNet, C
         num_head_channels: channels of one attention head.
         norm_num_groups: groups of every GroupNorm; every entry of ``channels`` must be a multiple.
         num_class_embeds: number of classes including the null class, or None for an unconditional network.
+        sample_skip: add the noisy latent itself to the prediction, each channel times a learned function of the
+            timestep: the c_skip of Karras et al. 2022, arXiv 2206.00364, equation 7, which they compute from the one
+            variance of their data and which here differs between latent channels. A network that is narrow for its
+            latents then need not hand their noise through its layers.
     """
 
     _supports_gradient_checkpointing = True
@@ -52,6 +57,7 @@ class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, DiffusionModelUNet, C
         norm_eps: float = 1e-6,
         resblock_updown: bool = False,
         num_class_embeds: int | None = None,
+        sample_skip: bool = False,
     ) -> None:
         DiffusionModelUNet.__init__(
             self,
@@ -67,6 +73,13 @@ class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, DiffusionModelUNet, C
             num_head_channels=num_head_channels,
             num_class_embeds=num_class_embeds,
         )
+        if sample_skip and in_channels != out_channels:
+            raise ValueError(f"sample_skip needs in_channels == out_channels, got {in_channels} and {out_channels}.")
+        self.sample_skip = None
+        if sample_skip:
+            self.sample_skip = nn.Linear(self.time_embed[-1].out_features, out_channels)
+            nn.init.zeros_(self.sample_skip.weight)
+            nn.init.zeros_(self.sample_skip.bias)
 
     @property
     def null_class(self) -> int | None:
@@ -130,4 +143,6 @@ class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, DiffusionModelUNet, C
             block_residuals, residuals = residuals[-count:], residuals[:-count]
             hidden = self._call(block, hidden, block_residuals, embedding)
         prediction = self.out(hidden)
+        if self.sample_skip is not None:
+            prediction = prediction + self.sample_skip(embedding)[..., None, None, None] * sample
         return DiffusionUNet3DOutput(sample=prediction) if return_dict else (prediction,)
