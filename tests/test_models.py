@@ -279,7 +279,7 @@ def test_the_sample_skip_adds_the_noisy_latent_scaled_by_channel_and_timestep(tm
     without.load_state_dict(with_skip.state_dict(), strict=False)
     sample, labels = torch.randn(2, 2, 4, 4, 4), torch.tensor([0, 2])
     assert torch.equal(with_skip(sample, 5, labels).sample, without(sample, 5, labels).sample)  # starts as no skip
-    torch.nn.init.normal_(with_skip.sample_skip.weight)
+    torch.nn.init.normal_(with_skip.skip_scale.weight)
     scales = (with_skip(sample, 5, labels).sample - without(sample, 5, labels).sample) / sample
     assert scales.std(dim=(2, 3, 4)).max() < 1e-3 < scales.mean(dim=(2, 3, 4)).std()
     assert not torch.allclose(

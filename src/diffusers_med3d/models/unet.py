@@ -75,11 +75,11 @@ class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, DiffusionModelUNet, C
         )
         if sample_skip and in_channels != out_channels:
             raise ValueError(f"sample_skip needs in_channels == out_channels, got {in_channels} and {out_channels}.")
-        self.sample_skip = None
+        self.skip_scale = None
         if sample_skip:
-            self.sample_skip = nn.Linear(self.time_embed[-1].out_features, out_channels)
-            nn.init.zeros_(self.sample_skip.weight)
-            nn.init.zeros_(self.sample_skip.bias)
+            self.skip_scale = nn.Linear(self.time_embed[-1].out_features, out_channels)
+            nn.init.zeros_(self.skip_scale.weight)
+            nn.init.zeros_(self.skip_scale.bias)
 
     @property
     def null_class(self) -> int | None:
@@ -143,6 +143,6 @@ class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, DiffusionModelUNet, C
             block_residuals, residuals = residuals[-count:], residuals[:-count]
             hidden = self._call(block, hidden, block_residuals, embedding)
         prediction = self.out(hidden)
-        if self.sample_skip is not None:
-            prediction = prediction + self.sample_skip(embedding)[..., None, None, None] * sample
+        if self.skip_scale is not None:
+            prediction = prediction + self.skip_scale(embedding)[..., None, None, None] * sample
         return DiffusionUNet3DOutput(sample=prediction) if return_dict else (prediction,)
