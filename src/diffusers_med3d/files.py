@@ -1,0 +1,32 @@
+"""Results on disk that are whole or absent, so that a run that was killed goes on where it stopped."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write text to a temporary name in the same folder (made if missing), then move it into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_whole` of a JSON document; NaN and infinity are refused, because other readers choke on them."""
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def once(path: str | Path, make: Callable[[], Any]) -> Any:
+    """The JSON document at `path`; made by `make()` and written, as the last thing, where there is none yet."""
+    path = Path(path)
+    if not path.is_file():
+        write_json(path, make())
+    return json.loads(path.read_text())
