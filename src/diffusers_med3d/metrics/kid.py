@@ -11,6 +11,11 @@ class KernelDistance(NamedTuple):
     stderr: float
 
 
+def polynomial_kernel(a: Tensor, b: Tensor) -> Tensor:
+    """(x.y / d + 1)**3 of every pair of feature vectors: (N, D) and (M, D) to float64 (N, M)."""
+    return (a.detach().double() @ b.detach().double().T / a.shape[1] + 1) ** 3
+
+
 def _leave_one_out(kernel_sum: Tensor, row_sums: Tensor, n: int) -> Tensor:
     """Mean of the off-diagonal kernel after dropping each sample in turn, from the sum and the row sums of all."""
     return (kernel_sum - 2 * row_sums) / ((n - 1) * (n - 2))
@@ -39,10 +44,8 @@ def kid(features_a: Tensor, features_b: Tensor) -> KernelDistance:
     if not (a.isfinite().all() and b.isfinite().all()):
         raise ValueError("Features must be finite, got NaN or infinity.")
 
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    within_a, within_b, between = kernel(a, a).fill_diagonal_(0), kernel(b, b).fill_diagonal_(0), kernel(a, b)
+    within_a, within_b = polynomial_kernel(a, a).fill_diagonal_(0), polynomial_kernel(b, b).fill_diagonal_(0)
+    between = polynomial_kernel(a, b)
     rows_a, rows_b, sum_ab = within_a.sum(1), within_b.sum(1), between.sum()
     mean_a, mean_b, mean_ab = rows_a.sum() / (n * (n - 1)), rows_b.sum() / (m * (m - 1)), sum_ab / (n * m)
     without_a = _leave_one_out(rows_a.sum(), rows_a, n) + mean_b - 2 * (sum_ab - between.sum(1)) / ((n - 1) * m)

@@ -1,5 +1,7 @@
 """Likeness between volumes (MS-SSIM) and the diversity of a set."""
 
+import random
+from collections.abc import Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -46,6 +48,36 @@ def ms_ssim(volumes: Tensor, reference: Tensor) -> Tensor:
     return value.flatten(1).mean(1)
 
 
+def ms_ssim_matrix(
+    volumes: Tensor,
+    labels: Sequence[int] | None = None,
+    batch_size: int = 8,
+    max_pairs: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """MS-SSIM of all pairs of one class: float32 (B, B), symmetric, NaN on the diagonal and where not compared.
+
+    Args:
+        volumes: (B, C, X, Y, Z) in [0, 1].
+        labels: class of each volume; None puts all in one.
+        batch_size: pairs compared at once.
+        max_pairs: most pairs per class, drawn with `seed`; None for all.
+    """
+    labels = [0] * len(volumes) if labels is None else [int(label) for label in labels]
+    if len(labels) != len(volumes):
+        raise ValueError(f"{len(volumes)} volumes have {len(labels)} labels.")
+    rng, pairs = random.Random(seed), []
+    for label in sorted(set(labels)):
+        of_class = list(combinations([i for i, own in enumerate(labels) if own == label], 2))
+        pairs += of_class if max_pairs is None or len(of_class) <= max_pairs else rng.sample(of_class, max_pairs)
+    matrix = torch.full((len(volumes), len(volumes)), float("nan"))
+    for start in range(0, len(pairs), batch_size):
+        first, second = (list(side) for side in zip(*pairs[start : start + batch_size], strict=True))
+        values = ms_ssim(volumes[first], volumes[second]).cpu()
+        matrix[first, second] = matrix[second, first] = values
+    return matrix
+
+
 class Diversity(NamedTuple):
     """Distances 1 - MS-SSIM within a set. A low mean alone may be collapse or blur; a near closest pair is collapse."""
 
@@ -68,11 +100,7 @@ def diversity(volumes: Tensor, batch_size: int = 8) -> Diversity:
     """
     if len(volumes) < 2:
         raise ValueError(f"Diversity needs at least 2 volumes, got {len(volumes)}.")
-    pairs = list(combinations(range(len(volumes)), 2))
-    distances = []
-    for start in range(0, len(pairs), batch_size):
-        first, second = zip(*pairs[start : start + batch_size], strict=True)
-        distances.append(1 - ms_ssim(volumes[list(first)], volumes[list(second)]))
-    distance = torch.cat(distances)
+    pairs = torch.combinations(torch.arange(len(volumes)))
+    distance = 1 - ms_ssim_matrix(volumes, batch_size=batch_size)[pairs[:, 0], pairs[:, 1]]
     closest = int(distance.argmin())
-    return Diversity(distance.mean().item(), distance[closest].item(), pairs[closest])
+    return Diversity(distance.mean().item(), distance[closest].item(), tuple(pairs[closest].tolist()))

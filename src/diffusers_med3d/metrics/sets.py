@@ -1,0 +1,175 @@
+"""The sets of volumes of one evaluation: their checks, classes, weights and pairings."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .bootstrap import bootstrap_interval, bootstrap_weights, class_shares, weighted_mean, weighted_pair_mean
+from .report import FLOOR, REFERENCE, Draws, Figure
+
+
+@dataclass(frozen=True)
+class VolumeSet:
+    """Volumes of one kind, all through the same loader.
+
+    Args:
+        volumes: (N, C, X, Y, Z) in [0, 1].
+        labels: class of each.
+        subjects: whose scan each is; for samples a name per seed. Sets with the same names are compared in pairs.
+
+    Raises:
+        ValueError: counts that differ, volumes that are not 5-D or not finite.
+    """
+
+    volumes: Tensor
+    labels: list[int]
+    subjects: list[str]
+
+    def __post_init__(self) -> None:
+        if self.volumes.ndim != 5 or not len(self.volumes) == len(self.labels) == len(self.subjects) > 0:
+            raise ValueError(
+                "Expected volumes (N, C, X, Y, Z) with N labels and subjects, got "
+                f"{tuple(self.volumes.shape)}, {len(self.labels)} and {len(self.subjects)}."
+            )
+        if not self.volumes.isfinite().all():
+            raise ValueError(f"{int((~self.volumes.isfinite()).sum())} voxels are NaN or infinite.")
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+
+def distinct(first: Sequence[str], second: Sequence[str]) -> NDArray[np.bool_]:
+    """True (N, M) where two volumes are not of the same subject."""
+    return np.array([[mine != other for other in second] for mine in first])
+
+
+class Sets:
+    """The sets of one evaluation with their classes, weights and pairings."""
+
+    def __init__(
+        self, models: Mapping[str, VolumeSet], reference: VolumeSet, train: VolumeSet, num_resamples: int, seed: int
+    ) -> None:
+        self.models = list(models)
+        self.all = {REFERENCE: reference, FLOOR: train, **models}
+        self.notes: list[str] = []
+        self._check(models, reference, train)
+        self.counts = {
+            name: {
+                "volumes": len(one),
+                "subjects": len(set(one.subjects)),
+                "classes": {str(c): one.labels.count(c) for c in sorted(set(one.labels))},
+            }
+            for name, one in self.all.items()
+        }
+        self.labels = {name: np.asarray(one.labels) for name, one in self.all.items()}
+        few = [
+            (name, label)
+            for name, one in self.all.items()
+            for label in set(reference.labels)
+            if len({s for s, c in zip(one.subjects, one.labels, strict=True) if c == label}) < 2
+        ]
+        if few:
+            self.notes.append(
+                f"Classes were pooled: {few[0][0]!r} has fewer than two subjects of class {few[0][1]}, so averages "
+                "over pairs within a class are impossible."
+            )
+            self.labels = {name: np.zeros_like(labels) for name, labels in self.labels.items()}
+        self.shares = class_shares(self.labels[REFERENCE])
+        self.weights = {
+            name: bootstrap_weights(one.subjects, self.labels[name], num_resamples, seed)
+            for name, one in self.all.items()
+        }
+        # made from the reference scans themselves, as round-trips are: no independent set
+        self.derived = {name for name, one in models.items() if set(one.subjects) & set(reference.subjects)}
+        self.rng = np.random.default_rng([seed, 1])
+        self.num_resamples = num_resamples
+        sized = [self.labels[name] for name in (FLOOR, *self.models) if name not in self.derived]
+        self.matched_counts = {c: min(int((labels == c).sum()) for labels in sized) for c in self.shares}
+
+    def _check(self, models: Mapping[str, VolumeSet], reference: VolumeSet, train: VolumeSet) -> None:
+        if not models or {REFERENCE, FLOOR} & set(models):
+            raise ValueError(f"Expected models by names other than 'reference' and 'floor', got {list(models)}.")
+        both = sorted(set(reference.subjects) & set(train.subjects))
+        if both:
+            raise ValueError(
+                f"{len(both)} reference subject(s) are among the training subjects, the first is {both[0]!r}; the "
+                "reference must be scans that the models never saw."
+            )
+        shares = class_shares(reference.labels)
+        for name, one in self.all.items():
+            if one.volumes.shape[1:] != reference.volumes.shape[1:]:
+                raise ValueError(
+                    f"{name!r} has volumes {tuple(one.volumes.shape[1:])}, the reference "
+                    f"{tuple(reference.volumes.shape[1:])}; all must come through one loader."
+                )
+            missing = set(shares) - set(one.labels)
+            if missing:
+                raise ValueError(f"{name!r} has no volume of class {sorted(missing)}, which the reference has.")
+        for name, one in models.items():
+            mix = class_shares(one.labels)
+            if set(mix) - set(shares) or any(abs(mix[c] - share) * len(one) >= 1 for c, share in shares.items()):
+                raise ValueError(
+                    f"{name!r} has the class mix { {c: round(v, 3) for c, v in mix.items()} }, the reference "
+                    f"{ {c: round(v, 3) for c, v in shares.items()} }; sample the reference's mix."
+                )
+
+    def matched_rows(self, name: str) -> NDArray[np.int64]:
+        """The first volumes of each class of a model, as many as every model and the training scans have."""
+        rows = [np.flatnonzero(self.labels[name] == c)[:count] for c, count in self.matched_counts.items()]
+        return np.sort(np.concatenate(rows))
+
+    def floor_rows(self) -> NDArray[np.int64]:
+        """A draw of as many training scans of each class, without replacement."""
+        labels = self.labels[FLOOR]
+        rows = [
+            self.rng.choice(np.flatnonzero(labels == c), count, replace=False)
+            for c, count in self.matched_counts.items()
+        ]
+        return np.sort(np.concatenate(rows))
+
+    def floor_weights(self) -> NDArray[np.float64]:
+        """(R, T): as many training scans of each class as matched, drawn with replacement."""
+        labels = self.labels[FLOOR]
+        weights = np.zeros((self.num_resamples, len(labels)))
+        for c, count in self.matched_counts.items():
+            members = np.flatnonzero(labels == c)
+            weights[:, members] = self.rng.multinomial(count, [1 / len(members)] * len(members), self.num_resamples)
+        return weights
+
+    def mean(self, name: str, values: Tensor | NDArray, rows: NDArray | None = None) -> NDArray[np.float64]:
+        """Class-weighted mean of one value per volume (or per row in `rows`) under all weights: (1 + R,)."""
+        rows = np.arange(len(self.all[name])) if rows is None else rows
+        return weighted_mean(
+            np.asarray(values, dtype=np.float64), self.weights[name][:, rows], self.labels[name][rows], self.shares
+        )
+
+    def pair_mean(self, a: str, b: str, pairs: NDArray) -> NDArray[np.float64]:
+        """Class-weighted mean over pairs of different subjects: (1 + R,)."""
+        return weighted_pair_mean(
+            pairs, distinct(self.all[a].subjects, self.all[b].subjects),
+            self.weights[a], self.labels[a], self.weights[b], self.labels[b], self.shares,
+        )  # fmt: skip
+
+    def figure(self, name: str, aim: str, baseline: str, draws: Draws, extractor: str = "") -> Figure:
+        first = self.models[0]
+        return Figure(
+            name=name,
+            extractor=extractor,
+            aim=aim,
+            baseline=baseline,
+            sets={one: bootstrap_interval(values) for one, values in draws.items()},
+            excess={
+                one: bootstrap_interval(draws[one] - draws[baseline])
+                for one in self.models
+                if one in draws and baseline in draws
+            },
+            differences={
+                f"{one} - {first}": bootstrap_interval(draws[one] - draws[first])
+                for one in self.models[1:]
+                if one in draws and first in draws
+            },
+            draws=draws,
+        )
