@@ -38,6 +38,10 @@ class RewardArguments:
     )
     norm_num_groups: int = field(default=8, metadata={"help": "Groups of GroupNorm."})
     num_members: int = field(default=2, metadata={"help": "Networks of the ensemble."})
+    compare_sides: bool = field(
+        default=True,
+        metadata={"help": "Show the networks the left-right difference; off for anatomy without symmetry."},
+    )
     num_slices: int = field(default=8, metadata={"help": "Slices per axis (2d)."})
     spectrum_dir: str | None = field(
         default=None, metadata={"help": "Cache of the spectrum; output_dir/spectrum if unset."}
@@ -55,7 +59,12 @@ class RewardArguments:
 
 def build(args: RewardArguments) -> VolumeRewardModel | SliceRewardModel:
     """The network that the arguments describe."""
-    common = {"channels": args.channels, "norm_num_groups": args.norm_num_groups, "num_members": args.num_members}
+    common = {
+        "channels": args.channels,
+        "norm_num_groups": args.norm_num_groups,
+        "num_members": args.num_members,
+        "compare_sides": args.compare_sides,
+    }
     if args.kind == "2d":
         return SliceRewardModel(num_slices=args.num_slices, **common)
     return VolumeRewardModel(**common)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
+from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel, box_filter, mirror
 from diffusers_med3d.rewards import SliceReward, VolumeReward
 
-TINY = {"channels": (8, 16), "norm_num_groups": 4}
+TINY = {"channels": (8, 16), "norm_num_groups": 4, "compare_sides": True}
 MODELS = pytest.mark.parametrize("model_class", [VolumeRewardModel, SliceRewardModel])
 PAIRS = pytest.mark.parametrize(
     ("model_class", "reward_class"), [(VolumeRewardModel, VolumeReward), (SliceRewardModel, SliceReward)]
@@ -113,7 +113,7 @@ def test_slices_cross_each_axis_inside_the_anatomy():
         assert ((positions >= first) & (positions < last)).all()
         assert positions.unique().numel() == 4
         expected = volume[0].movedim(1 + axis, 0)[positions]  # (N, C, H, W)
-        torch.testing.assert_close(model.slices(volume, axis)[0], expected)
+        torch.testing.assert_close(model.slices(volume, axis, positions[None])[0], expected)
 
 
 def test_slices_move_while_training_and_stay_where_they_are_afterwards():
@@ -126,19 +126,58 @@ def test_slices_move_while_training_and_stay_where_they_are_afterwards():
 
 def test_the_slice_model_knows_which_axis_a_slice_crosses():
     model = tiny(SliceRewardModel, num_members=1)
-    slices = torch.rand(2, 1, 16, 16)
-    scores = [model.members[0](slices, axis) for axis in range(3)]
+    inputs = torch.rand(2, 3, 16, 16)
+    scores = [model.members[0](inputs, axis) for axis in range(3)]
     assert not torch.allclose(scores[0], scores[1]) and not torch.allclose(scores[1], scores[2])
 
 
 def test_before_training_the_axis_does_not_drown_what_a_slice_shows():
     torch.manual_seed(0)
-    member = SliceRewardModel(num_members=1).eval().members[0]
+    model = SliceRewardModel(num_members=1).eval()
+    member = model.members[0]
     slices = torch.rand(8, 1, 32, 32)
-    features = [member.head[0](pooled) for pooled in (first_features(member, slices, axis) for axis in range(3))]
+    inputs, pale = (model._inputs(images, None) for images in (slices, 0.5 + 0.5 * (slices - 0.5)))
+    features = [member.head[0](pooled) for pooled in (first_features(member, inputs, axis) for axis in range(3))]
     by_axis = torch.stack(features).std(0).mean()
-    by_image = member.head[0](first_features(member, 0.5 + 0.5 * (slices - 0.5), 0)).sub(features[0]).abs().mean()
+    by_image = member.head[0](first_features(member, pale, 0)).sub(features[0]).abs().mean()
     assert by_axis < 0.5 * by_image
+
+
+def test_the_mirror_stands_in_the_middle_of_the_anatomy_not_of_the_grid():
+    volume = torch.zeros(2, 1, 20, 8, 8)
+    half = torch.rand(1, 4, 8, 8) + 0.1
+    volume[0, :, 3:11] = torch.cat([half, half.flip(1)], dim=1)  # symmetric, off-centre
+    volume[1, :, 9:13] = half
+    mirrored = mirror(volume)
+    assert torch.equal(mirrored[0], volume[0])
+    assert torch.equal(mirrored[1:], mirror(volume[1:])), "a mirror image depends on the batch"
+    assert not torch.equal(mirrored[1], volume[1]) and torch.equal(mirror(mirrored)[1], volume[1])
+    assert mirrored[1].sum() == pytest.approx(volume[1].sum().item(), rel=1e-5)
+    edge = torch.zeros(1, 1, 6, 4, 4)
+    edge[:, :, 0], edge[:, :, 5] = 1.0, 0.2  # the centre is near the first plane: what falls off the grid is lost
+    assert torch.equal(mirror(edge)[0, 0, :, 0, 0], torch.tensor([0.0, 0, 1, 0, 0, 0]))
+
+
+@MODELS
+def test_a_model_that_compares_the_sides_sees_nothing_new_in_symmetry_and_something_in_disagreement(model_class):
+    model = tiny(model_class)
+    half = torch.rand(1, 1, 8, 16, 16)
+    symmetric = torch.cat([half, half.flip(2)], dim=2)
+    swapped = torch.cat([half, torch.rand(1, 1, 8, 16, 16)], dim=2)
+    differences = []
+    for volumes in (symmetric, swapped):
+        seen = []
+        model.members[0].stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))  # noqa: B023
+        model(volumes)
+        differences.append(torch.cat([inputs[:, 2].flatten() for inputs in seen]))
+    assert (differences[0] == 0).all() and (differences[1] != 0).any()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7, 8, 9), (2, 3, 7, 8)])
+def test_the_box_filter_is_the_mean_of_three_voxels_along_each_axis(shape):
+    images = torch.rand(shape)
+    pool = torch.nn.AvgPool3d(3, 1, 1) if len(shape) == 5 else torch.nn.AvgPool2d(3, 1, 1)
+    torch.testing.assert_close(box_filter(images), pool(images))
 
 
 @MODELS

@@ -15,7 +15,13 @@ from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.rewards import SliceReward, VolumeReward
-from diffusers_med3d.spectrum import REAL, clean_label, damage, gaussian_smooth
+from diffusers_med3d.spectrum import (
+    DAMAGE_NAMES,
+    REAL,
+    clean_label,
+    damage,
+    gaussian_smooth,
+)
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer, draw_versions
 from diffusers_med3d.trainers.spectrum_data import (
     TRAINING_SUBJECTS,
@@ -235,12 +241,49 @@ def test_a_batch_holds_versions_with_their_labels_and_ranks_within_subjects_only
     for i, name in enumerate(drawn.names):
         if i % 7 < 3:
             assert drawn.labels[i].item() == pytest.approx(clean[name])
-            assert (i % 7 == 0) == (name == "real")
+            assert (i % 7 == 0) == (name == "real") and (i % 7 == 1) == (name == "round_trip")
         else:
             assert " " in name and drawn.labels[i] < clean[name.split()[0]]
     again = draw_versions(batch, args, seeded(0))
     assert torch.equal(again.volumes, drawn.volumes) and again.names == drawn.names
     assert not torch.equal(draw_versions(batch, args, seeded(1)).volumes, drawn.volumes)
+
+
+def test_every_step_ranks_the_round_trip_above_every_kind_of_damage(tmp_path):
+    dataset = toy_spectrum(tmp_path, 4)
+    batch = torch.utils.data.default_collate([dataset[i] for i in range(4)])
+    args = RewardModelConfig(output_dir=str(tmp_path), report_to="none")  # the defaults
+    damaged = {"real": 0, "round_trip": 0, "others": 0}
+    for step in range(12):
+        drawn = draw_versions(batch, args, seeded(step))
+        beaten = set()
+        for i, name in enumerate(drawn.names):
+            if name == "round_trip":
+                rows = drawn.better[i].nonzero().flatten().tolist()
+                beaten |= {drawn.names[j].split()[1] for j in rows if " " in drawn.names[j]}
+                assert all(drawn.labels[i] - drawn.labels[j] > 0.15 for j in rows if " " in drawn.names[j])
+                assert drawn.better[i - 1, i] and drawn.labels[i - 1] > drawn.labels[i]  # its scan stands above it
+            if " " in name:
+                damaged[name.split()[0] if name.split()[0] in damaged else "others"] += 1
+                subject = range(i - i % 7, i - i % 7 + 4)
+                same_level = [j for j in subject if drawn.names[j] == name.split()[0]]
+                assert len(same_level) == 1 and drawn.better[same_level[0], i], "nothing undamaged to compare with"
+        assert beaten == set(DAMAGE_NAMES)
+    assert sum(damaged.values()) == 12 * 12
+    assert abs(damaged["real"] - damaged["round_trip"]) < 30 < min(damaged["real"], damaged["round_trip"])
+
+
+def test_perfect_symmetry_changes_neither_label_nor_order(tmp_path):
+    dataset = toy_spectrum(tmp_path, 2)
+    batch = torch.utils.data.default_collate([dataset[i] for i in range(2)])
+    for share in (0.0, 1.0):
+        drawn = draw_versions(batch, config(tmp_path, symmetric_share=share, max_shift=0), seeded(0))
+        for i, name in enumerate(drawn.names):
+            if i % 7 < 4:
+                symmetric = torch.allclose(drawn.volumes[i], drawn.volumes[i].flip(1), atol=1e-6)
+                assert symmetric == (share == 1.0), name
+                strength = {level_name(s): s for s in (REAL, 0.0, 0.3, 0.6, 1.0)}[name]
+                assert drawn.labels[i].item() == pytest.approx(clean_label(strength))
 
 
 @MODELS
@@ -329,6 +372,8 @@ def test_what_is_saved_is_the_average_in_half_precision_and_what_a_reward_reads(
         {"min_severity": 0.0},
         {"ranking_temperature": 0.0},
         {"ranking_weight": -0.1},
+        {"ranking_margin": 1.5},
+        {"symmetric_share": -0.1},
     ],
 )
 def test_impossible_arguments_are_refused(wrong, tmp_path):

@@ -1,7 +1,10 @@
 """Labels, order, damage and loss of the spectrum that reward models learn from."""
 
+import itertools
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffusers_med3d.spectrum import (
     DAMAGE_NAMES,
@@ -11,12 +14,16 @@ from diffusers_med3d.spectrum import (
     HALF_SWAP_SEVERITY,
     REAL,
     augment,
+    bias_field,
+    brightness,
     clean_label,
     clear_haze,
     damage,
     damaged_label,
     dominance,
     gaussian_smooth,
+    mirror_hemisphere,
+    nearest_in_brightness,
     neighbours_in_order,
     partial_noising,
     rank_correlation,
@@ -90,6 +97,8 @@ def test_damage_changes_the_volume_and_keeps_shape_range_and_what_lies_outside(k
     assert damaged.min() >= 0 and damaged.max() <= 1 and torch.isfinite(damaged).all()
     assert torch.equal(volume, before), "the input was changed in place"
     outside = (volume == 0) & (other == 0)
+    if kind == HALF_SWAP:  # the foreign half may lie two voxels beside its place
+        outside = (volume == 0) & (F.max_pool3d(other[None], 5, 1, 2)[0] == 0)
     if kind == "shuffle_blocks":  # a block of the rim brings its own background along, but never leaves the brain's box
         outside = outside & False
         outside[:, 0], outside[:, -1] = True, True
@@ -141,17 +150,61 @@ def test_a_cut_removes_the_outer_part_on_one_side_only():
 
 
 @pytest.mark.parametrize("shift", [0, 3])
-def test_a_half_swap_joins_the_hemispheres_of_two_subjects_at_the_midline(shift):
-    volume, other = brain(0), brain(1)
+def test_a_half_swap_joins_the_hemispheres_of_two_subjects_near_the_midline(shift):
+    volume, other = brain(0), 0.6 * brain(1)
     moved = shift_volume(other, (shift, 0, 0))  # the other subject's midline lies elsewhere
-    swapped = swap_hemisphere(volume, moved, seed())
-    own = (swapped == volume).all(dim=(0, 2, 3))
-    middle = volume.shape[1] // 2
-    assert own[:middle].all() != own[middle:].all()
-    foreign = swapped[:, middle:] if own[:middle].all() else swapped[:, :middle]
-    source = other[:, middle:] if own[:middle].all() else other[:, :middle]
-    assert torch.corrcoef(torch.stack([foreign.flatten(), source.flatten()]))[0, 1] > 0.99
+    seams, places, middle = set(), set(), volume.shape[1] // 2
+    for number in range(12):
+        swapped = swap_hemisphere(volume, moved, seed(number))
+        own = (swapped == volume).all(dim=(0, 2, 3)).tolist()
+        if own[-1] and not own[middle - 5]:  # the right half is the subject's own: turn it to the left
+            own, swapped, reference, source = own[::-1], swapped.flip(1), volume.flip(1), other.flip(1)
+        else:
+            reference, source = volume, other
+        seam = own.index(False)
+        seams.add(seam - middle)
+        foreign = swapped[:, seam:]
+        overlap = {
+            by: torch.corrcoef(torch.stack([foreign.flatten(), shift_volume(source, by)[:, seam:].flatten()]))[
+                0, 1
+            ].item()
+            for by in itertools.product(range(-2, 3), repeat=3)
+        }
+        place = max(overlap, key=overlap.get)
+        places.add(place)
+        assert overlap[place] > 0.97, "what stands there is not the other subject"
+        assert brightness(foreign) == pytest.approx(brightness(reference[:, seam:]), rel=0.02)
+    assert min(seams) >= -3 and max(seams) <= 3 and len(seams) > 3
+    assert len(places) > 6
     assert damaged_label(REAL, HALF_SWAP_SEVERITY) < clean_label(0.0)
+
+
+def test_a_mirrored_half_makes_a_volume_symmetric_and_keeps_one_side():
+    volume = shift_volume(brain(0), (2, 0, 0))
+    symmetric = [mirror_hemisphere(volume, seed(number)) for number in range(6)]
+    middle = 14
+    for one in symmetric:
+        torch.testing.assert_close(one[:, middle : middle + 10], one[:, middle - 10 : middle].flip(1))
+    kept = {(one[:, :middle] == volume[:, :middle]).all().item() for one in symmetric}
+    assert kept == {True, False}
+
+
+def test_the_partner_of_a_half_swap_is_the_subject_of_nearest_brightness():
+    light = torch.tensor([brightness(scale * brain(0)) for scale in (1.0, 0.3, 0.85, 0.5)])
+    assert [nearest_in_brightness(light, subject) for subject in range(4)] == [2, 3, 0, 1]
+    assert brightness(torch.zeros(1, 4, 4, 4)) == 0
+
+
+def test_a_bias_field_has_its_amplitude_where_the_anatomy_is():
+    volume = 0.5 * brain(0, side=32)
+    for severity, wanted in ((0.3, 0.44), (1.0, 1.0)):
+        for number in range(3):
+            changed = bias_field(volume, severity, seed(number))
+            inside = (volume > FOREGROUND) & (changed < 1)
+            log_field = (changed[inside] / volume[inside]).log()
+            spread = log_field.max() - log_field.min()  # the mean of 1 takes a constant away
+            assert 0.9 * wanted < spread < 2.01 * wanted
+            assert changed.mean() == pytest.approx(volume.mean().item(), rel=0.05)
 
 
 def test_damage_of_an_empty_volume_is_finite():
@@ -235,6 +288,18 @@ def test_ranking_alone_orders_and_has_no_opinion_across_subjects():
     _, before = spectrum_loss(scores.detach(), torch.zeros(6), better, 0.1)
     moved = scores.detach() + torch.tensor([0, 0, 0, 5.0, 5.0, 5.0])
     torch.testing.assert_close(spectrum_loss(moved, torch.zeros(6), better, 0.1)[1], before)
+
+
+def test_the_margin_asked_for_grows_with_the_difference_of_the_labels():
+    better = torch.tensor([[0, 1, 1], [0, 0, 0], [0, 0, 0]]).bool()  # a round-trip, lightly and heavily damaged
+    labels = torch.tensor([0.95, 0.85, 0.25])
+    scores = torch.tensor([0.9, 0.7, 0.7], requires_grad=True)
+    spectrum_loss(scores, labels, better, 0.1)[1].backward()
+    assert scores.grad[2] > 2 * scores.grad[1] > 0  # the same score is worse for the heavier damage
+    without, with_margin = (spectrum_loss(scores.detach(), labels, better, 0.1, margin)[1] for margin in (0.0, 1.0))
+    gaps, wanted = torch.tensor([0.2, 0.2]), torch.tensor([0.1, 0.7])
+    torch.testing.assert_close(without, torch.log1p(torch.exp(-gaps / 0.1)).mean())
+    torch.testing.assert_close(with_margin, torch.log1p(torch.exp((wanted - gaps) / 0.1)).mean())
 
 
 def test_a_batch_without_pairs_has_no_ranking_loss_and_a_gradient():

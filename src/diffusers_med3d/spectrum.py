@@ -28,6 +28,8 @@ ROUND_TRIP_LABEL = 0.95
 FULL_SAMPLE_LABEL = 0.35
 FOREGROUND = 0.02
 """Voxels above this are anatomy; the others are left as they are by every damage that does not move anatomy."""
+MAX_SEAM_OFFSET, MAX_MISPLACEMENT = 3, 2
+"""Voxels by which the seam of a half-swap and the foreign hemisphere lie beside their places."""
 
 
 def clean_label(strength: float) -> float:
@@ -152,11 +154,13 @@ def oversharpen(volume: torch.Tensor, severity: float, generator: torch.Generato
 
 
 def bias_field(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
-    """Smooth multiplicative field of mean 1, log-amplitude 0.2 to 1."""
+    """Smooth multiplicative field of mean 1, log-amplitude 0.2 to 1 inside the anatomy."""
     coarse = torch.randn((1, 1, 3, 3, 3), generator=generator).to(volume)
     field = F.interpolate(coarse, size=volume.shape[1:], mode="trilinear", align_corners=True)[0]
-    field = field - field.mean()
-    field = torch.exp((0.2 + 0.8 * severity) * field / field.abs().max())
+    anatomy = (volume > FOREGROUND).any(0, keepdim=True)
+    inside = field[anatomy] if anatomy.any() else field.flatten()  # the field's extremes lie in the empty corners
+    field = (field - inside.mean()) * ((0.2 + 0.8 * severity) / (inside - inside.mean()).abs().max())
+    field = torch.exp(field)
     mean = (volume * field).mean() / volume.mean().clamp_min(1e-6)
     return _in_foreground(volume, volume * field / mean.clamp_min(1e-6))
 
@@ -173,14 +177,10 @@ def thick_slices(volume: torch.Tensor, severity: float, generator: torch.Generat
 def shuffle_blocks(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
     """Let a share ``severity`` of the blocks of anatomy (an eighth of the side each) change places."""
     sides = [max(1, side // 8) for side in volume.shape[1:]]
-    starts = [range(0, size - side + 1, side) for size, side in zip(volume.shape[1:], sides, strict=True)]
+    occupied = F.avg_pool3d((volume > FOREGROUND).float()[None], sides)[0].mean(0) > 0.5  # one number per block
     blocks = []
-    for x in starts[0]:
-        for y in starts[1]:
-            for z in starts[2]:
-                place = (slice(None), slice(x, x + sides[0]), slice(y, y + sides[1]), slice(z, z + sides[2]))
-                if (volume[place] > FOREGROUND).float().mean() > 0.5:
-                    blocks.append(place)
+    for corner in occupied.nonzero().tolist():
+        blocks.append((slice(None), *(slice(i * side, (i + 1) * side) for i, side in zip(corner, sides, strict=True))))
     count = min(len(blocks), max(2, round(severity * len(blocks))))
     chosen = [blocks[i] for i in torch.randperm(len(blocks), generator=generator)[:count].tolist()]
     shuffled = volume.clone()
@@ -205,15 +205,42 @@ def cut_off(volume: torch.Tensor, severity: float, generator: torch.Generator) -
 
 
 def swap_hemisphere(volume: torch.Tensor, other: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Replace one hemisphere (X is left to right) by that of ``other``, midline on midline, brightness matched."""
-    middle, shift = _midline(volume), _midline(volume) - _midline(other)
-    moved = shift_volume(other, (shift, 0, 0))
-    level = [
-        scan[scan > FOREGROUND].mean() if (scan > FOREGROUND).any() else scan.new_ones(()) for scan in (volume, moved)
-    ]
-    moved = (moved * level[0] / level[1]).clamp(0, 1)
-    lower = (torch.arange(volume.shape[1], device=volume.device) < middle).view(1, -1, 1, 1)
-    return torch.where(lower == (_uniform(generator) < 0.5), volume, moved)
+    """Replace one hemisphere (X is left to right) by that of ``other``.
+
+    The seam lies up to 3 voxels beside the midline, the foreign part up to 2 voxels beside its place, as bright as
+    what it replaces: no single cue but the disagreement of the two sides gives every swap away.
+    """
+    middle = _midline(volume)
+    beside = [_integer(generator, 2 * MAX_MISPLACEMENT + 1) - MAX_MISPLACEMENT for _ in range(3)]
+    moved = shift_volume(other, (middle - _midline(other) + beside[0], *beside[1:]))
+    seam = middle + _integer(generator, 2 * MAX_SEAM_OFFSET + 1) - MAX_SEAM_OFFSET
+    own = _halves(volume, seam) == (_uniform(generator) < 0.5)
+    level, found = brightness(torch.where(own, 0.0, volume)), brightness(torch.where(own, 0.0, moved))
+    return torch.where(own, volume, (moved * (level / found if level and found else 1.0)).clamp(0, 1))
+
+
+def mirror_hemisphere(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Replace one hemisphere by the mirror image of the other. No damage: perfect agreement is not punished."""
+    middle = _midline(volume)
+    mirrored = shift_volume(volume.flip(1), (2 * middle - volume.shape[1], 0, 0))
+    return torch.where(_halves(volume, middle) == (_uniform(generator) < 0.5), volume, mirrored)
+
+
+def brightness(volume: torch.Tensor) -> float:
+    """Mean of the anatomy, 0 where there is none."""
+    anatomy = volume[volume > FOREGROUND]
+    return float(anatomy.mean()) if anatomy.numel() else 0.0
+
+
+def nearest_in_brightness(light: torch.Tensor, subject: int) -> int:
+    """The other subject whose brightness in ``light`` (S,) is nearest, so that a half-swap is no matter of contrast."""
+    distance = (light - light[subject]).abs()
+    distance[subject] = torch.inf
+    return int(distance.argmin())
+
+
+def _halves(volume: torch.Tensor, seam: int) -> torch.Tensor:
+    return (torch.arange(volume.shape[1], device=volume.device) < seam).view(1, -1, 1, 1)
 
 
 def _midline(volume: torch.Tensor) -> int:
@@ -305,24 +332,32 @@ def clear_haze(volume: torch.Tensor, generator: torch.Generator) -> torch.Tensor
 
 
 def spectrum_loss(
-    scores: torch.Tensor, labels: torch.Tensor, better: torch.Tensor, temperature: float, beta: float = 0.1
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    better: torch.Tensor,
+    temperature: float,
+    margin: float = 0.5,
+    beta: float = 0.1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Regression on the label and ranking within a subject.
 
     Regression is smooth L1 (Huber with threshold ``beta``); ranking is the Bradley-Terry likelihood (Bradley & Terry
-    1952; as in Ouyang et al. 2022, arXiv 2203.02155, eq. 1) of score / temperature.
+    1952; as in Ouyang et al. 2022, arXiv 2203.02155, eq. 1) of score / temperature, with a margin for how much better
+    one is (Touvron et al. 2023, arXiv 2307.09288, eq. 2).
 
     Args:
         scores, labels: (N,).
         better: bool (N, N), True at [i, j] where i must score higher than j; never across subjects.
         temperature: difference of scores that counts as one unit of log-odds.
+        margin: share of the difference of two labels by which the scores have to differ.
 
     Returns:
         regression loss and ranking loss (0 when there is no pair), scalars.
     """
     regression = F.smooth_l1_loss(scores, labels, beta=beta)
     gaps = (scores[:, None] - scores[None])[better]
-    ranking = F.softplus(-gaps / temperature).mean() if gaps.numel() else scores.sum() * 0.0
+    wanted = margin * (labels[:, None] - labels[None])[better]
+    ranking = F.softplus((wanted - gaps) / temperature).mean() if gaps.numel() else scores.sum() * 0.0
     return regression, ranking
 
 

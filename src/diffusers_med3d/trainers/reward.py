@@ -2,8 +2,12 @@
 
 A batch holds several versions of each of several subjects; ranking stays within a subject:
 
-    subject 1: real | 3 of its round-trip, partial noisings, full sample | 3 of these, damaged
+    subject 1: real | round-trip | 2 of its partial noisings and full sample | 3 of these four, damaged
     subject 2: real | ...
+
+Scan and round-trip are in every step and are damaged equally often: were only scans damaged, looking like a scan would
+speak for hidden damage, and round-trips would score higher. Kinds of damage are dealt like cards, so that no kind comes
+twice before all have come.
 """
 
 import copy
@@ -22,12 +26,16 @@ from ..spectrum import (
     HALF_SWAP,
     HALF_SWAP_SEVERITY,
     REAL,
+    ROUND_TRIP,
     augment,
+    brightness,
     clean_label,
     clear_haze,
     damage,
     damaged_label,
     dominance,
+    mirror_hemisphere,
+    nearest_in_brightness,
     spectrum_loss,
 )
 from .base import Med3DConfig, Med3DTrainer
@@ -55,7 +63,7 @@ class RewardModelConfig(Med3DConfig):
     eval_steps: float | None = field(default=100, metadata={"help": "Steps between two validations."})
     save_steps: float = field(default=100, metadata={"help": "Steps between two checkpoints."})
     clean_versions: int = field(
-        default=4, metadata={"help": "Undamaged versions per subject and step: the scan and others of its spectrum."}
+        default=4, metadata={"help": "Undamaged versions per subject and step: scan, round-trip, others drawn."}
     )
     damaged_versions: int = field(default=3, metadata={"help": "Damaged versions per subject and step."})
     min_severity: float = field(default=0.2, metadata={"help": "Damage is drawn between this and 1."})
@@ -64,6 +72,16 @@ class RewardModelConfig(Med3DConfig):
     )
     ranking_temperature: float = field(
         default=0.1, metadata={"help": "Difference of scores that counts as one unit of log-odds in the ranking loss."}
+    )
+    ranking_margin: float = field(
+        default=0.5, metadata={"help": "Share of the difference of two labels by which the scores have to differ."}
+    )
+    symmetric_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of undamaged versions of which one half becomes the mirror image of the other, the label "
+            "unchanged: perfect symmetry is no damage, and no merit either."
+        },
     )
     max_shift: int = field(default=3, metadata={"help": "Volumes are shifted by up to this many voxels per axis."})
 
@@ -84,6 +102,11 @@ class RewardModelConfig(Med3DConfig):
             raise ValueError(
                 "ranking_weight must not be negative and ranking_temperature must be positive, "
                 f"got {self.ranking_weight} and {self.ranking_temperature}."
+            )
+        if not 0 <= self.ranking_margin <= 1 or not 0 <= self.symmetric_share <= 1:
+            raise ValueError(
+                "ranking_margin and symmetric_share must lie in [0, 1], "
+                f"got {self.ranking_margin} and {self.symmetric_share}."
             )
 
 
@@ -114,41 +137,63 @@ def draw_versions(batch: dict[str, Tensor], args: RewardModelConfig, generator: 
     """
     real, versions, strengths = batch["real"], batch["versions"], batch["strengths"].tolist()
     count = real.shape[0]
+    light = torch.tensor([brightness(volume) for volume in real])
+    kinds = iter(_deal(len(DAMAGE_NAMES), count * args.damaged_versions, generator))
     volumes, labels, names = [], [], []
     orders: list[tuple[float, float, int]] = []  # strength, severity, kind; kind -1 is undamaged
     for subject in range(count):
-        candidates = [(REAL, real[subject])] + list(zip(strengths[subject], versions[subject], strict=True))
-        drawn = 1 + torch.randperm(len(candidates) - 1, generator=generator)[: args.clean_versions - 1]
-        for index in [0, *drawn.tolist()]:
-            strength, volume = candidates[index]
-            volumes.append(volume)
+        levels = list(zip(strengths[subject], versions[subject], strict=True))
+        round_trip = strengths[subject].index(ROUND_TRIP)
+        rest = [i for i in _permutation(len(levels), generator) if i != round_trip][: args.clean_versions - 2]
+        clean = [(REAL, real[subject]), levels[round_trip], *(levels[i] for i in rest)]
+        group = []
+        for strength, volume in clean:
+            symmetric = _share(generator) < args.symmetric_share
+            group.append(mirror_hemisphere(volume, generator) if symmetric else volume)
             labels.append(clean_label(strength))
             orders.append((strength, 0.0, -1))
             names.append(level_name(round(strength, 4)))
         for _ in range(args.damaged_versions):
-            # half of the damage is done to the scan itself, so that no cue of the decoder gives it away
-            from_scan = float(torch.rand((), generator=generator)) < 0.5
-            index = 0 if from_scan else int(torch.randint(1, len(candidates), (), generator=generator))
-            strength, volume = candidates[index]
-            kind = int(torch.randint(len(DAMAGE_NAMES), (), generator=generator))
-            share = float(torch.rand((), generator=generator))
+            strength, volume = clean[_damaged_one(len(clean), generator)]
+            kind = next(kinds)
             swap = DAMAGE_NAMES[kind] == HALF_SWAP
+            share = _share(generator)
             severity = HALF_SWAP_SEVERITY if swap else args.min_severity + (1 - args.min_severity) * share
-            other = _same_level(batch, (subject + 1) % count, strength) if swap else None
-            volumes.append(damage(volume, DAMAGE_NAMES[kind], severity, generator, other))
+            other = _same_level(batch, nearest_in_brightness(light, subject), strength) if swap else None
+            group.append(damage(volume, DAMAGE_NAMES[kind], severity, generator, other))
             labels.append(damaged_label(strength, severity))
             orders.append((strength, severity, kind))
             names.append(f"{level_name(round(strength, 4))} {DAMAGE_NAMES[kind]}")
+        # all versions of a subject are moved alike, as if they were channels of one volume
+        moved = augment(torch.cat(group), seeded(int(torch.randint(2**31, (), generator=generator))), args.max_shift)
+        volumes += moved.split(real.shape[1])
     size = len(volumes) // count
-    seeds = torch.randint(2**31, (count,), generator=generator).repeat_interleave(size).tolist()
-    volumes = [
-        augment(v, torch.Generator().manual_seed(s), args.max_shift) for v, s in zip(volumes, seeds, strict=True)
-    ]
     volumes = torch.stack([clear_haze(volume, generator) for volume in volumes])
     order = torch.tensor(orders)
     better = torch.block_diag(*[dominance(*group.unbind(1)) for group in order.split(size)])
     device = real.device
     return Versions(volumes, torch.tensor(labels, device=device), better.bool().to(device), names)
+
+
+def _share(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator))
+
+
+def _permutation(count: int, generator: torch.Generator) -> list[int]:
+    return torch.randperm(count, generator=generator).tolist()
+
+
+def _deal(kinds: int, count: int, generator: torch.Generator) -> list[int]:
+    """``count`` cards from shuffled decks of ``kinds`` cards, one deck after the other."""
+    return [card for _ in range(0, count, kinds) for card in _permutation(kinds, generator)][:count]
+
+
+def _damaged_one(count: int, generator: torch.Generator) -> int:
+    """Which of the undamaged versions is damaged: the scan, the round-trip (0.4 each) or another."""
+    share = _share(generator) * (0.8 if count == 2 else 1)
+    if share < 0.8:
+        return int(share < 0.4)
+    return 2 + int(torch.randint(count - 2, (), generator=generator))
 
 
 def _same_level(batch: dict[str, Tensor], subject: int, strength: float) -> Tensor:
@@ -205,7 +250,7 @@ class RewardModelTrainer(Med3DTrainer):
         drawn = draw_versions(inputs, self.args, generator)
         scores = model(drawn.volumes, return_members=True).float()  # (N, M)
         losses = [
-            spectrum_loss(member, drawn.labels, drawn.better, self.args.ranking_temperature)
+            spectrum_loss(member, drawn.labels, drawn.better, self.args.ranking_temperature, self.args.ranking_margin)
             for member in scores.unbind(1)
         ]
         regression, ranking = (torch.stack(values).mean() for values in zip(*losses, strict=True))

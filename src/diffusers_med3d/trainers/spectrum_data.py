@@ -26,7 +26,9 @@ from ..spectrum import (
     HALF_SWAP_SEVERITY,
     REAL,
     ROUND_TRIP,
+    brightness,
     damage,
+    nearest_in_brightness,
     neighbours_in_order,
     partial_noising,
     rank_correlation,
@@ -223,6 +225,7 @@ def score_spectrum(
         one ``{name: score}`` per scan; names are those of ``level_name`` and ``"blur_0.3"``, ..., ``"half_swap"``.
     """
     rows = []
+    light = torch.tensor([brightness(dataset[index]["real"]) for index in range(len(dataset))])
     for index in tqdm(range(len(dataset)), desc="scoring", unit="scan", leave=False):
         item = dataset[index]
         named = {level_name(REAL): item["real"]}
@@ -232,7 +235,7 @@ def score_spectrum(
                 generator = seeded("damage", seed, index, kind, severity)
                 named[f"{kind}_{severity:.2g}"] = damage(item["real"], kind, severity, generator)
         if len(dataset) > 1:
-            other = dataset[(index + 1) % len(dataset)]["real"]
+            other = dataset[nearest_in_brightness(light, index)]["real"]
             generator = seeded("damage", seed, index, HALF_SWAP)
             named[HALF_SWAP] = damage(item["real"], HALF_SWAP, HALF_SWAP_SEVERITY, generator, other)
         scores = torch.cat(
