@@ -4,11 +4,12 @@ from collections.abc import Iterable
 
 import torch
 
+from ..hub import PublishMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
 
 
-class NormalizedLatentsMixin(CheckpointedBlocksMixin):
+class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
     """``encode_latents`` / ``decode_latents`` of an autoencoder with ``latents_mean``, ``latents_std`` in its config.
 
     Subclasses give ``encode_moments(volumes) -> (mean, sigma)``, ``decode_raw(latents) -> volumes``,

@@ -7,8 +7,10 @@ reads instead of a pickle of the training arguments.
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
+from huggingface_hub import CommitInfo
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,13 +30,16 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from .. import figures, hub
+from .. import cards, figures, hub
 
 COMPLETE_MARKER = "complete"
 """Last file written into a checkpoint: without it the run was killed while saving."""
 
 _PRIVATE_ARGUMENTS = {"output_dir", "resume_from_checkpoint", "hub_token", "run_name", "deepspeed", "fsdp_config"}
 """Arguments that may hold local paths or secrets and stay out of model cards."""
+
+_TIMINGS = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+"""What an evaluation logs that is no figure of the model."""
 
 
 def bf16_is_fast() -> bool:
@@ -189,28 +195,73 @@ class Med3DTrainer(_BaseTrainer):
         """Write ``output_dir/README.md``: what was trained, the last figures, arguments that are not the defaults."""
         if not self.is_world_process_zero():
             return
-        name = model_name or Path(self.args.output_dir).name
+        folder, name = Path(self.args.output_dir), model_name or Path(self.args.output_dir).name
+        if (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
+            card = cards.of_folder(folder, self.hub_model_id or name)
+        else:
+            card = cards.Card(name, what="The model has not been saved yet.", use="")
         changed = [
             f"| {field.name} | {getattr(self.args, field.name)} |"
             for field in dataclasses.fields(self.args)
             if field.name not in _PRIVATE_ARGUMENTS and getattr(self.args, field.name) != field.default
         ]
         evaluations = [row for row in self.state.log_history if any(key.startswith("eval_") for key in row)]
-        figures_of = evaluations[-1] if evaluations else {}
-        results = [f"| {key} | {value:.5g} |" for key, value in figures_of.items() if key.startswith("eval_")]
-        lines = [
-            f"Trained with `diffusers_med3d.{type(self).__name__}`, {self.state.global_step} optimizer steps.",
-            *(["", self.card_notes] if self.card_notes else []),
-            *(["", "| validation figure | value |", "|---|---|", *results] if results else []),
-            *(["", "## Arguments", "", "| argument | value |", "|---|---|", *changed] if changed else []),
+        measured = evaluations[-1] if evaluations else {}
+        card.name = name
+        card.license = self.args.weights_license
+        card.tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        card.datasets = [dataset_name] if dataset_name else []
+        card.data = f"Data: {dataset_name or 'not stated'}. Licence of the weights: {card.license}."
+        card.training = "\n".join(
+            [
+                f"Trained with `diffusers_med3d.{type(self).__name__}`, {self.state.global_step} optimizer steps.",
+                *(["", "| argument | value |", "|---|---|", *changed] if changed else []),
+            ]
+        )
+        card.figures = [
+            cards.Figure(key.removeprefix("eval_"), key.removeprefix("eval_"), value, floor="not measured")
+            for key, value in measured.items()
+            if key.startswith("eval_") and key not in _TIMINGS and math.isfinite(value)
         ]
-        hub.write_model_card(
+        card.evaluation = self.card_notes
+        card.write(folder)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """As ``transformers.Trainer.push_to_hub``, but of ``output_dir`` only what ``from_pretrained`` reads, the card
+        and the pictures that the card shows are uploaded: no checkpoints, optimizer states, caches, logs or names of
+        subjects.
+
+        Args:
+            commit_message, blocking, token, revision, private: as in transformers.
+            kwargs: for ``create_model_card``.
+
+        Raises:
+            ValueError: a file that would be uploaded holds a local path or a token; nothing is uploaded then.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
+        return hub.publish(
             self.args.output_dir,
-            title=name,
-            body="\n".join(lines),
-            license=self.args.weights_license,
-            tags=[tags] if isinstance(tags, str) else tags or [],
-            datasets=[dataset_name] if dataset_name else [],
+            self.hub_model_id,
+            hub.model_files(self.args.output_dir),
+            token=token,
+            commit_message=commit_message,
+            revision=self.args.hub_revision if revision is None else revision,
+            run_as_future=not blocking,
         )
 
     def record_part(self, name: str, value: Tensor) -> None:
