@@ -6,14 +6,15 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from safetensors.torch import load_file
 
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
+from diffusers_med3d.lora import LORA_FILE
 from diffusers_med3d.trainers.ddpo import DDPOTrainer
 from diffusers_med3d.trainers.ddpo_config import DDPOConfig
-from diffusers_med3d.trainers.lora import LORA_FILE, add_lora, default_targets, load_lora
+from diffusers_med3d.trainers.lora import add_lora, default_targets
 
 CONDITIONS = datasets.Dataset.from_dict({"class_label": [0, 1, 2]})
 
@@ -148,7 +149,7 @@ def test_dropout_is_off_in_rollout_and_update(tiny_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["ddpm", "all stochastic", "subset", "shared noise", "own noise", "offload", "no labels"]
+    "kind", ["ddpm", "flow", "all stochastic", "subset", "shared noise", "own noise", "offload", "no labels"]
 )
 def test_variants_of_the_rollout_train_with_a_ratio_of_one(tiny_pipeline, tmp_path, kind):
     options = {
@@ -162,6 +163,9 @@ def test_variants_of_the_rollout_train_with_a_ratio_of_one(tiny_pipeline, tmp_pa
     if kind == "ddpm":
         config = {k: v for k, v in tiny_pipeline.scheduler.config.items() if k != "set_alpha_to_one"}
         tiny_pipeline.scheduler = DDPMScheduler.from_config(config)
+    if kind == "flow":
+        scheduler, options = FlowMatchEulerDiscreteScheduler(shift=3.0), {"sde_window_size": 0}
+        tiny_pipeline = MedDiffusion3DPipeline(tiny_pipeline.vae, tiny_pipeline.unet, scheduler, volume_shape=[16] * 3)
     trainer = make_trainer(tiny_pipeline, tmp_path, conditions=conditions, max_steps=1, **options)
     trainer.train()
     assert training_logs(trainer)[0]["ratio/first_step"] < 1e-6
@@ -481,7 +485,7 @@ def test_lora_trains_adapters_only_and_saves_what_loads(tiny_pipeline, tmp_path)
     sample, labels = torch.randn(2, 4, 4, 4, 4), torch.tensor([0, 2])
     loaded = MedDiffusion3DPipeline.from_pretrained(tmp_path / "saved")
     fresh = MedDiffusion3DPipeline.from_pretrained(base_pipeline_folder)
-    load_lora(fresh.unet, tmp_path / "saved")
+    fresh.load_lora_weights(tmp_path / "saved")
     with torch.no_grad(), trainer.ema_weights():
         expected = trainer.model(sample, 500, labels).sample
         torch.testing.assert_close(loaded.unet(sample, 500, labels).sample, expected, rtol=1e-4, atol=1e-5)
@@ -518,8 +522,9 @@ def test_a_lora_file_that_does_not_fit_is_refused(tiny_pipeline, tiny_unet, tmp_
     )
     trainer.save_pretrained(tmp_path / "saved")
     other = DiffusionUNet3D(4, 4, (8, 32), 1, (False, True), 8, 8, num_class_embeds=4)
-    with pytest.raises(ValueError, match="does not fit this UNet"):
-        load_lora(other, tmp_path / "saved")
+    tiny_pipeline.unet = other
+    with pytest.raises(ValueError, match="does not fit this UNet: .* layers, such as: .*to_q has factors"):
+        tiny_pipeline.load_lora_weights(tmp_path / "saved")
 
 
 # What is written for others

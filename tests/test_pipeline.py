@@ -9,7 +9,6 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from monai.data import MetaTensor
@@ -373,12 +372,6 @@ def test_what_cannot_be_used_is_refused_with_the_value_found(tiny_pipeline, argu
 def test_a_seed_in_place_of_a_generator_is_a_type_error(tiny_pipeline):
     with pytest.raises(TypeError, match="generator must be a torch.Generator or a list of them, got int"):
         tiny_pipeline(generator=42)
-
-
-def test_a_flow_matching_scheduler_is_refused_with_the_reason(tiny_pipeline):
-    tiny_pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no prediction_type"):
-        tiny_pipeline()
 
 
 @pytest.mark.parametrize(

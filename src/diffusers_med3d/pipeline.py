@@ -19,7 +19,9 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from .flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
 from .hub import forget_local_paths, resolve
+from .lora import UNetLoraMixin
 from .models import AutoencoderKL3D, DiffusionUNet3D, VQModel3D
 from .models.sizes import check_divisible, check_volumes
 
@@ -125,16 +127,16 @@ def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | None:
     return None if names is None else list(names)
 
 
-class MedDiffusion3DPipeline(DiffusionPipeline):
+class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
     """Generates 3D volumes: class-conditional latent diffusion (Pinaya et al. 2022, arXiv 2209.07162) with any
-    diffusers scheduler.
+    diffusers scheduler, or rectified flow.
 
     Args:
         vae: autoencoder with latent statistics in its config.
-        unet: predicts noise, velocity or sample, as ``scheduler.config.prediction_type`` says; last class is the null
-            class.
+        unet: predicts noise, velocity or sample, as ``scheduler.config.prediction_type`` says, or the velocity of a
+            flow; last class is the null class.
         scheduler: any diffusers scheduler of a variance-preserving diffusion (DDPM, DDIM, DPM-Solver++, UniPC, Euler,
-            ...).
+            ...); for a rectified flow FlowMatchEulerDiscreteScheduler, or DPM-Solver++ or UniPC set to flow sigmas.
         volume_shape: default size (X, Y, Z) in voxels.
         spacing: voxel size (mm) of the training data; generated affines have no other source.
         orientation: axes of the training data; only "RAS".
@@ -189,6 +191,7 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
             intensity=intensity,
         )
         self._check_volume_shape(volume_shape)
+        self._predicts_flow = predicts_flow(scheduler)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
 
@@ -206,7 +209,12 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `DiffusionPipeline.save_pretrained`, without the local folder that a component was loaded from."""
+        """As `DiffusionPipeline.save_pretrained`, without the local folder that a component was loaded from.
+
+        Raises:
+            ValueError: the UNet carries LoRA adapters, which `from_pretrained` could not read.
+        """
+        self._check_without_adapters()
         forget_local_paths(self, *self.components.values())
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -291,6 +299,10 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         """`guided_prediction` of this pipeline's UNet; ``latents`` must already be scaled for the scheduler."""
         return guided_prediction(self.unet, latents, t, class_labels, guidance_scale)
 
+    def check_scheduler(self) -> None:
+        """Refuse, with a ValueError, a scheduler that this pipeline's network cannot belong to."""
+        check_fits(self.scheduler, self._predicts_flow)
+
     def decode(self, latents: torch.Tensor, chunk_size: int = 4) -> torch.Tensor:
         """Normalised latents (B, c, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1], ``chunk_size`` at a time."""
         return torch.cat([self.vae.decode_latents(chunk) for chunk in latents.split(chunk_size)])
@@ -342,11 +354,7 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         affine: np.ndarray | torch.Tensor | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        if "prediction_type" not in self.scheduler.config:
-            raise ValueError(
-                f"{type(self.scheduler).__name__} has no prediction_type: this network predicts noise, velocity or "
-                "sample of a variance-preserving diffusion; use DDPM, DDIM, DPMSolverMultistep, UniPC or Euler."
-            )
+        self.check_scheduler()
         trained = self.scheduler.config.num_train_timesteps
         if not isinstance(num_inference_steps, int | np.integer) or not 1 <= num_inference_steps <= trained:
             raise ValueError(
@@ -395,7 +403,7 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         """The scheduler's timesteps, for partial noising the last ``round(strength * num_inference_steps)`` steps of
         them.
         """
-        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
+        set_timesteps(self.scheduler, num_inference_steps, self._execution_device)
         if strength is None:
             return self.scheduler.timesteps
         start = (num_inference_steps - round(strength * num_inference_steps)) * self.scheduler.order
@@ -411,16 +419,22 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         timesteps: torch.Tensor,
     ) -> torch.Tensor:
         """Where sampling starts, float32 (B, c, x, y, z): noise, the caller's noise, or partially noised volumes."""
-        device = self._execution_device
+        device, flow = self._execution_device, is_flow(self.scheduler)
+        scale = 1.0 if flow else self.scheduler.init_noise_sigma
         if latents is not None:
             if latents.shape != shape or not torch.isfinite(latents).all():
                 raise ValueError(f"latents must be finite, of shape {shape}; got {tuple(latents.shape)}.")
-            return latents.to(device, torch.float32) * self.scheduler.init_noise_sigma
+            return latents.to(device, torch.float32) * scale
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if volumes is None or strength == 1:  # not even the trace of the volume that some schedules leave at T
-            return noise * self.scheduler.init_noise_sigma
+            return noise * scale
         encoded = self.encode(volumes.as_subclass(torch.Tensor).to(device, torch.float32))  # MONAI's MetaTensor too
-        return self.scheduler.add_noise(encoded, noise, timesteps[:1].repeat(len(encoded))) if strength > 0 else encoded
+        if strength == 0:
+            return encoded
+        start = timesteps[:1].repeat(len(encoded))
+        if flow:
+            return interpolate(encoded, noise, start / self.scheduler.config.num_train_timesteps)
+        return self.scheduler.add_noise(encoded, noise, start)
 
     @torch.no_grad()
     def __call__(
@@ -496,8 +510,9 @@ class MedDiffusion3DPipeline(DiffusionPipeline):
         # 3. Denoise; the scheduler computes in float32 whatever the network's dtype
         step_arguments = inspect.signature(self.scheduler.step).parameters
         extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in step_arguments}
+        flow = is_flow(self.scheduler)  # whose scheduler never scales
         for i, t in enumerate(self.progress_bar(timesteps)):
-            model_input = self.scheduler.scale_model_input(latents, t)
+            model_input = latents if flow else self.scheduler.scale_model_input(latents, t)
             prediction = self.predict(model_input, t, class_labels, guidance_scale)
             latents = self.scheduler.step(prediction, t, latents, **extra).prev_sample
             if callback_on_step_end is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils import BaseOutput
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
@@ -22,7 +23,7 @@ class DiffusionUNet3DOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, DiffusionModelUNet, ConfigMixin):
+class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, DiffusionModelUNet, ConfigMixin):
     """3D UNet that predicts noise, velocity or sample from a noisy latent (Pinaya et al. 2022, arXiv 2209.07162).
 
     State-dict keys are MONAI's. The last class index is the null class of classifier-free guidance

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
-from .transition import deterministic_step, log_prob, transition
+from .transition import Scheduler, deterministic_step, log_prob, transition
 
-Predict = Callable[[torch.Tensor, int], torch.Tensor]  # (x_t (B, C, X, Y, Z), t) -> model output, guidance included
+Predict = Callable[[torch.Tensor, int | float], torch.Tensor]  # (x_t, t) -> model output like x_t, guidance included
 
 
 class Trajectory(NamedTuple):
@@ -74,9 +73,7 @@ def rollout_window(
 
 
 @torch.no_grad()
-def deterministic_steps(
-    predict: Predict, scheduler: DDIMScheduler | DDPMScheduler, sample: torch.Tensor, steps: range
-) -> torch.Tensor:
+def deterministic_steps(predict: Predict, scheduler: Scheduler, sample: torch.Tensor, steps: range) -> torch.Tensor:
     """Take `sample` (B, C, X, Y, Z) through the given steps without noise."""
     for timestep in scheduler.timesteps[steps.start : steps.stop].tolist():
         sample = deterministic_step(scheduler, predict(sample, timestep), timestep, sample)
@@ -87,7 +84,7 @@ def deterministic_steps(
 @torch.no_grad()
 def rollout(
     predict: Predict,
-    scheduler: DDIMScheduler | DDPMScheduler,
+    scheduler: Scheduler,
     initial: torch.Tensor,
     step_generators: list[torch.Generator],
     window: range,
@@ -100,7 +97,7 @@ def rollout(
 
     Args:
         predict: the policy, the very same callable as in the update.
-        scheduler: DDIM or DDPM, with `set_timesteps` called.
+        scheduler: DDIM, DDPM or flow-matching Euler, with `set_timesteps` called.
         step_generators: one per sample, for the noise inside the window.
         window, trained: from `rollout_window`; `trained` lies inside `window`.
         storage_device: where states are kept, e.g. "cpu" to offload them; default where they are.

@@ -1,7 +1,8 @@
 """One denoising step seen as an action: x_{t-1} ~ N(mean(x_t, model output), std^2 I).
 
 DDPM: Ho et al. 2020 (arXiv 2006.11239), equations 6-7. DDIM with eta > 0: Song et al. 2020 (arXiv 2010.02502),
-equations 12 and 16. The mean is that of `scheduler.step`, so what is trained is what the pipeline samples.
+equations 12 and 16. The mean is that of `scheduler.step`, so what is trained is what the pipeline samples. Rectified
+flow: rl/flow.py.
 
 Log-probabilities and divergences are *means* over all non-batch dimensions (ddpo-pytorch, DanceGRPO), so that a clip
 range does not depend on how large the latent is: a clip of 1e-4 here stands for 1e-4 x (number of dimensions) nats.
@@ -11,8 +12,12 @@ import math
 from typing import NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from ..flow import check_supported
+from .flow import flow_sde, flow_times
+
+Scheduler = DDIMScheduler | DDPMScheduler | FlowMatchEulerDiscreteScheduler
 DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 
 
@@ -23,15 +28,19 @@ class Transition(NamedTuple):
     std: float
 
 
-def check_scheduler(scheduler: DDIMScheduler | DDPMScheduler, eta: float) -> None:
+def check_scheduler(scheduler: Scheduler, eta: float) -> None:
     """Refuse, with the reason, a scheduler whose steps have no density."""
     name = type(scheduler).__name__
-    if not isinstance(scheduler, (DDIMScheduler, DDPMScheduler)):
+    if not isinstance(scheduler, Scheduler):
         raise ValueError(
             f"{name} cannot be used for PPO: a step of a multistep, ODE or sigma-space solver has no Gaussian density "
             "that depends on (x_t, t) alone, so there is no probability ratio. Give the pipeline a DDIMScheduler "
-            "(eta > 0) or a DDPMScheduler for training; any scheduler can be put back for inference afterwards."
+            "(eta > 0) or a DDPMScheduler for training, or, for a rectified flow, a FlowMatchEulerDiscreteScheduler; "
+            "any scheduler can be put back for inference afterwards."
         )
+    check_supported(scheduler)
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and scheduler.config.stochastic_sampling:
+        raise ValueError(f"{name} with stochastic_sampling=True has other steps than PPO trains; expected False.")
     if isinstance(scheduler, DDPMScheduler):
         if scheduler.config.variance_type not in DDPM_VARIANCES:
             raise ValueError(
@@ -42,8 +51,8 @@ def check_scheduler(scheduler: DDIMScheduler | DDPMScheduler, eta: float) -> Non
             raise ValueError(f"DDPMScheduler always adds its full noise, so eta must be 1.0; found {eta}.")
     elif not 0.0 < eta <= 1.0:
         raise ValueError(
-            f"eta must lie in (0, 1], found {eta}: with eta = 0 a DDIM step is deterministic and has no density, so "
-            "there is nothing to reinforce."
+            f"eta must lie in (0, 1], found {eta}: with eta = 0 a step is deterministic and has no density, so there "
+            "is nothing to reinforce."
         )
 
 
@@ -81,28 +90,32 @@ def _clean_and_noise(
 
 
 def transition(
-    scheduler: DDIMScheduler | DDPMScheduler,
+    scheduler: Scheduler,
     model_output: torch.Tensor,
-    timestep: int,
+    timestep: int | float,
     sample: torch.Tensor,
     eta: float = 1.0,
 ) -> Transition:
     """The Gaussian of one stochastic step.
 
     Args:
-        scheduler: DDIM (eta > 0) or DDPM, with `set_timesteps` called.
-        model_output: (B, C, X, Y, Z), what the network predicted (epsilon, v or sample), guidance included.
+        scheduler: DDIM (eta > 0), DDPM or flow-matching Euler, with `set_timesteps` called.
+        model_output: (B, C, X, Y, Z), what the network predicted (epsilon, v, sample or flow velocity), guidance
+            included.
         timestep: the t of the whole batch, an element of `scheduler.timesteps`.
         sample: (B, C, X, Y, Z), x_t.
+        eta: noise of DDIM; for a flow the noise level a of Flow-GRPO.
 
     Raises:
         ValueError: for a scheduler or eta without a density, and for the last step, whose std is 0 or as good as 0.
     """
     check_scheduler(scheduler, eta)
-    if timestep == int(scheduler.timesteps[-1]):
+    if timestep == scheduler.timesteps[-1].item():
         raise ValueError(f"Timestep {timestep} is the last step: it is deterministic and is never trained.")
-    alpha, alpha_previous = _alphas(scheduler, timestep)
     model_output, sample = model_output.float(), sample.float()
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return Transition(*flow_sde(model_output, sample, *flow_times(scheduler, timestep), eta))
+    alpha, alpha_previous = _alphas(scheduler, timestep)
     clean, noise = _clean_and_noise(scheduler, model_output, sample, alpha)
     beta = 1.0 - alpha / alpha_previous
     variance = (1.0 - alpha_previous) / (1.0 - alpha) * beta
@@ -120,9 +133,14 @@ def transition(
 
 
 def deterministic_step(
-    scheduler: DDIMScheduler | DDPMScheduler, model_output: torch.Tensor, timestep: int, sample: torch.Tensor
+    scheduler: Scheduler, model_output: torch.Tensor, timestep: int | float, sample: torch.Tensor
 ) -> torch.Tensor:
-    """The same move without noise, DDIM at eta = 0: outside the stochastic window, and always for the last step."""
+    """The same move without noise (DDIM at eta = 0, Euler step of a flow): outside the stochastic window, and always
+    for the last step.
+    """
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        time, next_time = flow_times(scheduler, timestep)
+        return sample.float() + (next_time - time) * model_output.float()
     alpha, alpha_previous = _alphas(scheduler, timestep)
     clean, noise = _clean_and_noise(scheduler, model_output.float(), sample.float(), alpha)
     return math.sqrt(alpha_previous) * clean + math.sqrt(1.0 - alpha_previous) * noise

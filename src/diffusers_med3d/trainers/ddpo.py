@@ -30,6 +30,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from ..figures import orthogonal_views
+from ..flow import set_timesteps
+from ..lora import lora_layers, write_lora
 from ..metrics import diversity, sharpness
 from ..pipeline import MedDiffusion3DPipeline, guided_prediction
 from ..rewards import SliceReward, VolumeReward
@@ -51,7 +53,7 @@ from ..rl import (
 from .base import Med3DTrainer
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, Recorder, Watch
-from .lora import add_lora, enable_lora, lora_layers, merged, save_lora
+from .lora import add_lora, check_no_lora, enable_lora, merged
 from .scoring import RewardFunc, reward_names, score
 
 LABEL_COLUMN = "class_label"
@@ -101,9 +103,8 @@ class DDPOTrainer(Med3DTrainer):
     """Fine-tunes the UNet of a pipeline with PPO.
 
     Args:
-        model: pipeline with a DDIM or DDPM scheduler, or what `MedDiffusion3DPipeline.from_pretrained` takes. Its UNet
-        is
-            trained in place.
+        model: pipeline with a DDIM, DDPM or FlowMatchEulerDiscrete scheduler, or what
+            `MedDiffusion3DPipeline.from_pretrained` takes. Its UNet is trained in place.
         reward_funcs: one or more callables `f(volumes, **conditions) -> list[float | None] | Tensor[B]`, sync or async.
             `volumes` is float32 (B, C, X, Y, Z) in [0, 1]; `conditions` are the dataset's columns as lists of B. None
             or NaN means "could not score": that sample gets zero advantage.
@@ -155,8 +156,9 @@ class DDPOTrainer(Med3DTrainer):
             if conditions is not None and LABEL_COLUMN in conditions.column_names:
                 pipeline.encode_class_labels(list(conditions[LABEL_COLUMN]), len(conditions))
         check_scheduler(pipeline.scheduler, args.eta)
+        pipeline.check_scheduler()
         self.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-        self.scheduler.set_timesteps(args.num_inference_steps)
+        set_timesteps(self.scheduler, args.num_inference_steps)
         self._window(args, 0)  # refuses a window that does not fit
 
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
@@ -170,6 +172,7 @@ class DDPOTrainer(Med3DTrainer):
                 )
             add_lora(unet, peft_config)
         else:
+            check_no_lora(unet)
             unet.requires_grad_(True)
             if args.beta > 0:
                 self.reference = type(unet).from_config(unet.config)
@@ -244,7 +247,7 @@ class DDPOTrainer(Med3DTrainer):
         return None if encoded is None else encoded.to(self.accelerator.device)
 
     def _predict(
-        self, model: nn.Module, sample: torch.Tensor, timestep: int, labels: torch.Tensor | None
+        self, model: nn.Module, sample: torch.Tensor, timestep: int | float, labels: torch.Tensor | None
     ) -> torch.Tensor:
         """The one way to ask a policy, in rollout, update and reference: same guidance, same autocast, float32 out."""
         with self.accelerator.autocast():
@@ -388,7 +391,7 @@ class DDPOTrainer(Med3DTrainer):
                 self.accelerator.gradient_state._set_sync_gradients(synchronize and is_last)
                 with nullcontext() if is_last else self.accelerator.no_sync(model):
                     transition_inputs = {
-                        "timestep": int(self.scheduler.timesteps[step]),
+                        "timestep": self.scheduler.timesteps[step].item(),
                         "states": trajectory.states[w].to(device),
                         "next_states": trajectory.next_states[w].to(device),
                         "log_probs": trajectory.log_probs[w],
@@ -437,7 +440,7 @@ class DDPOTrainer(Med3DTrainer):
             self._record(CLIP_RATIO, clip_fraction(ratio, advantages, args.epsilon).item())
         return loss
 
-    def _reference_transition(self, states: torch.Tensor, t: int, labels: torch.Tensor | None):
+    def _reference_transition(self, states: torch.Tensor, t: int | float, labels: torch.Tensor | None):
         if self.args.beta == 0:
             return None
         with torch.no_grad():
@@ -550,15 +553,16 @@ class DDPOTrainer(Med3DTrainer):
         weights.
 
         With LoRA the adapters are *merged* into the UNet that is written, so that loading needs no PEFT, and written
-        once more alone as `pytorch_lora_weights.safetensors`, to be put on the base pipeline (not on this one, which
-        has them). Only the main process writes and nobody waits, so it may be called on one process or on all.
+        once more alone as `pytorch_lora_weights.safetensors`, for `load_lora_weights` of the base pipeline (not of this
+        one, which has them). Only the main process writes and nobody waits, so it may be called on one process or on
+        all.
         """
         if not self.is_world_process_zero():
             return
         with self.ema_weights():
             self._pipeline_with(merged(self.model)).save_pretrained(folder)
             if lora_layers(self.model):
-                save_lora(self.model, folder)
+                write_lora(self.model, folder, "default")
 
     def _pipeline_with(self, unet: nn.Module) -> MedDiffusion3DPipeline:
         """A pipeline of its own that shares everything but the UNet with the user's, which is left as it is."""

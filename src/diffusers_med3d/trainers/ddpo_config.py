@@ -54,7 +54,10 @@ class DDPOConfig(Med3DConfig):
     )
     eta: float = field(
         default=1.0,
-        metadata={"help": "Noise of a stochastic DDIM step, in (0, 1]. DDPM is eta = 1 and takes no other."},
+        metadata={
+            "help": "Noise of a stochastic step, in (0, 1]: eta of DDIM (DDPM is 1 and takes no other); for a flow the "
+            "a of Flow-GRPO's sigma_t = a sqrt(t / (1 - t)), where 0.7 is usual."
+        },
     )
     sde_window_size: int = field(
         default=2,

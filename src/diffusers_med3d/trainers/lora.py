@@ -1,25 +1,10 @@
-"""LoRA for the 3D UNet: adapters injected in place, merged for saving, and the adapter file of its own."""
+"""Training LoRA adapters on the 3D UNet: which layers, switching them off for the reference policy, merging a copy."""
 
-import json
-from pathlib import Path
-
-import torch
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import save_file
+from peft import LoraConfig
 from torch import nn
 
+from ..lora import adapter_names, is_pointwise, lora_layers
 from ..models import DiffusionUNet3D
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-PREFIX = "unet."
-
-
-def _is_pointwise(module: nn.Module) -> bool:
-    """1x1x1 convolutions (MONAI's skip connections): PEFT trains an adapter on them but cannot merge it."""
-    return isinstance(module, nn.Conv3d) and set(module.kernel_size) == {1}
 
 
 def default_targets(unet: DiffusionUNet3D) -> list[str]:
@@ -27,17 +12,12 @@ def default_targets(unet: DiffusionUNet3D) -> list[str]:
     return [
         name
         for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv3d) and not _is_pointwise(module))
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv3d) and not is_pointwise(module))
     ]
 
 
-def lora_layers(unet: nn.Module) -> dict[str, LoraLayer]:
-    """Name -> layer that carries an adapter."""
-    return {name: module for name, module in unet.named_modules() if isinstance(module, LoraLayer)}
-
-
 def add_lora(unet: DiffusionUNet3D, config: LoraConfig) -> None:
-    """Freeze `unet` and inject trainable adapters into it, in place; its output does not change yet.
+    """Freeze `unet` and inject trainable adapters named "default" into it, in place; its output does not change yet.
 
     Args:
         unet: without adapters.
@@ -46,8 +26,7 @@ def add_lora(unet: DiffusionUNet3D, config: LoraConfig) -> None:
     Raises:
         ValueError: if `unet` carries adapters already, or the config asks for what cannot be merged into the weights.
     """
-    if lora_layers(unet):
-        raise ValueError("The UNet carries LoRA layers already; merge or remove them before training new ones.")
+    check_no_lora(unet)
     if config.use_dora or config.modules_to_save or config.bias != "none":
         raise ValueError(
             "Only plain LoRA can be merged: expected use_dora=False, modules_to_save=None and bias='none', got "
@@ -56,11 +35,20 @@ def add_lora(unet: DiffusionUNet3D, config: LoraConfig) -> None:
     if config.target_modules is None:
         config.target_modules = default_targets(unet)
     unet.requires_grad_(False)
-    inject_adapter_in_model(config, unet)
-    pointwise = [name for name, layer in lora_layers(unet).items() if _is_pointwise(layer.get_base_layer())]
+    unet.add_adapter(config)
+    pointwise = [name for name, layer in lora_layers(unet).items() if is_pointwise(layer.get_base_layer())]
     if pointwise:
         raise ValueError(
             f"PEFT cannot merge an adapter on a 1x1x1 convolution; leave these out of target_modules: {pointwise}."
+        )
+
+
+def check_no_lora(unet: DiffusionUNet3D) -> None:
+    """Refuse a UNet whose weights are not the whole policy."""
+    if lora_layers(unet):
+        raise ValueError(
+            f"The UNet carries LoRA layers already ({adapter_names(unet)}). Make them part of it, with fuse_lora() and "
+            "unload_lora_weights() of the pipeline, or only remove them, before training."
         )
 
 
@@ -79,32 +67,3 @@ def merged(unet: DiffusionUNet3D) -> DiffusionUNet3D:
     plain = type(unet).from_config(unet.config)
     plain.load_state_dict(state, strict=True)
     return plain.eval()
-
-
-def save_lora(unet: DiffusionUNet3D, folder: str | Path) -> None:
-    """Write the adapters alone as diffusers does: keys with the prefix `unet.`, the LoraConfig in the metadata."""
-    config = unet.peft_config["default"].to_dict()
-    config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-    tensors = {PREFIX + k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(unet).items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({PREFIX + k: v for k, v in config.items()})}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(tensors, Path(folder) / LORA_FILE, metadata=metadata)
-
-
-def load_lora(unet: DiffusionUNet3D, folder: str | Path) -> None:
-    """Inject the adapters that `save_lora` wrote into a base UNet, in place.
-
-    Raises:
-        ValueError: if the file does not fill exactly the adapters of this network.
-    """
-    with safe_open(Path(folder) / LORA_FILE, framework="pt") as file:
-        config = json.loads(file.metadata()["lora_adapter_metadata"])
-        tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}
-    add_lora(unet, LoraConfig(**{key.removeprefix(PREFIX): value for key, value in config.items()}))
-    expected = {key: tensor.shape for key, tensor in get_peft_model_state_dict(unet).items()}
-    found = {key: tensor.shape for key, tensor in tensors.items()}
-    if expected != found:
-        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-        raise ValueError(f"{LORA_FILE} does not fit this UNet: {len(wrong)} tensors differ, such as {wrong[:3]}.")
-    with torch.no_grad():
-        set_peft_model_state_dict(unet, tensors)
