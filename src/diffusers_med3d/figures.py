@@ -1,5 +1,6 @@
 """Pictures of volumes and curves. Figures are made without pyplot, so nothing is global and no display is needed."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,93 @@ def curves(
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    return figure
+
+
+def intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], xlabel: str = "") -> Figure:
+    """Figures with their intervals: one panel per entry with a scale of its own, one row per set, a line at 0.
+
+    Args:
+        panels: title -> {set: (value, low, high)}; low and high may be NaN.
+        xlabel: under every panel.
+
+    Raises:
+        ValueError: if there is no panel.
+    """
+    if not panels:
+        raise ValueError("intervals needs at least one panel, got none.")
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    sets = max(len(panel) for panel in panels.values())
+    figure = Figure(figsize=(3.3 * columns, rows * (1.1 + 0.28 * sets)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (title, panel) in zip(grid, panels.items(), strict=False):
+        for row, (value, low, high) in enumerate(panel.values()):
+            axes.plot([low, high], [row, row], color="#666666", linewidth=1.5)
+            axes.plot(value, row, "o", markersize=4)
+        axes.axvline(0, color="#bbbbbb", linewidth=0.8)
+        axes.set_yticks(range(len(panel)), list(panel), fontsize=7)
+        axes.set_title(title, fontsize=7)
+        axes.set_xlabel(xlabel, fontsize=7)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.invert_yaxis()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def bands(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
+    xlabel: str = "",
+    ylabel: str = "",
+) -> Figure:
+    """Lines with their intervals over a common axis; `series` maps a name to (x, y, low, high).
+
+    Raises:
+        ValueError: if there is no series, or the four of one differ in length.
+    """
+    if not series:
+        raise ValueError("bands needs at least one series, got none.")
+    figure = Figure(figsize=(6, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, values in series.items():
+        if len({len(one) for one in values}) != 1:
+            raise ValueError(f"Series {name!r} has {[len(one) for one in values]} values of x, y, low and high.")
+        x, y, low, high = values
+        (line,) = axes.plot(x, y, label=name)
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def histogram(series: Mapping[str, Sequence[float]], xlabel: str, bins: int = 20) -> Figure:
+    """Shares of each series in common bins, as outlines; values that are not finite are left out.
+
+    Raises:
+        ValueError: if no series holds a finite value.
+    """
+    finite = {name: [v for v in values if math.isfinite(v)] for name, values in series.items()}
+    together = [value for values in finite.values() for value in values]
+    if not together:
+        raise ValueError(f"histogram needs at least one finite value, got none in {list(series)}.")
+    figure = Figure(figsize=(6, 3.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    low, high = min(together), max(together)
+    span = (high - low) or 1.0
+    edges = [low + span * k / bins for k in range(bins + 1)]
+    for name, values in finite.items():
+        if values:
+            axes.hist(
+                values, edges, weights=[1 / len(values)] * len(values), histtype="step", label=f"{name} ({len(values)})"
+            )
+    axes.set(xlabel=xlabel, ylabel="share of volumes")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="upper left")
     return figure
 
 

@@ -208,8 +208,7 @@ def evaluate(
     sets = Sets(models, reference, train, num_resamples, seed)
     figures: list[Figure] = []
     per_volume: dict[str, dict[str, list[float]]] = {}
-    total = len(extractors) * 1 + 3 + (segmenter is not None) + 1
-    with tqdm(total=total, desc="measuring", unit="step") as progress:
+    with tqdm(total=len(extractors) + 3 + (segmenter is not None), desc="measuring", unit="step") as progress:
         for one in extractors:
             progress.set_postfix_str(one.extractor.split(",")[0])
             figures += _feature_figures(sets, one, neighbours, batch_size)
@@ -229,7 +228,7 @@ def evaluate(
         detail = {name: interior_detail(one.volumes) for name, one in sets.all.items()}
         scale = sets.mean(REFERENCE, detail[REFERENCE])[0]
         add("high-frequency power, scans = 1", "scans", {name: own / scale for name, own in detail.items()})
-        spectrum_figure, spectra = _spectrum_figures(sets, bins=16)
+        spectrum_figure, spectra = _spectrum_figures(sets, bins=min(16, min(reference.volumes.shape[2:]) // 2))
         figures.append(spectrum_figure)
         add("left-right symmetry", "scans", {name: left_right_symmetry(one.volumes) for name, one in sets.all.items()})
         progress.update()
@@ -259,7 +258,7 @@ def evaluate(
             f"A volume is flagged as a copy when its nearest over second nearest is under {threshold:.3f}, the 5 % "
             "quantile of the training scans among themselves: unseen scans are flagged at about that rate."
         )
-        progress.update(2)
+        progress.update()
     if sets.derived:
         sets.notes.append(
             f"Made from the reference scans, so without Fréchet and nearest-neighbour measures: {sorted(sets.derived)}."

@@ -1,0 +1,222 @@
+"""How close to real scans, how diverse and how original are the samples of one or more generators?
+
+    accelerate launch examples/evaluate.py --model brain-t1 --model outputs/fine-tuned \
+        --data_dir DATA --split_file split.json                       # against the validation subjects
+    accelerate launch examples/evaluate.py --model org/name --reference UNSEEN --train TRAINING
+    accelerate launch examples/evaluate.py --model brain-t1 --data_dir DATA --split_file split.json --gate
+
+Every generator is sampled from the same seeds with the class mix of the reference, and samples go through the loader of
+the scans. Prints one table; writes report.json, report.md and pictures to --output_dir, where samples are kept, so a
+killed run goes on. With --gate the first model's spectrum is judged instead (is there a gap that fine-tuning could
+close?), into gate.json and gate.md. Test subjects are read only with --reference_part test. See docs/evaluation.md.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import HfArgumentParser
+
+from diffusers_med3d import MedDiffusion3DPipeline, evaluation
+from diffusers_med3d.data import DataArguments, VolumeDataset, read_scans
+from diffusers_med3d.files import write_json
+from diffusers_med3d.metrics import EXTRACTORS, Extractor, NamedExtractor, evaluate, extractor, intensity_tissues
+from diffusers_med3d.metrics.tissue import Segmenter
+from diffusers_med3d.trainers.base import use_all_cores
+
+TISSUES = ["dark (fluid)", "middle (grey)", "bright (white)"]
+
+
+@dataclass
+class ScanArguments(DataArguments):
+    """Real scans: --data_dir with --split_file, or --reference and --train."""
+
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of NIfTI files with metadata.csv."})
+    split_file: str | None = field(default=None, metadata={"help": "JSON file with the split by subject."})
+    reference_part: str = field(
+        default="validation",
+        metadata={
+            "help": "Part of the split that is the reference; test is for the final proof only.",
+            "choices": ["validation", "test"],
+        },
+    )
+    reference: str | None = field(
+        default=None, metadata={"help": "Instead of a split: folder of scans that no model was trained on."}
+    )
+    train: str | None = field(
+        default=None, metadata={"help": "Instead of a split: folder of the scans that the models were trained on."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        split, folders = (self.data_dir, self.split_file), (self.reference, self.train)
+        if not (all(split) and not any(folders)) and not (all(folders) and not any(split)):
+            raise ValueError(
+                "give either --data_dir and --split_file, or --reference and --train; got "
+                f"data_dir={self.data_dir}, split_file={self.split_file}, reference={self.reference}, "
+                f"train={self.train}."
+            )
+
+
+@dataclass
+class EvaluationArguments:
+    """What is measured, and how."""
+
+    model: list[str] = field(
+        metadata={
+            "help": "Bundled name, folder or Hub id; repeat for more. The first is the baseline.",
+            "action": "extend",
+        }
+    )
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where report, pictures and samples go."})
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Samples per model and seed; as many as reference scans if not given."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each adds --num_samples samples."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is off."})
+    batch_size: int = field(default=8, metadata={"help": "Volumes at a time."})
+    background: float = field(
+        default=0.02, metadata={"help": "Intensities below become 0, in scans and samples; 0 leaves them."}
+    )
+    extractors: list[str] = field(
+        default_factory=lambda: ["efficientnet-lite0", "haar-scattering-3d"],
+        metadata={
+            "help": f"Of features: {', '.join(EXTRACTORS)} (the last three are downloaded), or 'module:function' from "
+            "volumes (B, C, X, Y, Z) to features (B, D)."
+        },
+    )
+    segmenter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Tissue volumes: 'intensity' (k-means of intensities), or 'module:function' from volumes "
+            "(B, C, X, Y, Z) to label maps (B, X, Y, Z)."
+        },
+    )
+    tissue_names: list[str] = field(
+        default_factory=lambda: TISSUES, metadata={"help": "Names of the segmenter's labels 1, 2, ..."}
+    )
+    num_resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap."})
+    gate: bool = field(default=False, metadata={"help": "Judge the first model's spectrum of the reference scans."})
+    severity: float = field(default=0.5, metadata={"help": "Severity of the gate's damages, in (0, 1]."})
+
+
+def read_folder(folder: str, data: DataArguments) -> VolumeDataset:
+    """All scans of a folder; without a label column they are one class, the null class."""
+    rows = read_scans(folder)
+    if data.label_column not in rows.column_names:
+        print(f"{folder} has no column {data.label_column!r}: its scans have no class.")
+        rows = rows.add_column(data.label_column, [None] * len(rows))
+    if data.subject_column not in rows.column_names:
+        raise ValueError(
+            f"{folder} has no column {data.subject_column!r}, only {rows.column_names}; see --subject_column."
+        )
+    return VolumeDataset(rows, sorted(set(rows[data.subject_column])), data)
+
+
+def short_names(models: list[str]) -> dict[str, str]:
+    """A name for every model that does not tell where it lies on this machine."""
+    names = {model: Path(model).name for model in models}
+    if len(set(names.values())) < len(models):
+        names = {model: "/".join(Path(model).parts[-2:]) for model in models}
+    if len(set(names.values())) < len(models):
+        raise ValueError(f"models must differ in the last two parts of their names, got {models}.")
+    return names
+
+
+def imported(name: str) -> Callable[[Tensor], Tensor]:
+    """A function by 'module:function'."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def read_extractor(name: str, device: torch.device) -> Extractor:
+    """A name that `extractor` knows, or 'module:function'."""
+    return NamedExtractor(imported(name), name) if ":" in name else extractor(name, device)
+
+
+def read_segmenter(name: str | None) -> Segmenter | None:
+    """'intensity', or 'module:function'."""
+    if name in (None, "intensity"):
+        return intensity_tissues if name else None
+    if ":" not in name:
+        raise ValueError(f"--segmenter must be 'intensity' or 'module:function', got {name!r}.")
+    return imported(name)
+
+
+def main() -> None:
+    """Read, sample, measure, write."""
+    data, args = HfArgumentParser([ScanArguments, EvaluationArguments]).parse_args_into_dataclasses()
+    state, output = PartialState(), Path(args.output_dir)
+    use_all_cores()
+    names = short_names(args.model)
+    extractors = [read_extractor(name, state.device) for name in args.extractors]  # fails before hours of sampling
+    segmenter = read_segmenter(args.segmenter)
+    if data.split_file:
+        part = data.reference_part
+        reference, train = (VolumeDataset.from_arguments(data, one) for one in (part, "train"))
+    else:
+        part = "folder"
+        reference, train = read_folder(data.reference, data), read_folder(data.train, data)
+    reference, train = (evaluation.volume_set(one, args.background) for one in (reference, train))
+    settings = {
+        "reference": part,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "seeds": args.seeds,
+        "background": args.background,
+        "volume_shape": data.volume_shape,
+        "spacing": data.spacing,
+        "resamples": args.num_resamples,
+    }
+    measures = {
+        "segmenter": segmenter,
+        "tissue_names": args.tissue_names,
+        "num_resamples": args.num_resamples,
+        "batch_size": args.batch_size,
+    }
+
+    if args.gate:
+        pipeline = MedDiffusion3DPipeline.from_pretrained(args.model[0]).to(state.device)
+        if state.is_main_process:
+            versions = evaluation.gate_versions(
+                pipeline, reference, output / "gate", data, severity=args.severity, seed=args.seeds[0],
+                num_inference_steps=args.num_inference_steps, batch_size=args.batch_size, background=args.background,
+            )  # fmt: skip
+            report, verdicts = evaluation.gate(versions, reference, train, extractors, data.spacing, **measures)
+            settings |= {"model": names[args.model[0]], "severity": args.severity}
+            title = f"Gate before fine-tuning {names[args.model[0]]}"
+            evaluation.write_report(
+                report, output, {"reference": reference, **versions}, data.spacing, settings, title, "gate"
+            )
+            write_json(output / "gate-verdict.json", verdicts)
+            print(report.table())
+            for verdict in verdicts:
+                outcome = "pass" if verdict["passes"] else "mend first: " + ", ".join(verdict["reasons"])
+                print(f"{verdict['figure']} ({verdict['extractor']}): {outcome}")
+        return
+
+    labels = evaluation.matched_labels(reference.labels, args.num_samples or len(reference))
+    samples = {}
+    for model, name in names.items():
+        pipeline = MedDiffusion3DPipeline.from_pretrained(model).to(state.device)
+        samples[name] = evaluation.sample_volumes(
+            pipeline, labels, output / "samples" / name, data, args.num_inference_steps, args.guidance_scale,
+            args.seeds, args.batch_size, args.background,
+        )  # fmt: skip
+        del pipeline
+    if not state.is_main_process:
+        return
+    report = evaluate(samples, reference, train, extractors, data.spacing, **measures)
+    evaluation.write_report(report, output, {"reference": reference, **samples}, data.spacing, settings)
+    print(report.table())
+    print("\n".join(report.notes) + f"\n\nReport and pictures: {output}")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()

@@ -1,0 +1,450 @@
+"""From pipelines and folders to a report: sampling with the reference's class mix, one loader for all, the gate.
+
+The measures themselves are in `metrics` and know nothing of pipelines or files.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset, Nifti
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from . import figures
+from .data import FOREGROUND_THRESHOLD, DataArguments, VolumeDataset
+from .files import write_json, write_whole
+from .metrics import Extractor, Interval, Report, VolumeSet, bootstrap_interval, evaluate
+from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
+from .spectrum import DAMAGES, FULL_SAMPLE, HALF_SWAP, HALF_SWAP_SEVERITY, ROUND_TRIP, damage, partial_noising
+from .trainers.spectrum_data import fingerprint, level_name, seeded
+
+SETTINGS = "settings.json"
+STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+VIEWS_PER_SET = 4
+GATE_STDERRS = 3.0  # the gap between full samples and round-trips must be that many standard errors
+
+
+# ------------------------------------------------------------------------------------------------------------- volumes
+
+
+def clear_background(volumes: Tensor, background: float) -> Tensor:
+    """Voxels below `background` become exactly 0, as brain extraction left them in the scans."""
+    return torch.where(volumes < background, torch.zeros_like(volumes), volumes)
+
+
+def volume_set(dataset: VolumeDataset, background: float = FOREGROUND_THRESHOLD) -> VolumeSet:
+    """Prepared scans as a set; voxels below `background` become 0, in scans as in samples."""
+    return VolumeSet(
+        clear_background(dataset.stack(), background),
+        [int(item["class_label"]) for item in dataset],
+        [item["subject"] for item in dataset],
+    )
+
+
+def matched_labels(reference_labels: Sequence[int], num_samples: int) -> list[int]:
+    """Classes of `num_samples` samples in the reference's mix, sorted; rounding by largest remainder.
+
+    Raises:
+        ValueError: so few samples that a class of the reference would get none.
+    """
+    classes = sorted(set(reference_labels))
+    exact = [num_samples * list(reference_labels).count(c) / len(reference_labels) for c in classes]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(classes)), key=lambda k: counts[k] - exact[k])
+    for k in by_remainder[: num_samples - sum(counts)]:
+        counts[k] += 1
+    if min(counts) < 1:
+        raise ValueError(
+            f"{num_samples} samples leave none for a class of the reference; its classes are {list(reference_labels)}."
+        )
+    return [c for c, count in zip(classes, counts, strict=True) for _ in range(count)]
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{quote(name, safe='')}-0000.nii.gz"
+
+
+def _save(volume: Tensor, name: str, folder: Path, affine: np.ndarray, spacing: Sequence[float]) -> None:
+    output = MedDiffusion3DPipelineOutput(volumes=volume[None], affine=affine, spacing=tuple(spacing))
+    output.save_nifti(folder, prefix=quote(name, safe=""), overwrite=True)
+
+
+def _read(
+    names: Sequence[str], labels: Sequence[int], folder: Path, data: DataArguments, background: float
+) -> VolumeSet:
+    """Volumes that were saved, through the loader of the scans, in the order of their names."""
+    classes = [None if label == len(data.class_names) else data.class_names[label] for label in labels]
+    rows = Dataset.from_dict({"nifti": [str(_file(folder, name)) for name in names], "name": list(names)})
+    rows = rows.add_column("class", classes).cast_column("nifti", Nifti(decode=False))
+    loader = dataclasses.replace(data, class_edges=[], label_column="class", subject_column="name")
+    return volume_set(VolumeDataset(rows, names, loader), background)
+
+
+def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings of a folder, or refuses one that was made with others."""
+    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
+    if not path.is_file():
+        write_json(path, settings)
+    found = json.loads(path.read_text())
+    if found != settings:
+        differing = {key: (found.get(key), value) for key, value in settings.items() if found.get(key) != value}
+        raise ValueError(f"{folder} holds volumes made with other settings (found, asked for): {differing}; delete it.")
+
+
+def reload_volumes(
+    volumes: Tensor,
+    labels: Sequence[int],
+    names: Sequence[str],
+    folder: str | Path,
+    data: DataArguments,
+    affine: np.ndarray,
+    background: float = FOREGROUND_THRESHOLD,
+) -> VolumeSet:
+    """Volumes made by any means, saved as NIfTI and read by the loader of the scans: crop, grid and intensities alike.
+
+    Args:
+        volumes: (N, C, X, Y, Z) in [0, 1].
+        labels: class of each; `len(data.class_names)` is the null class.
+        names: of each, all different; sets with the same names are compared in pairs.
+        folder: where the files go; files of these names are replaced.
+        data: what the scans are read with.
+        affine: voxel to RAS millimetres (4, 4), such as `pipeline.affine()`.
+        background: voxels below become 0 before saving.
+
+    Returns:
+        the set, ordered by name.
+    """
+    if len(set(names)) != len(volumes) or len(labels) != len(volumes):
+        raise ValueError(
+            f"{len(volumes)} volumes need as many labels and different names, got {len(labels)} and {len(set(names))}."
+        )
+    for volume, name in zip(clear_background(volumes, background), names, strict=True):
+        _save(volume, name, Path(folder), affine, data.spacing)
+    return _read(names, labels, Path(folder), data, background)
+
+
+def check_pipeline(pipeline: MedDiffusion3DPipeline, data: DataArguments) -> None:
+    """Refuses a generator whose grid or classes are not those that the scans are read with.
+
+    Raises:
+        ValueError: with both; another grid would need resampling, which alone moves scans from themselves.
+    """
+    for name, flag in (("volume_shape", "--volume_shape"), ("spacing", "--spacing")):
+        made, read = [float(v) for v in pipeline.config[name]], [float(v) for v in getattr(data, name)]
+        if made != read:
+            raise ValueError(f"the generator makes {name} {made}, the scans are read at {read}; pass {flag} to match.")
+    names = pipeline.config.class_names
+    if pipeline.unet.null_class is not None and names is not None and list(names) != list(data.class_names):
+        raise ValueError(f"the generator's classes are {list(names)}, the scans' {list(data.class_names)}.")
+
+
+def sample_volumes(
+    pipeline: MedDiffusion3DPipeline,
+    labels: Sequence[int],
+    folder: str | Path,
+    data: DataArguments,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 1.0,
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 8,
+    background: float = FOREGROUND_THRESHOLD,
+) -> VolumeSet:
+    """Samples of a generator as a set, through the loader of the scans. Goes on where a killed run stopped.
+
+    A sample is named by seed, class and its number within the class and depends on these alone (to rounding, not on its
+    batch): two generators give paired sets, and more samples or seeds only add to those that are there. With several
+    processes each makes its share.
+
+    Args:
+        pipeline: the generator.
+        labels: class of each sample of one seed; `len(data.class_names)` is the null class.
+        folder: where the samples are kept; must hold samples of the same generator and settings, or none.
+        data: what the scans are read with.
+        seeds: every one gives `len(labels)` samples.
+        batch_size: samples at once.
+        background: voxels below become 0 before saving.
+
+    Raises:
+        ValueError: another grid or other classes than the scans', or a folder of other samples.
+    """
+    check_pipeline(pipeline, data)
+    folder, state = Path(folder), PartialState()
+    settings = {
+        "generator": fingerprint(pipeline),
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "background": background,
+    }
+    with state.main_process_first():
+        _check_settings(folder, settings)
+    wanted: list[tuple[str, int, int, int]] = []
+    for seed in seeds:
+        counts: dict[int, int] = {}
+        for label in labels:
+            number = counts[label] = counts.get(label, -1) + 1
+            wanted.append((f"seed{seed}-class{label}-{number:04d}", seed, label, number))
+    missing = [one for one in wanted if not _file(folder, one[0]).is_file()]
+    state.wait_for_everyone()
+    mine = missing[state.process_index :: state.num_processes]
+    pipeline.set_progress_bar_config(disable=True)
+    with tqdm(total=len(mine), desc="sampling", unit="volume", disable=not mine) as progress:
+        for start in range(0, len(mine), batch_size):
+            chunk = mine[start : start + batch_size]
+            classes = [None if label == len(data.class_names) else label for _, _, label, _ in chunk]
+            output = pipeline(
+                class_labels=None if pipeline.unet.null_class is None else classes,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=[seeded("evaluation", seed, label, number) for _, seed, label, number in chunk],
+            )
+            for volume, (name, *_) in zip(clear_background(output.volumes.cpu(), background), chunk, strict=True):
+                _save(volume, name, folder, output.affine, data.spacing)
+            progress.update(len(chunk))
+    state.wait_for_everyone()
+    return _read([name for name, *_ in wanted], [label for _, _, label, _ in wanted], folder, data, background)
+
+
+# ---------------------------------------------------------------------------------------------------------------- gate
+
+
+def gate_versions(
+    pipeline: MedDiffusion3DPipeline,
+    scans: VolumeSet,
+    folder: str | Path,
+    data: DataArguments,
+    strengths: Sequence[float] = STRENGTHS,
+    severity: float = 0.5,
+    num_inference_steps: int = 20,
+    seed: int = 0,
+    batch_size: int = 8,
+    background: float = FOREGROUND_THRESHOLD,
+) -> dict[str, VolumeSet]:
+    """The spectrum of unseen scans as sets: round-trip, partial noisings, full samples of their classes, every damage.
+
+    Versions bear the subjects of their scans and so are compared with them in pairs; full samples, which never saw the
+    scan, bear names of their own. Goes on where a killed run stopped.
+
+    Args:
+        pipeline: the generator before reinforcement learning.
+        scans: of subjects that it was not trained on.
+        folder: one folder per version is made in it.
+        data: what the scans were read with.
+        strengths: of partial noising, between 0 and 1.
+        severity: of every damage, in (0, 1].
+        num_inference_steps: of a full sample.
+        seed: of noise and damage.
+        batch_size: volumes at once.
+
+    Returns:
+        name -> set; "round_trip" first, "full_sample" after the noisings, then the damages.
+
+    Raises:
+        ValueError: see `sample_volumes` and `damage`.
+    """
+    check_pipeline(pipeline, data)
+    folder = Path(folder)
+    _check_settings(
+        folder,
+        {
+            "generator": fingerprint(pipeline),
+            "num_inference_steps": num_inference_steps,
+            "severity": severity,
+            "seed": seed,
+            "background": background,
+        },
+    )
+    levels = {level_name(strength): strength for strength in (ROUND_TRIP, *sorted(strengths), FULL_SAMPLE)}
+    versions = {}
+    pipeline.set_progress_bar_config(disable=True)
+    kinds = [*levels, *DAMAGES, *([HALF_SWAP] if len(scans) > 1 else [])]
+    with tqdm(total=len(kinds) * len(scans), desc="making the gate's versions", unit="volume") as progress:
+        for name in kinds:
+            own = [f"{name} {subject}" if name == level_name(FULL_SAMPLE) else subject for subject in scans.subjects]
+            scan_names = [f"{i:04d} {one}" for i, one in enumerate(own)]
+            todo = [i for i, one in enumerate(scan_names) if not _file(folder / name, one).is_file()]
+            progress.update(len(scans) - len(todo))
+            for start in range(0, len(todo), batch_size):
+                rows = todo[start : start + batch_size]
+                if name in levels:
+                    made = partial_noising(
+                        pipeline,
+                        scans.volumes[rows],
+                        _class_labels(pipeline, [scans.labels[i] for i in rows]),
+                        levels[name],
+                        num_inference_steps,
+                        [seeded("gate", seed, scan_names[i], levels[name]) for i in rows],
+                    )
+                else:
+                    made = torch.stack([_damaged(scans, i, name, severity, seed) for i in rows])
+                for volume, i in zip(clear_background(made, background), rows, strict=True):
+                    _save(volume, scan_names[i], folder / name, pipeline.affine(), data.spacing)
+                progress.update(len(rows))
+            read = _read(scan_names, scans.labels, folder / name, data, background)
+            versions[name] = VolumeSet(
+                read.volumes, read.labels, own
+            )  # names were numbered, so the order is the scans'
+    return versions
+
+
+def _class_labels(pipeline: MedDiffusion3DPipeline, labels: Sequence[int]) -> list[int] | None:
+    return None if pipeline.unet.null_class is None else list(labels)
+
+
+def _damaged(scans: VolumeSet, index: int, kind: str, severity: float, seed: int) -> Tensor:
+    other = scans.volumes[(index + 1) % len(scans)] if kind == HALF_SWAP else None
+    severity = HALF_SWAP_SEVERITY if kind == HALF_SWAP else severity
+    return damage(scans.volumes[index], kind, severity, seeded("gate", seed, index, kind), other)
+
+
+def gate_verdict(report: Report) -> list[dict[str, Any]]:
+    """Is there a gap that fine-tuning could close? One entry per headline KID of a report on `gate_versions`.
+
+    The attainable gap is the full samples' KID less the round-trips': what no generator can do better than its decoder.
+    `decoder_share` is the round-trips' part of the full samples' excess over the floor.
+    """
+    verdicts = []
+    for figure in report.figures:
+        if not figure.name.startswith("KID") or figure.name.removeprefix("KID ") in ("sagittal", "coronal", "axial"):
+            continue
+        base, decoder = level_name(FULL_SAMPLE), level_name(ROUND_TRIP)
+        gap = bootstrap_interval(figure.draws[base] - figure.draws[decoder])
+        whole = figure.excess[base].value
+        share = figure.excess[decoder].value / whole if whole > 0 else float("nan")
+        reasons = []
+        if not gap.value >= GATE_STDERRS * gap.stderr:
+            reasons.append(f"the gap is under {GATE_STDERRS:g} standard errors")
+        if not share <= 0.5:
+            reasons.append("the decoder makes most of it")
+        verdicts.append(
+            {
+                "figure": figure.name,
+                "extractor": figure.extractor,
+                "attainable_gap": gap.value,
+                "stderr": gap.stderr,
+                "decoder_share": share if np.isfinite(share) else None,
+                "passes": not reasons,
+                "reasons": reasons,
+            }
+        )
+    return verdicts
+
+
+def gate(
+    versions: Mapping[str, VolumeSet],
+    reference: VolumeSet,
+    train: VolumeSet,
+    extractors: Sequence[Extractor],
+    spacing: Sequence[float],
+    **kwargs: Any,
+) -> tuple[Report, list[dict[str, Any]]]:
+    """The figures of `evaluate` for every version of `gate_versions`, and the verdict on them."""
+    report = evaluate(versions, reference, train, extractors, spacing, **kwargs)
+    return report, gate_verdict(report)
+
+
+def gap_closed(report: Report, figure: str, base: str, after: str, ceiling: str, extractor: str = "") -> Interval:
+    """Share of the way from `base` to `ceiling` that `after` went in one figure: 0 = none, 1 = all of it.
+
+    Args:
+        figure, extractor: as `Report.figure` takes them.
+        base, after, ceiling: sets of the report, such as the model before, the model after, and "round_trip" or
+            "reference".
+    """
+    draws = report.figure(figure, extractor).draws
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return bootstrap_interval((draws[after] - draws[base]) / (draws[ceiling] - draws[base]))
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def write_report(
+    report: Report,
+    folder: str | Path,
+    sets: Mapping[str, VolumeSet],
+    spacing: Sequence[float],
+    settings: Mapping[str, Any],
+    title: str = "Evaluation",
+    name: str = "report",
+) -> str:
+    """Writes `name`.json, `name`.md and four pictures, each whole or not at all.
+
+    Args:
+        report: from `evaluate` or `gate`.
+        folder: made if missing.
+        sets: for the pictures, such as {"reference": ..., model: ...}.
+        spacing: voxel size in mm.
+        settings: what the figures depend on and a reader must know; JSON-able.
+        title: first heading.
+        name: of the files; pictures are called `name`-views.png, -distances.png, -spectra.png and -nearest.png.
+
+    Returns:
+        the Markdown.
+    """
+    folder = Path(folder)
+    pictures = {
+        "views": figures.orthogonal_views(
+            {set_name: one.volumes[_spread(one.labels, VIEWS_PER_SET)][:, :1] for set_name, one in sets.items()},
+            spacing,
+        ),
+        "distances": figures.intervals(
+            {
+                f"{figure.name}\n{figure.extractor.split(',')[0]}, excess": {
+                    model: (own.value, own.low, own.high) for model, own in figure.excess.items()
+                }
+                for figure in report.figures
+                if figure.name.startswith("KID") and figure.excess
+            }
+        ),
+        "spectra": figures.bands(
+            {
+                set_name: (own["frequency"], own["decibel"], own["low"], own["high"])
+                for set_name, own in report.spectra.items()
+            },
+            xlabel="cycles per voxel",
+            ylabel="power inside the anatomy, dB",
+        ),
+        "nearest": figures.histogram(
+            report.per_volume["nearest over second nearest"], "distance to the nearest training scan / second nearest"
+        ),
+    }
+    for kind, picture in pictures.items():
+        figures.save(picture, folder / f"{name}-{kind}.png")
+    counted = [
+        f"- {set_name}: {own['volumes']} volumes of {own['subjects']} subjects or seeds, by class {own['classes']}"
+        for set_name, own in report.counts.items()
+    ]
+    text = "\n".join(
+        [
+            f"# {title}\n",
+            "Never for clinical use. Brackets are 95 % bootstrap intervals over subjects and samples. Floor: training "
+            "scans in place of samples. Excess: over the floor for distances and pairs, over the reference scans for "
+            "measures of single volumes. KID is unbiased and may be negative.\n",
+            report.table(),
+            "\n" + "\n".join(counted),
+            "".join(f"\n- {note}" for note in report.notes),
+            "\nSettings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + "\n",
+            *(f"![{kind}]({name}-{kind}.png)" for kind in pictures),
+            "",
+        ]
+    )
+    write_json(folder / f"{name}.json", {"settings": dict(settings), **report.to_dict()})
+    write_whole(folder / f"{name}.md", text)
+    return text
+
+
+def _spread(labels: Sequence[int], count: int) -> list[int]:
+    """Up to `count` volumes that take turns among the classes."""
+    places: dict[int, int] = {}
+    order = []
+    for index, label in enumerate(labels):
+        places[label] = places.get(label, -1) + 1
+        order.append((places[label], label, index))
+    return [index for _, _, index in sorted(order)[:count]]
