@@ -9,7 +9,7 @@ import diffusers
 from diffusers import ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
 
-from .models import AutoencoderKL3D, DiffusionUNet3D, VQModel3D
+from .models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from .models.reward import SliceRewardModel, VolumeRewardModel
 from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput, guided_prediction
 from .rewards import SliceReward, VolumeReward
@@ -31,7 +31,9 @@ pipeline_loading_utils.LOADABLE_CLASSES.setdefault(
 )
 for _class in (
     AutoencoderKL3D,
+    AutoencoderKLMaisi3D,
     DiffusionUNet3D,
+    DiffusionUNetMaisi3D,
     MedDiffusion3DPipeline,
     SliceRewardModel,
     VQModel3D,
@@ -54,10 +56,12 @@ _TRAINERS = {
 __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL3D",
+    "AutoencoderKLMaisi3D",
     "AutoencoderTrainer",
     "DDPOConfig",
     "DDPOTrainer",
     "DiffusionUNet3D",
+    "DiffusionUNetMaisi3D",
     "LatentDiffusionConfig",
     "LatentDiffusionTrainer",
     "MedDiffusion3DPipeline",

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,9 +20,9 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
-from .hub import forget_local_paths, resolve
+from .hub import PublishMixin, forget_local_paths, resolve
 from .lora import UNetLoraMixin
-from .models import AutoencoderKL3D, DiffusionUNet3D, VQModel3D
+from .models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from .models.sizes import check_divisible, check_volumes
 
 ClassLabels = int | str | None | Sequence[int | str | None] | torch.Tensor
@@ -35,6 +35,7 @@ def guided_prediction(
     timestep: torch.Tensor | float | int,
     class_labels: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
+    conditions: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The network's prediction under classifier-free guidance: null + scale * (conditional - null).
 
@@ -43,11 +44,12 @@ def guided_prediction(
     all call this.
 
     Args:
-        unet: `DiffusionUNet3D`, possibly wrapped (DDP, PEFT, compiled).
+        unet: `DiffusionUNet3D` or `DiffusionUNetMaisi3D`, possibly wrapped (DDP, PEFT, compiled).
         sample: (B, C, x, y, z), already scaled for the scheduler.
         timestep: one number for the batch, or (B,).
         class_labels: (B,), None for the null class.
         guidance_scale: 1 switches guidance off.
+        conditions: of `DiffusionUNetMaisi3D` (its ``encode_conditions``), the same in both halves; else None.
 
     Returns:
         (B, C, x, y, z) in the dtype of ``sample``.
@@ -56,13 +58,17 @@ def guided_prediction(
         ValueError: guidance of a network without a null class.
     """
     model_input = sample.to(next(unet.parameters()).dtype)
+    extra = {} if conditions is None else {"conditions": conditions}
     if guidance_scale == 1 or class_labels is None:
         if guidance_scale != 1 and extract_model_from_parallel(unet).null_class is None:
             raise ValueError(f"guidance_scale={guidance_scale} needs a network with classes; this one has none.")
-        return unet(model_input, timestep, class_labels).sample.to(sample.dtype)
+        return unet(model_input, timestep, class_labels, **extra).sample.to(sample.dtype)
     timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
     null_labels = torch.full_like(class_labels, extract_model_from_parallel(unet).null_class)
-    both = unet(torch.cat([model_input] * 2), torch.cat([timestep] * 2), torch.cat([null_labels, class_labels])).sample
+    if conditions is not None:
+        extra = {"conditions": {name: torch.cat([value] * 2) for name, value in conditions.items()}}
+    labels = torch.cat([null_labels, class_labels])
+    both = unet(torch.cat([model_input] * 2), torch.cat([timestep] * 2), labels, **extra).sample
     null, conditional = both.to(sample.dtype).chunk(2)  # each (B, C, x, y, z)
     return null + guidance_scale * (conditional - null)
 
@@ -120,14 +126,17 @@ class MedDiffusion3DPipelineOutput(BaseOutput):
         return paths
 
 
-def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | None:
-    """Names as a list, from a list or from the ``{name: index}`` of model_index.json."""
+def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | dict[str, int] | None:
+    """Names as a list, from a list or from the ``{name: index}`` of model_index.json; a dict where indices are left
+    out.
+    """
     if isinstance(names, dict):
-        return sorted(names, key=names.__getitem__)
+        ordered = sorted(names, key=names.__getitem__)
+        return ordered if [names[name] for name in ordered] == list(range(len(ordered))) else dict(names)
     return None if names is None else list(names)
 
 
-class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
+class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
     """Generates 3D volumes: class-conditional latent diffusion (Pinaya et al. 2022, arXiv 2209.07162) with any
     diffusers scheduler, or rectified flow.
 
@@ -140,7 +149,7 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
         volume_shape: default size (X, Y, Z) in voxels.
         spacing: voxel size (mm) of the training data; generated affines have no other source.
         orientation: axes of the training data; only "RAS".
-        class_names: one name per class, without the null class.
+        class_names: one name per class, without the null class; as ``{name: index}`` where not every class has one.
         channel_names: one name per image channel, such as ("t1",).
         intensity: in words, what 0 and 1 stand for.
 
@@ -153,8 +162,8 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
 
     def __init__(
         self,
-        vae: AutoencoderKL3D | VQModel3D,
-        unet: DiffusionUNet3D,
+        vae: AutoencoderKL3D | AutoencoderKLMaisi3D | VQModel3D,
+        unet: DiffusionUNet3D | DiffusionUNetMaisi3D,
         scheduler: KarrasDiffusionSchedulers,
         volume_shape: list[int] | tuple[int, ...] = (64, 64, 64),
         spacing: list[float] | tuple[float, ...] = (3.0, 3.0, 3.0),
@@ -174,7 +183,11 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
             )
         class_names, channel_names = _in_order(class_names), _in_order(channel_names)
         classes = unet.null_class or 0
-        if class_names is not None and len(class_names) != classes:
+        if isinstance(class_names, dict):
+            indices, embeds = list(class_names.values()), unet.config.num_class_embeds or 0
+            if len(set(indices)) != len(indices) or any(not 0 <= index < embeds for index in indices):
+                raise ValueError(f"class_names need different indices from 0 to {embeds - 1}, got {class_names}.")
+        elif class_names is not None and len(class_names) != classes:
             raise ValueError(
                 f"class_names must name the {classes} classes of the UNet (the null class has no name), "
                 f"got {class_names}."
@@ -226,7 +239,7 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
         """
         config = json.loads(super().to_json_string())
         for key in ("class_names", "channel_names"):
-            if config[key] is not None:
+            if isinstance(config[key], list):
                 config[key] = {name: index for index, name in enumerate(config[key])}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
@@ -245,9 +258,9 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
         check_divisible(volume_shape, self.vae.downsample_factor * self.unet.size_divisor, "volume_shape")
         return self.vae.latent_shape(volume_shape)
 
-    def affine(self, volume_shape: Sequence[int] | None = None) -> np.ndarray:
+    def affine(self, volume_shape: Sequence[int] | None = None, spacing: Sequence[float] | None = None) -> np.ndarray:
         """Voxel to RAS millimetres, float64 (4, 4): this pipeline's spacing, the volume's centre at the origin."""
-        spacing = np.asarray(self.config.spacing, dtype=np.float64)
+        spacing = np.asarray(spacing or self.config.spacing, dtype=np.float64)
         affine = np.diag([*spacing, 1.0])
         affine[:3, 3] = -spacing * (np.asarray(volume_shape or self.config.volume_shape) - 1) / 2
         return affine
@@ -278,14 +291,18 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
             if any(label is not None for label in labels):
                 raise ValueError(f"this pipeline has no classes, so class_labels must be None; got {list(labels)}.")
             return None
-        names = list(self.config.class_names or [])
+        names = self.config.class_names or []
+        names = names if isinstance(names, dict) else {name: index for index, name in enumerate(names)}
+        last = self.unet.config.num_class_embeds - 1
         indices = []
         for label in labels:
             if isinstance(label, str) and label not in names:
-                raise ValueError(f"unknown class {label!r}; this pipeline has {names}, and None for no class.")
-            index = null_class if label is None else names.index(label) if isinstance(label, str) else label
-            if isinstance(index, bool) or not isinstance(index, int | np.integer) or not 0 <= index <= null_class:
-                raise ValueError(f"class label {label!r} is no whole number from 0 to {null_class} (the null class).")
+                raise ValueError(f"unknown class {label!r}; this pipeline has {list(names)}, and None for no class.")
+            index = null_class if label is None else names[label] if isinstance(label, str) else label
+            if isinstance(index, bool) or not isinstance(index, int | np.integer) or not 0 <= index <= last:
+                raise ValueError(
+                    f"class label {label!r} is no whole number from 0 to {last} (the null class is {null_class})."
+                )
             indices.append(int(index))
         return torch.tensor(indices, dtype=torch.long, device=self._execution_device)
 
@@ -295,9 +312,33 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
         t: torch.Tensor | float | int,
         class_labels: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
+        conditions: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """`guided_prediction` of this pipeline's UNet; ``latents`` must already be scaled for the scheduler."""
-        return guided_prediction(self.unet, latents, t, class_labels, guidance_scale)
+        return guided_prediction(self.unet, latents, t, class_labels, guidance_scale, conditions)
+
+    def encode_conditions(
+        self, conditions: Mapping[str, Any] | None, spacing: Sequence[float] | None, batch: int
+    ) -> dict[str, torch.Tensor] | None:
+        """`DiffusionUNetMaisi3D.encode_conditions` with the voxel size to generate; None for a network without.
+
+        Raises:
+            ValueError: a condition that is missing or unknown, or any for a network that takes none.
+        """
+        if not isinstance(self.unet, DiffusionUNetMaisi3D) or "spacing" not in self.unet.condition_names:
+            if spacing is not None:
+                raise ValueError(f"this network knows one spacing, {tuple(self.config.spacing)} mm; got {spacing}.")
+        if not isinstance(self.unet, DiffusionUNetMaisi3D):
+            if conditions is not None:
+                raise ValueError(f"this network takes no conditions besides class_labels, got {sorted(conditions)}.")
+            return None
+        conditions = dict(conditions or {})
+        if "spacing" in conditions:
+            raise ValueError("spacing is an argument of its own, because the affine depends on it.")
+        if "spacing" in self.unet.condition_names:
+            conditions["spacing"] = spacing or self.config.spacing
+        encoded = self.unet.encode_conditions(conditions, batch)
+        return {name: value.to(self._execution_device) for name, value in encoded.items()}
 
     def check_scheduler(self) -> None:
         """Refuse, with a ValueError, a scheduler that this pipeline's network cannot belong to."""
@@ -451,6 +492,8 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
         volumes: torch.Tensor | None = None,
         strength: float | None = None,
         affine: np.ndarray | torch.Tensor | None = None,
+        spacing: Sequence[float] | None = None,
+        conditions: Mapping[str, Any] | None = None,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
@@ -474,6 +517,9 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
             strength: part of the schedule in [0, 1]: the last ``round(strength * num_inference_steps)`` steps run. 0 is
                 the round trip through the autoencoder; 1 starts from pure noise.
             affine: of ``volumes``, (4, 4) or (B, 4, 4); handed on to the output.
+            spacing: voxel size (mm) to generate, for a network that takes it (MAISI); by default the pipeline's own.
+            conditions: other conditions of such a network by name (``unet.condition_names``), such as
+                ``{"top_region": "chest", "bottom_region": "abdomen"}``; for the whole batch or one per sample.
             callback_on_step_end: called as ``f(pipeline, step, timestep, tensors)`` after each step, may return changed
                 tensors.
             callback_on_step_end_tensor_inputs: which of "latents", "class_labels" it gets.
@@ -501,6 +547,7 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
         )
         latent_shape = (batch, self.unet.config.in_channels, *self._check_volume_shape(volume_shape))
         class_labels = self.encode_class_labels(class_labels, batch)
+        encoded_conditions = self.encode_conditions(conditions, spacing, batch)
 
         # 2. Where sampling starts
         timesteps = self._timesteps(num_inference_steps, strength)
@@ -513,7 +560,7 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
         flow = is_flow(self.scheduler)  # whose scheduler never scales
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = latents if flow else self.scheduler.scale_model_input(latents, t)
-            prediction = self.predict(model_input, t, class_labels, guidance_scale)
+            prediction = self.predict(model_input, t, class_labels, guidance_scale, encoded_conditions)
             latents = self.scheduler.step(prediction, t, latents, **extra).prev_sample
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "class_labels": class_labels}
@@ -528,8 +575,8 @@ class MedDiffusion3DPipeline(UNetLoraMixin, DiffusionPipeline):
             decoded = self.decode(latents)
             output = MedDiffusion3DPipelineOutput(
                 volumes=decoded if output_type == "pt" else decoded.cpu().numpy(),
-                affine=self.affine(volume_shape) if affine is None else np.asarray(affine, dtype=np.float64),
-                spacing=tuple(self.config.spacing),
+                affine=self.affine(volume_shape, spacing) if affine is None else np.asarray(affine, dtype=np.float64),
+                spacing=tuple(float(side) for side in spacing or self.config.spacing),
             )
         self.maybe_free_model_hooks()
         return output if return_dict else (output.volumes, output.affine, output.spacing)

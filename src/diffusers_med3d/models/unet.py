@@ -12,6 +12,7 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import nn
 
+from ..hub import PublishMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
 
@@ -23,7 +24,9 @@ class DiffusionUNet3DOutput(BaseOutput):
     sample: torch.Tensor
 
 
-class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, DiffusionModelUNet, ConfigMixin):
+class DiffusionUNet3D(
+    PublishMixin, CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, DiffusionModelUNet, ConfigMixin
+):
     """3D UNet that predicts noise, velocity or sample from a noisy latent (Pinaya et al. 2022, arXiv 2209.07162).
 
     State-dict keys are MONAI's. The last class index is the null class of classifier-free guidance
@@ -37,6 +40,7 @@ class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, Dif
         num_head_channels: channels of one attention head.
         norm_num_groups: groups of every GroupNorm; every entry of ``channels`` must be a multiple.
         num_class_embeds: number of classes including the null class, or None for an unconditional network.
+        include_fc: attention ends in a linear layer; networks of MONAI's GenerativeModels were trained without.
         sample_skip: add the noisy latent itself to the prediction, each channel times a learned function of the
             timestep: the c_skip of Karras et al. 2022, arXiv 2206.00364, equation 7, which they compute from the one
             variance of their data and which here differs between latent channels. A network that is narrow for its
@@ -58,6 +62,7 @@ class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, Dif
         norm_eps: float = 1e-6,
         resblock_updown: bool = False,
         num_class_embeds: int | None = None,
+        include_fc: bool = True,
         sample_skip: bool = False,
     ) -> None:
         DiffusionModelUNet.__init__(
@@ -73,6 +78,7 @@ class DiffusionUNet3D(CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, Dif
             resblock_updown=resblock_updown,
             num_head_channels=num_head_channels,
             num_class_embeds=num_class_embeds,
+            include_fc=include_fc,
         )
         if sample_skip and in_channels != out_channels:
             raise ValueError(f"sample_skip needs in_channels == out_channels, got {in_channels} and {out_channels}.")
