@@ -11,6 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import csv
+import runpy
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel
@@ -19,11 +22,18 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+import minihub
 from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, MedDiffusion3DPipeline, VQModel3D
 
 VOLUME_SHAPE = (16, 16, 16)  # voxels of the tiny pipeline; latents are (4, 4, 4, 4)
 SPACING = (12.0, 12.0, 12.0)  # mm: 16 voxels hold a whole synthetic brain
 CLASS_NAMES = ("young", "middle", "old")  # index 3 is the null class
+
+
+def run_example(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    """Run a script of examples/ in this process, as if these were its arguments."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / name), run_name="__main__")
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +160,13 @@ def synthetic_brain(shape: tuple[int, int, int], seed: int, margin: float = 0.85
     spot = sum((axis - centre) ** 2 for axis, centre in zip(axes, (0.4, 0.35, 0.3), strict=True))
     volume[spot < 0.04] = 1.0
     return np.where(radius <= 1, np.clip(volume, 0.02, 1), 0).astype(np.float32)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Iterator[minihub.Hub]:
+    """A Hub on loopback that huggingface_hub's client in this process is connected to and signed in at."""
+    with minihub.connected(tmp_path, monkeypatch) as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session")

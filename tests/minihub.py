@@ -1,4 +1,4 @@
-"""minihub: tiny Hugging Face Hub look-alike for tests (loopback only, stdlib only)."""
+"""minihub: tiny Hugging Face Hub look-alike for tests (loopback only), and the client of this process beside it."""
 
 import base64
 import fnmatch
@@ -6,10 +6,15 @@ import hashlib
 import json
 import os
 import re
+import socket
+import sys
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import huggingface_hub
 
 PLURAL = {"models": "model", "datasets": "dataset", "spaces": "space"}
 LFS_EXT = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.onnx", "*.npz", "*.nii.gz", "*.png", "*.zip")
@@ -53,10 +58,28 @@ class Hub:
     def __init__(self, root, token="hf_minihub", user="tester", lfs_threshold=10 * 2**20, xet=None):
         self.root, self.token, self.user, self.thr, self.xet = root, token, user, lfs_threshold, xet
         self.repos, self.log, self.lock = {}, [], threading.Lock()
+        self.reader = token + "_read"  # a token that may read only
+        self.cuts = {}  # sha256 -> bytes after which the next download of it breaks off
+        self.broken = set()  # sha256 of contents that cannot be had at all
         os.makedirs(os.path.join(root, "blobs"), exist_ok=True)
 
     def path(self, oid):
         return os.path.join(self.root, "blobs", oid)
+
+    def files(self, rid, rev="main"):
+        """Paths in a repository."""
+        return set(self.repos["model", rid].resolve(rev)["tree"])
+
+    def sha(self, rid, path, rev="main"):
+        return self.repos["model", rid].resolve(rev)["tree"][path]["sha"]
+
+    def read(self, rid, path, rev="main"):
+        with open(self.path(self.sha(rid, path, rev)), "rb") as file:
+            return file.read()
+
+    def downloads(self, sha):
+        """What was asked of a content: one "GET /_cdn/<sha> <range>" per request."""
+        return [line for line in self.log if line.startswith(f"GET /_cdn/{sha}")]
 
     def put(self, data):
         oid = sha256(data)
@@ -101,11 +124,13 @@ class H(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def authed(self):
-        return self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        return self.headers.get("Authorization") in (f"Bearer {self.hub.token}", f"Bearer {self.hub.reader}")
 
-    def need_auth(self):
+    def need_auth(self, write=True):
         if not self.authed():
-            raise Err(401, "Invalid credentials in Authorization header")
+            raise Err(401, "Invalid username or password.")
+        if write and self.headers["Authorization"] == f"Bearer {self.hub.reader}":
+            raise Err(403, "You don't have the rights to write with this token.")
 
     def repo(self, typ, rid):
         r = self.hub.repos.get((typ, rid))
@@ -124,9 +149,11 @@ class H(BaseHTTPRequestHandler):
         p = u.path
         q = parse_qs(u.query)
         data = None
-        self.hub.log.append(f"{self.command} {self.path}")
+        self.hub.log.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
         data = self.body() if self.command in ("POST", "PUT", "DELETE") else b""
         try:
+            if "Authorization" in self.headers and not self.authed():  # the real Hub: even for public repositories
+                raise Err(401, "Invalid credentials in Authorization header")
             for method, rx, fn in ROUTES:
                 if method in (self.command, "GET" if self.command == "HEAD" else "") and (m := rx.fullmatch(p)):
                     with self.hub.lock:
@@ -142,7 +169,7 @@ class H(BaseHTTPRequestHandler):
 
     # -- account / repo management
     def whoami(self, q, data):
-        self.need_auth()
+        self.need_auth(write=False)
         self.send(
             200,
             {
@@ -316,6 +343,8 @@ class H(BaseHTTPRequestHandler):
         self.blob(oid, ETag=f'"{oid}"', Accept_Ranges="bytes")
 
     def blob(self, sha, **h):
+        if sha in self.hub.broken:
+            raise Err(500, "storage is down")
         b = open(self.hub.path(sha), "rb").read()
         if m := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             s, e = int(m[1]), min(int(m[2] or len(b) - 1), len(b) - 1)
@@ -324,7 +353,12 @@ class H(BaseHTTPRequestHandler):
             return self.send(
                 206, b[s : e + 1], "application/octet-stream", Content_Range=f"bytes {s}-{e}/{len(b)}", **h
             )
-        self.send(200, b, "application/octet-stream", **h)
+        cut = self.hub.cuts.pop(sha, None) if self.command == "GET" else None
+        self.send(200, b[:cut], "application/octet-stream", Content_Length=len(b), **h)
+        if cut is not None:
+            self.close_connection = True
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     # -- write
     def preupload(self, q, data, t, rid, rev):
@@ -471,3 +505,42 @@ def serve(root, port=0, **kw):
     srv = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (H,), {"hub": hub}))
     threading.Thread(target=srv.serve_forever, daemon=True).start()
     return srv, hub
+
+
+@contextmanager
+def connected(root, monkeypatch):
+    """A server, and huggingface_hub's own client in this process pointed at it and signed in; yields the `Hub`.
+
+    The client reads its address, its cache and whether it is offline from constants that are set when it is imported.
+    """
+    server, hub = serve(os.path.join(root, "hub"))
+    hub.url, hub.cache = f"http://127.0.0.1:{server.server_address[1]}", os.path.join(root, "cache")
+    constants = huggingface_hub.constants
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
+        "HF_HUB_CACHE": hub.cache,
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,  # PITFALLS P9
+        "HF_TOKEN_PATH": os.path.join(root, "no-token"),
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+    if "transformers.utils.hub" in sys.modules:  # keeps a client of its own
+        monkeypatch.setattr(sys.modules["transformers.utils.hub"], "_hf_api", None)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    hub.environment = {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": hub.token,
+        "HF_HOME": os.path.join(root, "home"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }  # the same for another process
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -229,7 +229,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         """
         self._check_without_adapters()
         forget_local_paths(self, *self.components.values())
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
 
     def to_json_string(self) -> str:
         """The config as model_index.json, with names written as ``{"young": 0, ...}``.

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from monai.networks.blocks import Convolution, ResidualUnit
 from torch import nn
 
+from ..hub import PublishMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_volumes
 
@@ -92,7 +93,7 @@ def mirror(volumes: torch.Tensor) -> torch.Tensor:
     return (mirrored * inside[:, :, None, None, None]).movedim(1, 2)
 
 
-class _RewardModel(ModelMixin, ConfigMixin):
+class _RewardModel(PublishMixin, ModelMixin, ConfigMixin):
     """What the two reward models share: the checks at the door, what the networks see, the mean over the ensemble.
 
     A network sees an image, what a 3-voxel box filter takes away from it (fine detail is a twentieth of the intensity
