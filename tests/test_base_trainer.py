@@ -1,5 +1,6 @@
 """diffusers_med3d.trainers.base: TRL's private base made to work for diffusers models (PITFALLS P12-P17)."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -162,6 +163,22 @@ def test_gradient_checkpointing_is_switched_on_in_the_model_itself(tiny_unet, tm
     assert not tiny_unet.is_gradient_checkpointing
     LineTrainer(model=tiny_unet, args=args, train_dataset=points())
     assert tiny_unet.is_gradient_checkpointing
+
+
+@pytest.mark.filterwarnings("error:`gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("flag", ["gradient_checkpointing", "activation_checkpointing"])
+def test_gradient_checkpointing_trains_under_either_of_its_names_without_a_warning(flag, tmp_path):
+    if flag not in {field.name for field in dataclasses.fields(transformers.TrainingArguments)}:
+        pytest.skip(f"this version of transformers does not know {flag}")
+
+    class Checkpointable(Line):
+        _supports_gradient_checkpointing = True
+        gradient_checkpointing = False
+
+    args = Med3DConfig(output_dir=str(tmp_path), max_steps=1, save_strategy="no", report_to="none", **{flag: True})
+    trainer = LineTrainer(model=Checkpointable(), args=args, train_dataset=points())
+    trainer.train()
+    assert trainer.model.gradient_checkpointing and trainer.state.global_step == 1
 
 
 def test_every_field_is_a_flag_with_a_help_text():

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from huggingface_hub import CommitInfo
@@ -34,6 +35,11 @@ from .. import cards, figures, hub
 
 COMPLETE_MARKER = "complete"
 """Last file written into a checkpoint: without it the run was killed while saving."""
+
+_CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
+    f.name for f in dataclasses.fields(_BaseConfig)
+}
+"""What transformers calls gradient checkpointing: newer versions have both names and warn of the second."""
 
 _PRIVATE_ARGUMENTS = {"output_dir", "resume_from_checkpoint", "hub_token", "run_name", "deepspeed", "fsdp_config"}
 """Arguments that may hold local paths or secrets and stay out of model cards."""
@@ -103,6 +109,8 @@ class Med3DConfig(_BaseConfig):
     def __post_init__(self) -> None:
         if not torch.cuda.is_available():
             self.use_cpu = True
+        if "activation_checkpointing" in _CHECKPOINTING and self.activation_checkpointing is None:
+            self.activation_checkpointing = self.gradient_checkpointing
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
         if not 0.0 <= self.ema_decay < 1.0:
@@ -124,6 +132,17 @@ class _EMACallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.trainer.ema.step(self.trainer.ema_parameters)
+
+
+class _SeedCallback(TrainerCallback):
+    """Gives every process but the first random numbers of its own: with one seed all would draw the same noise.
+
+    The order of the data comes from ``data_seed`` and stays common; checkpoints hold the random state of each process.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if args.process_index > 0:
+            set_seed(args.seed, device_specific=True)
 
 
 class _TensorBoardCallback(TensorBoardCallback):
@@ -157,13 +176,17 @@ class Med3DTrainer(_BaseTrainer):
             for module in model.modules():
                 if isinstance(module, ModelMixin):
                     module.enable_gradient_checkpointing()
-            args.gradient_checkpointing = False  # done; Trainer would call methods that diffusers models lack
+            for name in _CHECKPOINTING:
+                setattr(args, name, False)  # done; Trainer would call methods that diffusers models lack
+        if args.world_size > 1 and args.data_seed is None:
+            args.data_seed = args.seed
         if args.bf16 and args.device.type == "cpu":
             keep_small_convolutions_exact(model)
         super().__init__(model=model, args=args, **kwargs)
         if any(isinstance(callback, TensorBoardCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(TensorBoardCallback)
             self.add_callback(_TensorBoardCallback())
+        self.add_callback(_SeedCallback())
         self._parts: dict[str, list[Tensor]] = {}
         self.ema: EMAModel | None = None
         self.ema_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
