@@ -514,6 +514,7 @@ def connected(root, monkeypatch):
     The client reads its address, its cache and whether it is offline from constants that are set when it is imported.
     """
     server, hub = serve(os.path.join(root, "hub"))
+    hub.server = server
     hub.url, hub.cache = f"http://127.0.0.1:{server.server_address[1]}", os.path.join(root, "cache")
     constants = huggingface_hub.constants
     for name, value in {

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers.utils.hub_utils import PushToHubMixin
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -33,7 +33,15 @@ from diffusers_med3d import (
 )
 from diffusers_med3d.cards import NOT_FOR_CLINICAL_USE, missing, sections
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.hub import PublishMixin, bundled_names, check_publishable, model_files, publish
+from diffusers_med3d.hub import (
+    PublishMixin,
+    bundled_names,
+    check_publishable,
+    model_files,
+    public_name,
+    publish,
+    resolve,
+)
 from diffusers_med3d.trainers.reward import RewardModelTrainer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -234,6 +242,17 @@ def test_with_a_warm_cache_everything_loads_offline(hub, tiny_pipeline, tiny_vol
     assert len(hub.log) == asked
 
 
+def test_with_a_warm_cache_everything_loads_when_the_hub_cannot_be_reached(hub, tiny_pipeline):
+    tiny_pipeline.push_to_hub("tiny")
+    tiny_reward().push_to_hub("reward")
+    MedDiffusion3DPipeline.from_pretrained("tester/tiny")
+    VolumeReward.from_pretrained("tester/reward")
+    hub.server.shutdown()
+    hub.server.server_close()
+    assert torch.equal(sample(MedDiffusion3DPipeline.from_pretrained("tester/tiny")), sample(tiny_pipeline))
+    VolumeReward.from_pretrained("tester/reward")
+
+
 def test_hf_download_fetches_a_folder_that_loads(hub, tiny_pipeline, tmp_path):
     tiny_pipeline.push_to_hub("tiny")
     command = [Path(sys.executable).parent / "hf", "download", "tester/tiny", "--local-dir", tmp_path / "downloaded"]
@@ -294,6 +313,17 @@ def test_the_trainer_of_every_stage_publishes_what_loads_and_its_card_alone(
     assert missing(card) == [] and type(trainer).__name__ in sections(card)["Training command"]
     assert 'from_pretrained("tester/secret-place")' in sections(card)["Use"]
     (AutoModel if expected == MODEL_FILES else DiffusionPipeline).from_pretrained("tester/secret-place")
+
+
+def test_a_fine_tuned_pipeline_names_its_base(hub, tiny_pipeline, tiny_pipeline_folder, tmp_path):
+    tiny_pipeline.push_to_hub("tiny")
+    for source, base in (("tester/tiny", "tester/tiny"), (tiny_pipeline_folder, None)):
+        trainer = stage_4.make_trainer(MedDiffusion3DPipeline.from_pretrained(source), tmp_path / "tuned")
+        trainer.push_to_hub()
+        assert ModelCard(hub.read("tester/tuned", "README.md").decode()).data.base_model == base
+    bundled = DiffusionUNet3D.from_pretrained(resolve("brain-t1"), subfolder="unet")
+    bundled.register_to_config(_name_or_path=resolve("brain-t1"))
+    assert public_name(bundled) == "brain-t1"
 
 
 def test_a_trainer_pushes_to_the_branch_and_under_the_token_that_it_is_told(hub, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def installed_wheel(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_the_licence_the_type_marker_and_every_module(installed_wheel):
     package = installed_wheel / "diffusers_med3d"
-    assert (package / "py.typed").exists()
+    assert (package / "py.typed").exists() and (package / "card_template.md").exists()
     (licence,) = installed_wheel.glob("diffusers_med3d-*.dist-info/licenses/LICENSE")
     assert "Apache License" in licence.read_text()
     sources = ROOT / "src" / "diffusers_med3d"

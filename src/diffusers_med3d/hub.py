@@ -73,6 +73,15 @@ def forget_local_paths(*parts: object) -> None:
             part.register_to_config(_name_or_path=Path(source).name)
 
 
+def public_name(part: ConfigMixin) -> str:
+    """What others can load ``part`` by: the bundled name or Hub id it came from, empty for a local folder."""
+    source = str(part.config.get("_name_or_path") or "")
+    if source in bundled_names() or Path(source).parent == CHECKPOINTS:
+        return Path(source).name
+    is_id = source.count("/") == 1 and not os.path.isabs(source) and not os.path.isdir(source)
+    return source if is_id else ""
+
+
 def model_files(folder: str | os.PathLike) -> list[str]:
     """Paths below a saved folder that ``from_pretrained`` reads, its card and the pictures in it, and nothing else.
 

@@ -167,6 +167,8 @@ class Med3DTrainer(_BaseTrainer):
     loss_is_scaled_for_ga = False
     card_notes = ""
     """Markdown that the model card starts with: results, pictures."""
+    card_base_model = ""
+    """Bundled name or Hub id of what is fine-tuned, for the model card."""
     _name = "Med3D"
     _tag_names = ["diffusers-med3d"]
 
@@ -232,6 +234,7 @@ class Med3DTrainer(_BaseTrainer):
         measured = evaluations[-1] if evaluations else {}
         card.name = name
         card.license = self.args.weights_license
+        card.base_model = self.card_base_model
         card.tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
         card.datasets = [dataset_name] if dataset_name else []
         card.data = f"Data: {dataset_name or 'not stated'}. Licence of the weights: {card.license}."
