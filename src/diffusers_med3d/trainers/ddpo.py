@@ -31,6 +31,7 @@ from transformers.trainer_utils import set_seed
 
 from ..figures import orthogonal_views
 from ..flow import set_timesteps
+from ..hub import public_name
 from ..lora import lora_layers, write_lora
 from ..metrics import diversity, sharpness
 from ..pipeline import MedDiffusion3DPipeline, guided_prediction
@@ -216,6 +217,7 @@ class DDPOTrainer(Med3DTrainer):
         self._record = Recorder()
         self._watch = Watch(args.epsilon)
         self.card_notes = f"Rewards: {', '.join(self.reward_names)}."
+        self.card_base_model = public_name(pipeline)
 
     def forget_rollout(self) -> None:
         """Drop the stored rollout and what was recorded of it; the next batch makes a new one."""
