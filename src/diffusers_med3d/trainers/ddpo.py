@@ -53,7 +53,7 @@ from ..rl import (
 )
 from .base import Med3DTrainer
 from .ddpo_config import DDPOConfig
-from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, Recorder, Watch
+from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
 from .lora import add_lora, check_no_lora, enable_lora, merged
 from .scoring import RewardFunc, reward_names, score
 
@@ -406,8 +406,8 @@ class DDPOTrainer(Med3DTrainer):
                 total += loss.detach()
         if not total.isfinite():
             raise FloatingPointError(
-                f"The loss is {total.item()} after {self.state.global_step} optimizer steps. Lower learning_rate, or, "
-                "on a CPU, try bf16=False (torch 2.13 gives NaN gradients for bf16 3D convolutions of 2x2x2 voxels)."
+                f"The loss is {total.item()} after {self.state.global_step} optimizer steps. The logs of kl, grad_norm "
+                "and ratio/max_deviation show when it began: resume from before that, or lower learning_rate."
             )
         return total
 
@@ -440,6 +440,7 @@ class DDPOTrainer(Med3DTrainer):
             self._record(FIRST_RATIO, (ratio - 1).abs().max().item())
         else:
             self._record(CLIP_RATIO, clip_fraction(ratio, advantages, args.epsilon).item())
+            self._record(LARGEST_RATIO, (ratio - 1).abs().max().item())
         return loss
 
     def _reference_transition(self, states: torch.Tensor, t: int | float, labels: torch.Tensor | None):

@@ -10,12 +10,15 @@ import torch
 from accelerate import Accelerator
 
 FIRST_RATIO = "ratio/first_step"  # largest |ratio - 1| before any update of a rollout: 0, or something is wrong
+LARGEST_RATIO = "ratio/max_deviation"  # largest |ratio - 1| after an update: what epsilon is to be measured against
 CLIP_RATIO = "clip_ratio"
 CLIP_WARNING_AFTER = 10  # log entries
 
+_LARGEST = (FIRST_RATIO, LARGEST_RATIO)
+
 
 class Recorder:
-    """Values by name. In a log interval `seconds/...` add up, `ratio/first_step` keeps its maximum, others a mean."""
+    """Values by name. In a log interval `seconds/...` add up, largest ratios keep their maximum, others a mean."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = defaultdict(list)
@@ -43,13 +46,11 @@ class Recorder:
         everyone = accelerator.gather(own.to(accelerator.device)[None])  # (processes, names)
         self._values.clear()
         columns = zip(names, everyone.unbind(dim=1), strict=True)
-        return {name: (c.max() if name == FIRST_RATIO else c.nanmean()).item() for name, c in columns}
+        return {name: (c.max() if name in _LARGEST else c.nanmean()).item() for name, c in columns}
 
     @staticmethod
     def _reduce(name: str, values: torch.Tensor) -> torch.Tensor:
-        return (
-            values.max() if name == FIRST_RATIO else values.sum() if name.startswith("seconds/") else values.nanmean()
-        )
+        return values.max() if name in _LARGEST else values.sum() if name.startswith("seconds/") else values.nanmean()
 
 
 class Watch:
