@@ -1,0 +1,176 @@
+"""A pipeline to definitions and weights that MONAI's classes take."""
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..models import AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
+from ..pipeline import MedDiffusion3DPipeline
+from .convert import LAST_LAYER
+from .networks import BETA_SCHEDULES, Autoencoder, Scheduler, UNet
+
+MAISI_NETWORKS = "monai.apps.generation.maisi.networks"
+
+
+def to_monai_state_dict(model: Autoencoder | UNet, flow: bool = False) -> dict[str, Tensor]:
+    """State dict for the MONAI class and arguments of `to_monai_definition`.
+
+    Args:
+        model: one of our networks. Latent statistics are config, not weights: `save_monai_bundle` takes care of them.
+        flow: the UNet is that of a rectified flow, whose velocity has the other sign in MONAI.
+
+    Raises:
+        ValueError: a network that MONAI does not have (``sample_skip``), or one that carries LoRA adapters.
+    """
+    if isinstance(model, DiffusionUNet3D) and model.config.sample_skip:
+        raise ValueError("MONAI's DiffusionModelUNet has no sample_skip, so these weights mean nothing to it.")
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("the network carries LoRA adapters; fuse or unload them first.")
+    state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
+    if flow:
+        for key in LAST_LAYER:
+            state[key] = -state[key]
+    return state
+
+
+def to_monai_definition(model: Autoencoder | UNet) -> dict[str, Any]:
+    """MONAI's class as ``_target_`` and its arguments, as they stand in a bundle's config."""
+    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    for name in ("latents_mean", "latents_std", "sample_skip"):
+        config.pop(name, None)
+    definition: dict[str, Any] = {"spatial_dims": 3, **config}
+    if isinstance(model, VQModel3D):
+        levels = len(config["channels"])
+        definition["downsample_parameters"] = [[2, 4, 1, 1]] * levels
+        definition["upsample_parameters"] = [[2, 4, 1, 1, 0]] * levels
+        target = "monai.networks.nets.VQVAE"
+    elif isinstance(model, AutoencoderKLMaisi3D):
+        target = f"{MAISI_NETWORKS}.autoencoderkl_maisi.AutoencoderKlMaisi"
+    elif isinstance(model, DiffusionUNetMaisi3D):
+        names = definition.pop("context_names") or []
+        definition["in_channels"] += len(names) if definition.pop("concat_context") else 0
+        definition["with_conditioning"] = bool(names)
+        definition["cross_attention_dim"] = len(names) or None
+        for name in ("top_region_index", "bottom_region_index"):
+            definition[f"include_{name}_input"] = config["include_region"]
+        definition["include_spacing_input"] = config["include_spacing"]
+        del definition["include_region"], definition["include_spacing"]
+        target = f"{MAISI_NETWORKS}.diffusion_model_unet_maisi.DiffusionModelUNetMaisi"
+    elif isinstance(model, DiffusionUNet3D):
+        target = "monai.networks.nets.DiffusionModelUNet"
+    else:
+        target = "monai.networks.nets.AutoencoderKL"
+    if target.startswith(MAISI_NETWORKS):
+        definition["num_channels"] = definition.pop("channels")
+    return {"_target_": target, **{key: _plain(value) for key, value in definition.items()}}
+
+
+def scheduler_definition(scheduler: Scheduler, latent_shape: tuple[int, ...]) -> dict[str, Any]:
+    """MONAI's scheduler for a pipeline's, with the same noise schedule, prediction type and clipping.
+
+    Raises:
+        ValueError: a scheduler or an option that MONAI does not have.
+    """
+    config = scheduler.config
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        definition = {"num_train_timesteps": config.num_train_timesteps, "use_discrete_timesteps": False}
+        if config.shift != 1:  # for MONAI the shift is a ratio of sides, here to those of this base size
+            base = math.prod(latent_shape) / config.shift**3
+            definition |= {"use_timestep_transform": True, "base_img_size_numel": base}
+        return {"_target_": "monai.networks.schedulers.RFlowScheduler", **definition}
+    if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):
+        raise ValueError(f"{type(scheduler).__name__} has no counterpart in MONAI; set DDIM, DDPM or flow matching.")
+    names = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}
+    if config.trained_betas is not None or config.beta_schedule not in names:
+        raise ValueError(f"the noise schedule {config.beta_schedule!r} has no counterpart in MONAI's configs.")
+    definition = {
+        "num_train_timesteps": config.num_train_timesteps,
+        "schedule": names[config.beta_schedule],
+        "beta_start": config.beta_start,
+        "beta_end": config.beta_end,
+        "prediction_type": config.prediction_type,
+        "clip_sample": config.clip_sample,
+        "clip_sample_min": -config.clip_sample_range,
+        "clip_sample_max": config.clip_sample_range,
+    }
+    if isinstance(scheduler, DDIMScheduler):
+        definition |= {"set_alpha_to_one": config.set_alpha_to_one, "steps_offset": config.steps_offset}
+        return {"_target_": "monai.networks.schedulers.DDIMScheduler", **definition}
+    return {"_target_": "monai.networks.schedulers.DDPMScheduler", **definition, "variance_type": config.variance_type}
+
+
+def save_monai_bundle(pipeline: MedDiffusion3DPipeline, folder: str | os.PathLike) -> Path:
+    """Write ``configs/inference.json`` and ``models/*.safetensors``, which `read_bundle` and MONAI's classes take.
+
+    MONAI multiplies latents by one ``scale_factor``. Where the pipeline has statistics per channel they go into the
+    first and last 1x1x1 convolutions around the latent, which changes no volume, and the factor becomes 1. Which
+    timesteps are sampled is MONAI's business: "trailing" spacing is not in its configs.
+
+    Raises:
+        ValueError: something that MONAI does not have.
+        FileExistsError: the folder is there already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists already.")
+    flow = isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    latent_shape = pipeline.vae.latent_shape(pipeline.config.volume_shape)
+    vae_state = to_monai_state_dict(pipeline.vae)
+    unet_state = to_monai_state_dict(pipeline.unet, flow)
+    mean, std = pipeline.vae.config.latents_mean, pipeline.vae.config.latents_std
+    if any(mean) or len(set(std)) > 1:
+        _fold_statistics(pipeline.vae, vae_state)
+        std = [1.0]
+    config = {
+        "spacing": list(pipeline.config.spacing),
+        "latent_shape": [pipeline.vae.latent_channels, *latent_shape],
+        "scale_factor": 1 / std[0],
+        "autoencoder_def": to_monai_definition(pipeline.vae),
+        "network_def": to_monai_definition(pipeline.unet),
+        "noise_scheduler": scheduler_definition(pipeline.scheduler, latent_shape),
+        "load_autoencoder_path": "models/autoencoder.safetensors",
+        "load_diffusion_path": "models/diffusion.safetensors",
+    }
+    if pipeline.unet.config.get("context_names"):
+        config["conditioning"] = ", ".join(f"@{name}" for name in pipeline.unet.config.context_names)
+    if pipeline.scheduler.config.get("timestep_spacing") == "leading":
+        config["monai_version"] = "1.5.0"  # whose schedulers took these timesteps
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        written = Path(temporary) / folder.name
+        (written / "configs").mkdir(parents=True)
+        (written / "models").mkdir()
+        (written / "configs" / "inference.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(vae_state, written / config["load_autoencoder_path"])
+        save_file(unet_state, written / config["load_diffusion_path"])
+        os.replace(written, folder)
+    return folder
+
+
+def _fold_statistics(vae: Autoencoder, state: dict[str, Tensor]) -> None:
+    """Make the weights encode to and decode from normalised latents."""
+    if isinstance(vae, VQModel3D):
+        raise ValueError(
+            "MONAI knows one scale factor for the whole latent; this VQModel3D has a mean or standard deviations per "
+            "channel, which cannot go into its codebook."
+        )
+    mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    rows = std.view(-1, 1, 1, 1, 1)
+    state["quant_conv_mu.conv.weight"] /= rows
+    state["quant_conv_mu.conv.bias"] = (state["quant_conv_mu.conv.bias"] - mean) / std
+    state["quant_conv_log_sigma.conv.bias"] -= 2 * std.log()
+    weight = state["post_quant_conv.conv.weight"]  # (out, in, 1, 1, 1)
+    state["post_quant_conv.conv.bias"] += weight.flatten(1) @ mean
+    state["post_quant_conv.conv.weight"] = weight * std.view(1, -1, 1, 1, 1)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
