@@ -201,17 +201,17 @@ def exported(name: str) -> str:
 
 
 def test_definitions_come_in_the_order_in_which_they_need_each_other_with_their_comments(tmp_path, monkeypatch):
-    root = "class Root(Base):\n    size = math.ceil(LIMIT)\n"
-    main = f"import math\nfrom .other import LIMIT, Base\n\nUNUSED = 1\n\n\n{root}"
+    root = "class Root(Base):\n    size = math.ceil(LIMIT) + ONE\n"
+    main = f"import math\nfrom .other import LIMIT, ONE, Base\n\nUNUSED = 1\n\n\n{root}"
     base = "def unused():\n    pass\n\n\nclass Base:\n    pass\n"
-    other = f'# why three\nLIMIT = 2.5\n"""Says what it is."""\n\n\n{base}'
+    other = f'# why three\nLIMIT = 2.5\n"""Says what it is."""\nONE, TWO = 1, 2\n\n\n{base}'
     name = toy_package(tmp_path, monkeypatch, main=main, other=other)
     text = exported(name)
     assert '# why three\nLIMIT = 2.5\n"""Says what it is."""' in text
     assert "UNUSED" not in text and "unused" not in text
     scope: dict[str, object] = {}
     exec(text, scope)
-    assert scope["Root"].size == 3 and scope["Root"].__mro__[1] is scope["Base"]
+    assert scope["Root"].size == 4 and scope["Root"].__mro__[1] is scope["Base"]
 
 
 @pytest.mark.parametrize(

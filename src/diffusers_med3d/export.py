@@ -107,7 +107,8 @@ def _read(module: str) -> _Source:
             source.definitions[statement.name] = (statement, statement.end_lineno)
         elif isinstance(statement, ast.Assign | ast.AnnAssign):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            previous = [target.id for target in targets if isinstance(target, ast.Name)]
+            parts = [node for target in targets for node in ast.walk(target)]
+            previous = [node.id for node in parts if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
             for name in previous:
                 source.definitions[name] = (statement, statement.end_lineno)
     return source
