@@ -66,7 +66,7 @@ def _misfits(unet: nn.Module, tensors: dict[str, torch.Tensor]) -> list[str]:
             found.append(f"{name} is no linear layer or 3D convolution of this UNet")
         elif is_pointwise(base):
             found.append(f"{name} is a 1x1x1 convolution, whose adapter PEFT cannot merge")
-        elif down is None or up is None or len(tensors) % 2:
+        elif down is None or up is None:
             found.append(f"{name} lacks one of its two factors")
         elif down.shape[1:] != base.weight.shape[1:] or up.shape[:2] != (base.weight.shape[0], down.shape[0]):
             found.append(f"{name} has factors {tuple(down.shape)}, {tuple(up.shape)} for {tuple(base.weight.shape)}")
