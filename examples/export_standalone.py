@@ -6,6 +6,7 @@
 They load it with DiffusionPipeline.from_pretrained("ORG/brain-t1", revision="standalone", trust_remote_code=True).
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import HfArgumentParser
 
-from diffusers_med3d import MedDiffusion3DPipeline, hub
+from diffusers_med3d import MedDiffusion3DPipeline, cards, hub
 from diffusers_med3d.export import export_standalone
 
 
@@ -36,9 +37,17 @@ def main() -> None:
     """Load, export, upload."""
     (args,) = HfArgumentParser(ExportArguments).parse_args_into_dataclasses()
     pipeline = MedDiffusion3DPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype))
-    card = Path(args.card).read_text() if args.card else None
     name, revision = (args.push_to, args.branch) if args.push_to else (Path(args.output_dir).name, None)
+    card, pictures = None, []
+    if args.card:
+        card = Path(args.card).read_text()
+        pictures = cards.pictures(card)
+        if args.push_to:
+            card = cards.for_hub(card, args.push_to.split("/")[0], hub.bundled_names())
     files = export_standalone(pipeline, args.output_dir, name, card, revision)
+    for picture in pictures:
+        shutil.copy(Path(args.card).parent / picture, Path(args.output_dir) / picture)
+    files += pictures
     print("\n".join(files))
     if args.push_to:
         api = HfApi()

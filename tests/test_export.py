@@ -28,10 +28,11 @@ from diffusers_med3d import (
     VolumeRewardModel,
     VQModel3D,
 )
-from diffusers_med3d.cards import missing, sections
+from diffusers_med3d.cards import missing, pictures, sections
 from diffusers_med3d.export import export_standalone, standalone_source
 from diffusers_med3d.hub import publish
 
+CARDS = Path(__file__).parents[1] / "model_cards"
 NETWORKS = [
     AutoencoderKL3D,
     AutoencoderKLMaisi3D,
@@ -114,9 +115,13 @@ def test_an_exported_pipeline_gives_the_same_volumes_where_the_package_is_not_in
     flow.save_pretrained(tmp_path / "flow")
     run_example(
         monkeypatch, "export_standalone.py", "--pipeline", tmp_path / "flow", "--output_dir", tmp_path / "exported",
-        "--dtype", "float32", "--push_to", "org/flow",
+        "--dtype", "float32", "--push_to", "org/flow", "--card", CARDS / "brain-t1.md",
     )  # fmt: skip
-    assert "unet/diffusionunet3d.py" in hub.files("org/flow", "standalone") and hub.files("org/flow") == set()
+    there = hub.files("org/flow", "standalone")
+    assert {"unet/diffusionunet3d.py", *pictures(CARDS.joinpath("brain-t1.md").read_text())} <= there
+    assert hub.files("org/flow") == set()
+    card = hub.read("org/flow", "README.md", "standalone").decode()
+    assert missing(card) == [] and 'revision="standalone"' in sections(card)["Use"]
 
     modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     sources = [str(tmp_path / "kl"), "org/flow@standalone"]
