@@ -93,3 +93,31 @@ def test_an_interrupted_save_leaves_the_old_picture_whole(tmp_path):
         figures.save(Interrupted(), path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["curve.png"]
+
+
+def test_intervals_draw_every_set_of_every_panel_with_its_ends():
+    figure = figures.intervals({"KID": {"a": (1.0, 0.5, 2.0), "b": (0.1, -0.2, 0.3)}, "other": {"a": (5.0, 4.0, 6.0)}})
+    first, second = figure.axes[:2]
+    assert first.lines[0].get_xdata().tolist() == [0.5, 2.0] and first.lines[2].get_xdata().tolist() == [-0.2, 0.3]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["a", "b"]
+    assert first.get_title() == "KID" and second.lines[1].get_xdata().tolist() == [5.0]
+    with pytest.raises(ValueError, match="at least one panel"):
+        figures.intervals({})
+
+
+def test_bands_fill_between_the_ends_and_refuse_uneven_ones():
+    axes = figures.bands({"scan": ([0, 1], [2.0, 3.0], [1.0, 2.0], [3.0, 5.0])}).axes[0]
+    assert axes.lines[0].get_ydata().tolist() == [2.0, 3.0]
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert corners[:, 1].min() == 1.0 and corners[:, 1].max() == 5.0
+    with pytest.raises(ValueError, match=r"'x' has \[2, 1, 2, 2\]"):
+        figures.bands({"x": ([0, 1], [1.0], [0.0, 0.0], [1.0, 1.0])})
+
+
+def test_a_histogram_shows_shares_in_common_bins_and_leaves_out_nan():
+    axes = figures.histogram({"a": [0.0, 1.0, 1.0, float("nan")], "b": [0.5]}, "ratio", bins=2).axes[0]
+    heights = [patch.get_xy()[:, 1].max() for patch in axes.patches]
+    assert heights == pytest.approx([2 / 3, 1.0])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a (3)", "b (1)"]
+    with pytest.raises(ValueError, match="at least one finite"):
+        figures.histogram({"a": [float("nan")]}, "ratio")

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import figures
-from .data import FOREGROUND_THRESHOLD, DataArguments, VolumeDataset
+from .data import FOREGROUND_THRESHOLD, DataArguments, VolumeDataset, to_meta_tensor, volume_transform
 from .files import write_json, write_whole
 from .metrics import Extractor, Interval, Report, VolumeSet, bootstrap_interval, evaluate
 from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
@@ -40,12 +40,24 @@ def clear_background(volumes: Tensor, background: float) -> Tensor:
 
 
 def volume_set(dataset: VolumeDataset, background: float = FOREGROUND_THRESHOLD) -> VolumeSet:
-    """Prepared scans as a set; voxels below `background` become 0, in scans as in samples."""
-    return VolumeSet(
-        clear_background(dataset.stack(), background),
-        [int(item["class_label"]) for item in dataset],
-        [item["subject"] for item in dataset],
-    )
+    """Prepared scans as a set, on the same way as samples: what is under `background` becomes 0, then crop, centring
+    and intensity range once more, as `reload_volumes` does it.
+
+    A generator imitates prepared scans, haze around them included; without the second pass a scan would be centred by
+    its faintest voxel and a sample by its first plain one.
+    """
+    volumes = []
+    for item in dataset:
+        spacing = item["volume"].affine[:3, :3].norm(dim=0).tolist()
+        cleared = clear_background(item["volume"].as_tensor(), background)
+        meta = to_meta_tensor(cleared.movedim(0, -1).numpy(), np.diag([*spacing, 1.0]))
+        volumes.append(volume_transform(cleared.shape[1:], spacing)(meta).as_tensor())
+    return _as_set(dataset, torch.stack(volumes), background)
+
+
+def _as_set(dataset: VolumeDataset, volumes: Tensor, background: float) -> VolumeSet:
+    labels, subjects = [int(item["class_label"]) for item in dataset], [item["subject"] for item in dataset]
+    return VolumeSet(clear_background(volumes, background), labels, subjects)
 
 
 def matched_labels(reference_labels: Sequence[int], num_samples: int) -> list[int]:
@@ -84,7 +96,8 @@ def _read(
     rows = Dataset.from_dict({"nifti": [str(_file(folder, name)) for name in names], "name": list(names)})
     rows = rows.add_column("class", classes).cast_column("nifti", Nifti(decode=False))
     loader = dataclasses.replace(data, class_edges=[], label_column="class", subject_column="name")
-    return volume_set(VolumeDataset(rows, names, loader), background)
+    dataset = VolumeDataset(rows, names, loader)
+    return _as_set(dataset, dataset.stack(), background)
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:

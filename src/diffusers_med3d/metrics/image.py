@@ -167,18 +167,23 @@ def noise_level(volumes: Tensor) -> Tensor:
     return torch.stack(medians) / gain
 
 
+def _interior(volumes: Tensor) -> Tensor:
+    """Anatomy with one voxel of rim taken off, which partial volume, or a blur, darkens."""
+    return -F.max_pool3d(-(volumes > INTERIOR).float(), 3, stride=1, padding=1) > 0.5
+
+
 def interior_spectrum(volumes: Tensor, bins: int = 16) -> tuple[Tensor, Tensor]:
     """`power_spectrum` of each volume inside its own anatomy (above 0.05), whatever the size of that.
 
-    The anatomy fades out over five voxels, the mean inside is taken away, and the power is divided by the squared
-    weights, so white noise of standard deviation s inside has s**2 in every shell. This compares sets of different
-    subjects; outlines do not count.
+    One voxel of rim is left out, the anatomy fades out over the next five, the mean inside is taken away, and the power
+    is divided by the squared weights, so white noise of standard deviation s inside has s**2 in every shell. This
+    compares sets of different subjects; outlines do not count.
 
     Returns:
         shell centres in cycles per voxel (bins,) and power (B, bins); NaN for a volume without an inside.
     """
     volumes = _check(volumes)
-    mask = volumes > INTERIOR
+    mask = _interior(volumes)
     centres, power = power_spectrum(volumes, mask, bins)
     weight = _taper(mask).square().flatten(1).mean(1, keepdim=True)
     return centres, torch.where(weight > 0, power / weight, float("nan"))
@@ -193,7 +198,7 @@ def interior_detail(volumes: Tensor) -> Tensor:
         (B,); NaN for a volume without an inside.
     """
     volumes = _check(volumes)
-    mask = volumes > INTERIOR
+    mask = _interior(volumes)
     radius, power = _power(volumes, mask)
     shell = (radius > HALF_NYQUIST) & (radius <= 0.5)
     weight = _taper(mask).square().flatten(1).mean(1)

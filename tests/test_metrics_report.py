@@ -1,0 +1,182 @@
+"""metrics.evaluate: sets of synthetic volumes whose right answer is known."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_med3d.metrics import (
+    NamedExtractor,
+    ScatteringFeatures,
+    VolumeSet,
+    evaluate,
+    intensity_tissues,
+    kid,
+    sharpness,
+)
+
+SIZE = 16
+
+
+def volume(seed: int, label: int, blurred: bool = False) -> torch.Tensor:
+    """(1, 16, 16, 16): a ball whose size depends on the class, with texture and noise."""
+    g = torch.Generator().manual_seed(seed)
+    axis = torch.linspace(-1, 1, SIZE)
+    grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
+    waves = torch.randn(6, 3, generator=g) * 6
+    texture = torch.einsum("wa,axyz->wxyz", waves, grid).sin().mean(0)
+    noise = 0.03 * torch.randn(SIZE, SIZE, SIZE, generator=g)
+    radius = 0.9 + 0.1 * label + 0.05 * torch.rand((), generator=g)
+    made = ((0.5 + 0.3 * texture + noise) * (grid.square().sum(0).sqrt() < radius)).clamp(0, 1)[None]
+    return torch.nn.functional.avg_pool3d(made, 3, 1, 1) if blurred else made
+
+
+def volumes(name: str, count: int, seed: int, blurred: bool = False) -> VolumeSet:
+    labels = [i % 2 for i in range(count)]
+    made = torch.stack([volume(1000 * seed + i, c, blurred) for i, c in enumerate(labels)])
+    return VolumeSet(made, labels, [f"{name}{i}" for i in range(count)])
+
+
+REFERENCE, TRAIN = volumes("reference", 10, 1), volumes("train", 24, 2)
+COARSE = NamedExtractor(lambda v: torch.nn.functional.avg_pool3d(v, 4).flatten(1), "coarse")
+
+
+@pytest.fixture(scope="module")
+def report():
+    good, bad = volumes("seed", 10, 3), volumes("seed", 10, 3, blurred=True)
+    copied = VolumeSet(TRAIN.volumes[:10].flip(2), TRAIN.labels[:10], good.subjects)
+    one = VolumeSet(good.volumes[[0, 1] * 5] + 0.01 * torch.rand(10, 1, SIZE, SIZE, SIZE), good.labels, good.subjects)
+    return evaluate(
+        {"bad": bad, "good": good, "copies": copied, "collapsed": one},
+        REFERENCE,
+        TRAIN,
+        [ScatteringFeatures(levels=2), COARSE],
+        (3.0, 3.0, 3.0),
+        intensity_tissues,
+        ("dark", "middle", "bright"),
+        num_resamples=200,
+        neighbours=3,
+    )
+
+
+def test_the_excess_of_a_good_model_covers_zero_and_that_of_a_blurred_one_does_not(report):
+    excess = report.figure("KID 3D").excess
+    assert excess["good"].low < 0 < excess["good"].high
+    assert excess["bad"].low > 0 and excess["bad"].value > 10 * abs(excess["good"].value)
+    difference = report.figure("KID 3D").differences["good - bad"]
+    assert difference.high < 0
+    assert difference.value == pytest.approx(excess["good"].value - excess["bad"].value)
+
+
+def test_the_kid_without_classes_is_the_plain_kid_and_the_floor_that_of_the_training_scans():
+    unlabelled = [
+        VolumeSet(one.volumes, [0] * len(one), one.subjects) for one in (volumes("seed", 10, 3), REFERENCE, TRAIN)
+    ]
+    figure = evaluate({"m": unlabelled[0]}, unlabelled[1], unlabelled[2], [COARSE], (3, 3, 3), num_resamples=20).figure(
+        "KID"
+    )
+    features = [COARSE(one.volumes) for one in unlabelled]
+    assert figure.name == "KID whole" and figure.extractor == "coarse"
+    assert figure.sets["m"].value == pytest.approx(kid(features[0], features[1]).value, rel=1e-6)
+    assert figure.sets["floor"].value == pytest.approx(kid(features[2], features[1]).value, rel=1e-6)
+
+
+def test_copies_are_flagged_collapse_shows_in_the_closest_pair_and_neither_in_the_good_model(report):
+    flagged = report.figure("copies flagged").sets
+    assert flagged["copies"].value == 1 and flagged["good"].value <= 0.2
+    closest = report.figure("MS-SSIM, closest pair").sets
+    assert closest["collapsed"].value > 0.99 > closest["good"].value
+    mean = report.figure("MS-SSIM, mean").excess
+    assert mean["collapsed"].low > 0 and mean["good"].low < 0.02
+    recall = report.figure("recall").sets
+    assert recall["collapsed"].value < recall["good"].value
+
+
+def test_detail_is_lost_by_blur_against_the_reference_scans(report):
+    for name in ("sharpness", "noise level", "high-frequency power"):
+        figure = report.figure(name)
+        assert figure.baseline == "reference" and figure.excess["bad"].high < 0
+    assert report.figure("high-frequency power").sets["reference"].value == pytest.approx(1)
+    spectrum = report.figure("power spectrum")
+    assert spectrum.excess["bad"].low > 0
+    values = report.per_volume["sharpness"]["good"]
+    assert values == pytest.approx(sharpness(volumes("seed", 10, 3).volumes).tolist())
+    assert report.figure("sharpness").sets["good"].value == pytest.approx(np.mean(values))
+
+
+def test_tissue_volumes_are_in_millilitres(report):
+    total = sum(report.figure(f"{name} in ml").sets["reference"].value for name in ("dark", "middle", "bright"))
+    voxels = (REFERENCE.volumes > 0.05).flatten(1).sum(1).double().mean().item()
+    assert total == pytest.approx(voxels * 0.027, rel=1e-5)
+
+
+def test_the_paired_interval_is_narrower_than_that_of_other_seeds():
+    shifted = volumes("seed", 10, 3)
+    worse = VolumeSet((0.97 * shifted.volumes).clamp(0, 1), shifted.labels, shifted.subjects)
+    other = VolumeSet(worse.volumes, worse.labels, [f"other{i}" for i in range(10)])
+    figure = evaluate(
+        {"a": shifted, "paired": worse, "unpaired": other}, REFERENCE, TRAIN, [COARSE], (3, 3, 3), num_resamples=200
+    ).figure("left-right symmetry")
+    assert figure.differences["paired - a"].stderr < 0.2 * figure.differences["unpaired - a"].stderr
+
+
+def test_a_version_of_the_reference_scans_is_never_paired_with_its_own_scan():
+    version = VolumeSet(REFERENCE.volumes.clone(), REFERENCE.labels, REFERENCE.subjects)
+    report = evaluate({"same": version}, REFERENCE, TRAIN, [COARSE], (3, 3, 3), num_resamples=20)
+    # with equal sets every mean over pairs of different subjects is the same, so exactly nothing is left
+    assert report.figure("KID").sets["same"].value == pytest.approx(0, abs=1e-9)
+    assert all("precision" not in figure.name and "Fréchet" not in figure.name for figure in report.figures)
+    assert any("without Fréchet" in note for note in report.notes)
+
+
+def test_the_report_says_what_frechet_was_taken_on_and_what_the_counts_are(report):
+    assert report.figure("Fréchet on 2 principal components, 3D").sets["bad"].value > 0
+    assert any("2 leading principal components" in note for note in report.notes)
+    assert report.counts["reference"] == {"volumes": 10, "subjects": 10, "classes": {"0": 5, "1": 5}}
+    few = evaluate({"m": volumes("s", 4, 5)}, REFERENCE, TRAIN, [COARSE], (3, 3, 3), num_resamples=20)
+    assert any("so it is left out" in note for note in few.notes)
+    with pytest.raises(KeyError, match="no figure 'Fréchet'"):
+        few.figure("Fréchet")
+
+
+def test_the_table_has_a_row_per_figure_and_the_json_no_nan(report):
+    lines = report.table().splitlines()
+    assert len(lines) == 2 + len(report.figures) and len({line.count("|") for line in lines}) == 1
+    assert "bad: excess" in lines[0] and "good - bad" in lines[0]
+    text = json.dumps(report.to_dict(), allow_nan=False)
+    back = json.loads(text)
+    assert back["figures"][0]["sets"]["good"]["low"] == report.figures[0].sets["good"].low
+    assert "draws" not in back["figures"][0]
+
+
+def test_classes_with_one_subject_are_pooled_and_the_report_says_so():
+    labels = [0] * 9 + [1]
+    lonely = VolumeSet(REFERENCE.volumes, labels, REFERENCE.subjects)
+    samples = VolumeSet(volumes("s", 10, 5).volumes, labels, [f"s{i}" for i in range(10)])
+    report = evaluate({"m": samples}, lonely, TRAIN, [COARSE], (3, 3, 3), num_resamples=20)
+    assert any("pooled" in note and "class 1" in note for note in report.notes)
+    assert np.isfinite(report.figure("KID").sets["m"].value)
+
+
+def test_sets_that_cannot_be_compared_are_refused_with_what_was_found():
+    samples = volumes("s", 10, 5)
+    with pytest.raises(ValueError, match="'reference0'"):
+        evaluate({"m": samples}, REFERENCE, REFERENCE, [COARSE], (3, 3, 3))
+    with pytest.raises(ValueError, match="class mix"):
+        evaluate(
+            {"m": VolumeSet(samples.volumes, [0] * 9 + [1], samples.subjects)}, REFERENCE, TRAIN, [COARSE], (3, 3, 3)
+        )
+    with pytest.raises(ValueError, match=r"no volume of class \[1\]"):
+        evaluate({"m": VolumeSet(samples.volumes, [0] * 10, samples.subjects)}, REFERENCE, TRAIN, [COARSE], (3, 3, 3))
+    small = VolumeSet(samples.volumes[..., :8], samples.labels, samples.subjects)
+    with pytest.raises(ValueError, match=r"\(1, 16, 16, 8\)"):
+        evaluate({"m": small}, REFERENCE, TRAIN, [COARSE], (3, 3, 3))
+    with pytest.raises(ValueError, match="other than 'reference'"):
+        evaluate({"floor": samples}, REFERENCE, TRAIN, [COARSE], (3, 3, 3))
+    with pytest.raises(ValueError, match="10 and 9"):
+        VolumeSet(samples.volumes, samples.labels, samples.subjects[:9])
+    with pytest.raises(ValueError, match="1 voxels are NaN"):
+        broken = samples.volumes.clone()
+        broken[0, 0, 0, 0, 0] = float("nan")
+        VolumeSet(broken, samples.labels, samples.subjects)
