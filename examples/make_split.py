@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
 
-from diffusers_med3d.data import DataArguments, class_of, make_split, read_scans, save_split
+from diffusers_med3d.data import DataArguments, check_columns, class_of, make_split, read_scans, save_split
 
 
 @dataclass
@@ -24,6 +24,7 @@ def main() -> None:
     """Read labels, draw, write."""
     data, args = HfArgumentParser([DataArguments, SplitArguments]).parse_args_into_dataclasses()
     rows = read_scans(data.data_dir).remove_columns("nifti")
+    check_columns(rows, data)
     classes = {
         row[data.subject_column]: class_of(row[data.label_column], data.class_names, data.class_edges) for row in rows
     }

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import nibabel
@@ -98,6 +100,40 @@ def test_the_brain_is_cropped_to_its_foreground_and_centred_on_a_background_of_e
     assert (volume.stack() == 0).float().mean() == pytest.approx(1 - 18 * 16 * 10 / 32**3)
 
 
+def stripes(period_mm: float) -> np.ndarray:
+    """64^3 voxels of 1 mm: a wave along x in a box of anatomy."""
+    wave = np.zeros((64, 64, 64), dtype=np.float32)
+    wave[5:59, 5:59, 5:59] = 100 + 50 * np.sin(2 * np.pi * np.arange(5, 59) / period_mm)[:, None, None]
+    return wave
+
+
+def test_without_smoothing_detail_finer_than_the_new_voxels_folds_into_coarse_patterns_and_with_it_does_not():
+    ripple = {}
+    for period in (3.4, 20.0):
+        for antialias in (False, True):
+            transform = volume_transform((20, 20, 20), (3.0, 3.0, 3.0), antialias)
+            volume = transform(to_meta_tensor(stripes(period), np.eye(4))).numpy()[0]
+            assert (volume[0] == 0).all() and (volume[9, 9] > 0).sum() == 18, "the box has another size"
+            ripple[period, antialias] = volume[3:-3, 5:-5, 5:-5].mean((1, 2)).std()
+    assert ripple[3.4, False] > 0.1  # waves of 3.4 mm on voxels of 3 mm: what is seen there is no anatomy
+    assert ripple[3.4, True] < 0.35 * ripple[3.4, False]
+    assert ripple[20.0, True] > 0.8 * ripple[20.0, False]
+
+
+def test_smoothing_is_off_by_default_and_leaves_axes_alone_that_get_no_coarser(brains_folder):
+    scan = to_meta_tensor(*decode_nifti(read_scans(brains_folder)[0]["nifti"], "first"))  # 6 mm
+    plain = volume_transform((32, 32, 32), (6.0, 6.0, 6.0))(scan)
+    assert torch.equal(volume_transform((32, 32, 32), (6.0, 6.0, 6.0), antialias=True)(scan), plain)
+    coarse, smooth = (volume_transform((16, 32, 32), (12.0, 6.0, 6.0), antialias)(scan) for antialias in (False, True))
+    assert torch.equal(coarse.affine, smooth.affine)
+    assert (coarse - smooth).abs().mean() > 1e-3
+    assert not arguments(brains_folder).antialias
+    for wanted in (coarse, smooth):
+        args = arguments(brains_folder, volume_shape=[16, 32, 32], spacing=[12.0, 6.0, 6.0], antialias=wanted is smooth)
+        subject = read_scans(brains_folder)[0]["participant_id"]
+        assert torch.equal(VolumeDataset(brains_folder, [subject], args)[0]["volume"].as_tensor(), wanted.as_tensor())
+
+
 def test_a_few_glaring_voxels_and_the_scanners_gain_do_not_change_the_intensities():
     rng = np.random.default_rng(0)
     array = np.zeros((20, 20, 20), dtype=np.float32)
@@ -129,6 +165,11 @@ def test_scans_of_one_subject_stand_together_with_their_label(brains_folder):
 def test_young_is_up_to_35_and_old_from_60_and_no_age_is_the_null_class(age, label):
     assert class_of(age, ["young", "middle", "old"], [35.0, 60.0]) == label
     assert class_of(float("nan"), ["young", "middle", "old"], [35.0, 60.0]) == 3
+
+
+@pytest.mark.parametrize("age, label", [(20, 0), (50, 0), (50.01, 1), (51, 1), (None, 2)])
+def test_a_single_edge_belongs_to_the_lower_class(age, label):
+    assert class_of(age, ["young", "old"], [50.0]) == label
 
 
 def test_labels_that_are_class_names_need_no_edges():
@@ -235,7 +276,7 @@ def test_a_damaged_scan_is_refused_with_its_subject_and_what_is_wrong(copied_fol
 
 
 def test_a_missing_column_is_named_beside_those_there_are(brains_folder):
-    with pytest.raises(ValueError, match="no column 'subject', only .*participant_id"):
+    with pytest.raises(ValueError, match=r"no column 'subject' \(subject_column\), only .*participant_id"):
         read_first(brains_folder, subject_column="subject")
     with pytest.raises(ValueError, match="no column 'diagnosis'"):
         read_first(brains_folder, label_column="diagnosis")
@@ -268,6 +309,16 @@ def test_scans_are_not_decoded_before_they_are_wanted(copied_folder):
 
 
 CLASSES = {f"s{i:02d}": i % 3 for i in range(30)} | {"unlabelled-1": 3, "unlabelled-2": 3}
+
+
+def test_the_script_that_splits_says_which_column_is_missing(brains_folder, tmp_path, monkeypatch):
+    options = ["--data_dir", brains_folder, "--split_file", str(tmp_path / "split.json"), "--label_column", "diagnosis"]
+    monkeypatch.setattr(
+        sys, "argv", ["make_split.py", *options, "--test", "1", "1", "1", "--validation", "1", "0", "1"]
+    )
+    with pytest.raises(ValueError, match=r"no column 'diagnosis' \(label_column\), only .*participant_id"):
+        runpy.run_path(str(REPOSITORY / "examples" / "make_split.py"), run_name="__main__")
+    assert not (tmp_path / "split.json").exists()
 
 
 def test_the_split_is_stratified_and_parts_no_subject():

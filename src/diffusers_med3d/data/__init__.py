@@ -1,6 +1,6 @@
 """From files to volumes: ``datasets`` reads, MONAI transforms prepare, one split by subject serves every stage."""
 
-from .reading import DataArguments, class_of, decode_nifti, read_scans
+from .reading import DataArguments, check_columns, class_of, decode_nifti, read_scans
 from .split import load_split, make_split, save_split
 from .transforms import FOREGROUND_THRESHOLD, to_meta_tensor, volume_transform
 from .volumes import VolumeDataset
@@ -9,6 +9,7 @@ __all__ = [
     "FOREGROUND_THRESHOLD",
     "DataArguments",
     "VolumeDataset",
+    "check_columns",
     "class_of",
     "decode_nifti",
     "load_split",

@@ -32,8 +32,16 @@ class DataArguments:
     class_edges: list[float] = field(
         default_factory=lambda: [35.0, 60.0],
         metadata={
-            "help": "For a number in label_column: class 0 is <= the first edge, the last class is >= the last edge. "
-            "Give no value (--class_edges) when label_column holds the class names."
+            "help": "For a number in label_column: class 0 is <= the first edge, the last class is >= the last edge; "
+            "one edge alone belongs to class 0. Give no value (--class_edges) when label_column holds the class names."
+        },
+    )
+
+    antialias: bool = field(
+        default=False,
+        metadata={
+            "help": "Before resampling, smooth along every axis whose voxels get larger: else detail finer than the "
+            "new voxels folds into coarser patterns. The bundled checkpoints (2 to 3 mm) are made without."
         },
     )
 
@@ -76,6 +84,13 @@ def read_scans(source: str | Path | Dataset) -> Dataset:
     return source.cast_column("nifti", Nifti(decode=False))
 
 
+def check_columns(scans: Dataset, args: DataArguments) -> None:
+    """Refuse scans without the columns that ``args`` names (ValueError with those that there are)."""
+    for option, column in (("subject_column", args.subject_column), ("label_column", args.label_column)):
+        if column not in scans.column_names:
+            raise ValueError(f"the scans have no column {column!r} ({option}), only {scans.column_names}.")
+
+
 def decode_nifti(entry: dict, subject: str) -> tuple[np.ndarray, np.ndarray]:
     """Decode one undecoded NIfTI cell to (array (X, Y, Z) or (X, Y, Z, C) float32, affine (4, 4)).
 
@@ -108,7 +123,8 @@ def class_of(value: object, class_names: Sequence[str], class_edges: Sequence[fl
     """Class index of a label; a missing label is the null class, ``len(class_names)``.
 
     With ``class_edges`` (ascending, one fewer than classes) a number is class 0 when it is <= the first edge and the
-    last class when it is >= the last edge; in between, class k lies above edge k-1 and up to edge k.
+    last class when it is >= the last edge; in between, class k lies above edge k-1 and up to edge k. One edge alone is
+    the first: it belongs to class 0.
     """
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return len(class_names)
@@ -117,6 +133,6 @@ def class_of(value: object, class_names: Sequence[str], class_edges: Sequence[fl
             raise ValueError(f"label {value!r} is none of the classes {list(class_names)}.")
         return list(class_names).index(value)
     number = float(value)
-    if number >= class_edges[-1]:
+    if number > class_edges[0] and number >= class_edges[-1]:
         return len(class_names) - 1
     return sum(number > edge for edge in class_edges[:-1])

@@ -1,6 +1,8 @@
 """MONAI transforms that make every scan a volume of the same size, spacing, orientation and intensity range."""
 
+import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from monai.data import MetaTensor
 from monai.transforms import (
     Compose,
     CropForeground,
+    GaussianSmooth,
     Orientation,
     ResizeWithPadOrCrop,
     Spacing,
@@ -36,11 +39,29 @@ def scale_foreground(volume: MetaTensor) -> MetaTensor:
     return torch.stack(scaled).clamp(0.0, 1.0)
 
 
-def volume_transform(volume_shape: Sequence[int], spacing: Sequence[float]) -> Compose:
-    """Channel-first MetaTensor to (C, *volume_shape) in [0, 1], RAS, ``spacing`` mm; the affine follows every step."""
+def smooth_for_spacing(volume: MetaTensor, spacing: Sequence[float]) -> MetaTensor:
+    """Gaussian filter that turns the voxels of a scan into the larger ones that it is about to be resampled to.
+
+    A voxel of width w averages like a Gaussian whose width at half height is w, so what is missing is one of variance
+    (``spacing``^2 - w^2) / (8 ln 2), along every axis that gets coarser (Cardoso et al., MICCAI 2015, "Scale factor
+    point spread function matching"). The background stays exactly 0.
+    """
+    sigmas = []
+    for before, after in zip(volume.pixdim.tolist(), spacing, strict=True):
+        sigmas.append(math.sqrt(max(after**2 - before**2, 0.0) / (8 * math.log(2))) / before)  # voxels
+    return torch.where(volume > 0, GaussianSmooth(sigmas)(volume), 0.0)
+
+
+def volume_transform(volume_shape: Sequence[int], spacing: Sequence[float], antialias: bool = False) -> Compose:
+    """Channel-first MetaTensor to (C, *volume_shape) in [0, 1], RAS, ``spacing`` mm; the affine follows every step.
+
+    With ``antialias`` the scan goes through ``smooth_for_spacing`` first.
+    """
+    smooth = [partial(smooth_for_spacing, spacing=spacing)] if antialias else []
     return Compose(
         [
             Orientation(axcodes="RAS"),
+            *smooth,
             Spacing(pixdim=tuple(spacing), mode="bilinear", padding_mode="zeros"),
             CropForeground(allow_smaller=True),
             ResizeWithPadOrCrop(spatial_size=tuple(volume_shape)),

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from .reading import DataArguments, class_of, decode_nifti, read_scans
+from .reading import DataArguments, check_columns, class_of, decode_nifti, read_scans
 from .split import PARTS, load_split
 from .transforms import to_meta_tensor, volume_transform
 
@@ -27,9 +27,7 @@ class VolumeDataset(TorchDataset):
 
     def __init__(self, source: str | Path | Dataset, subjects: Sequence[str], args: DataArguments) -> None:
         rows = read_scans(source)
-        for column in (args.subject_column, args.label_column):
-            if column not in rows.column_names:
-                raise ValueError(f"the scans have no column {column!r}, only {rows.column_names}.")
+        check_columns(rows, args)
         wanted = set(subjects)
         if not wanted:
             raise ValueError("no subjects were asked for.")
@@ -37,7 +35,7 @@ class VolumeDataset(TorchDataset):
         absent = sorted(wanted - set(found))
         if absent:
             raise ValueError(f"{len(absent)} subject(s) of the split have no scan, the first is {absent[0]!r}.")
-        transform = volume_transform(args.volume_shape, args.spacing)
+        transform = volume_transform(args.volume_shape, args.spacing, args.antialias)
         order = sorted((subject, i) for i, subject in enumerate(found) if subject in wanted)
         self.items = []
         for subject, i in tqdm(order, desc="reading scans", unit="scan"):
