@@ -1,7 +1,6 @@
 """Pictures of volumes and curves. Figures are made without pyplot, so nothing is global and no display is needed."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from .files import whole_file
 
 
 def _draw_views(axes: Axes, volume: torch.Tensor, spacing: Sequence[float]) -> None:
@@ -185,11 +186,6 @@ def save(figure: Figure, path: str | Path) -> Path:
     A reader, or an interrupted run, never sees half a file: the picture is written beside it and then moved.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.removeprefix(".") or None)
     return path

@@ -2,21 +2,32 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write text to a temporary name in the same folder (made if missing), then move it into place."""
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A temporary name in the same folder (made if missing); what the block writes there is moved to ``path``.
+
+    When the block fails, ``path`` is as it was and nothing else is left.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write text with ``whole_file``."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text)
 
 
 def write_json(path: str | Path, value: Any) -> None:

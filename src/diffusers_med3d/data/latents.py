@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
+from ..files import whole_file
 from ..models import AutoencoderKL3D, VQModel3D
 from .volumes import VolumeDataset
 
@@ -76,10 +77,8 @@ class LatentDataset(TorchDataset):
                     cached = {"mean": file.get_tensor("mean"), "sigma": file.get_tensor("sigma")}
         if cached is None:
             cached = _encode(volumes, autoencoder, copies, max_shift, seed)
-            cache_file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cache_file.with_suffix(f".{os.getpid()}.tmp")
-            save_file(cached, temporary, metadata={"fingerprint": fingerprint})
-            os.replace(temporary, cache_file)
+            with whole_file(cache_file) as temporary:
+                save_file(cached, temporary, metadata={"fingerprint": fingerprint})
         self.mean, self.sigma = cached["mean"], cached["sigma"]  # (N, copies, c, x, y, z)
 
     def __len__(self) -> int:
@@ -96,12 +95,18 @@ class LatentDataset(TorchDataset):
         return self.autoencoder.normalize_latents(mean + sigma * torch.randn(mean.shape))
 
 
+def tensor_bytes(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes]:
+    """What a hash of named tensors is made of: name and float32 values, wherever they are and in whatever precision."""
+    for name, tensor in tensors:
+        yield name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes()
+
+
 def _fingerprint(volumes: VolumeDataset, autoencoder: torch.nn.Module, *settings: int) -> str:
     digest = hashlib.sha256(json.dumps([*settings, [item["subject"] for item in volumes]]).encode())
     for item in volumes:
         digest.update(item["volume"].as_tensor().contiguous().numpy().tobytes())
-    for name, tensor in sorted(autoencoder.state_dict().items()):
-        digest.update(name.encode() + tensor.float().cpu().contiguous().numpy().tobytes())
+    for part in tensor_bytes(sorted(autoencoder.state_dict().items())):
+        digest.update(part)
     return digest.hexdigest()
 
 

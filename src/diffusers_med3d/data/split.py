@@ -1,10 +1,11 @@
 """The split by subject: made once, written to a file, read by every stage."""
 
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from ..files import write_json
 
 PARTS = ("train", "validation", "test")
 
@@ -47,10 +48,7 @@ def save_split(split: Mapping, path: str | Path) -> None:
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists; a split is made once for all stages. Delete it only to start all over.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(split, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, split)
 
 
 def load_split(path: str | Path) -> dict:

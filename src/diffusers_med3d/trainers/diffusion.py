@@ -1,18 +1,19 @@
 """Stage 2: pre-train the latent diffusion model."""
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from .. import figures, metrics
 from ..data import VolumeDataset
 from ..data.latents import LatentDataset
+from ..files import write_json
+from ..flow import flow_batch, flow_scheduler, is_flow
 from ..pipeline import MedDiffusion3DPipeline
 from .base import Med3DConfig, Med3DTrainer
 from .spectrum_data import TRAINING_SUBJECTS
@@ -52,8 +53,9 @@ class LatentDiffusionTrainer(Med3DTrainer):
     """Trains the UNet of a ``MedDiffusion3DPipeline`` on cached latents.
 
     The loss is the mean squared error of what the scheduler's ``prediction_type`` says (velocity: Salimans & Ho 2022,
-    arXiv 2202.00512, appendix D; sample: the same error seen from x_0, its weight capped), at timesteps spread evenly
-    over the batch (Kingma et al. 2021, arXiv 2107.00630, appendix I.1).
+    arXiv 2202.00512, appendix D; sample: the same error seen from x_0, its weight capped; with a flow scheduler the
+    velocity of a rectified flow, see flow.py), at timesteps spread evenly over the batch (Kingma et al. 2021, arXiv
+    2107.00630, appendix I.1).
 
     Args:
         model: pipeline whose ``unet`` is trained; autoencoder with latent statistics.
@@ -99,6 +101,9 @@ class LatentDiffusionTrainer(Med3DTrainer):
     def _denoising_loss(self, model: nn.Module, latents: Tensor, labels: Tensor | None, noise: Tensor, shift: Tensor):
         trained = self.pipeline.scheduler.config.num_train_timesteps
         spread = (shift + torch.arange(len(latents), device=latents.device) / len(latents)) % 1.0
+        if is_flow(self.pipeline.scheduler):
+            noisy, velocity, timesteps = flow_batch(self.pipeline.scheduler, latents, noise, spread)
+            return (model(noisy, timesteps, labels, return_dict=False)[0].float() - velocity).square().mean()
         timesteps = (spread * trained).long()
         noisy = self.pipeline.scheduler.add_noise(latents, noise, timesteps)
         prediction = model(noisy, timesteps, labels, return_dict=False)[0]
@@ -174,11 +179,22 @@ class LatentDiffusionTrainer(Med3DTrainer):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole pipeline, and beside it which subjects it was trained on."""
         self.pipeline.save_pretrained(folder)
-        (Path(folder) / TRAINING_SUBJECTS).write_text(json.dumps(sorted(self.training_subjects), indent=1) + "\n")
+        write_json(Path(folder) / TRAINING_SUBJECTS, sorted(self.training_subjects))
 
 
-def default_scheduler(prediction_type: str = "v_prediction") -> DDIMScheduler:
-    """1000 scaled-linear steps; every default that would hurt latents is written out."""
+def default_scheduler(
+    prediction_type: str = "v_prediction", shift: float = 1.0
+) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """1000 scaled-linear steps; every default that would hurt latents is written out. "flow" is a rectified flow.
+
+    Args:
+        prediction_type: epsilon, v_prediction, sample or flow.
+        shift: of a flow; other predictions have none.
+    """
+    if prediction_type == "flow":
+        return flow_scheduler(shift)
+    if shift != 1.0:
+        raise ValueError(f"shift belongs to prediction_type='flow'; got shift={shift} for {prediction_type!r}.")
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.0015,

@@ -3,7 +3,6 @@ evaluation of reward models."""
 
 import hashlib
 import json
-import os
 import random
 import zlib
 from collections.abc import Callable, Collection, Sequence
@@ -18,6 +17,8 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ..data import VolumeDataset
+from ..data.latents import tensor_bytes
+from ..files import whole_file
 from ..pipeline import MedDiffusion3DPipeline
 from ..spectrum import (
     DAMAGES,
@@ -68,9 +69,8 @@ def fingerprint(pipeline: MedDiffusion3DPipeline) -> str:
     """Hash of the weights and the scheduler: tells generators apart without a path."""
     digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
     for module in (pipeline.vae, pipeline.unet):
-        for name, tensor in module.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        for part in tensor_bytes(module.state_dict().items()):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -164,9 +164,8 @@ def build_spectrum(
                     "versions": torch.stack([made[strength] for strength in levels]).half(),
                     "strengths": torch.tensor(levels),
                 }
-                temporary = path.with_suffix(f".{os.getpid()}.tmp")
-                save_file(tensors, temporary, metadata=metadata)
-                os.replace(temporary, path)
+                with whole_file(path) as temporary:
+                    save_file(tensors, temporary, metadata=metadata)
     return paths
 
 
