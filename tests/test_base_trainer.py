@@ -28,8 +28,10 @@ from diffusers_med3d.trainers.base import (
     Med3DTrainer,
     checkpoint_to_resume,
     last_checkpoint,
+    told_arguments,
     use_all_cores,
 )
+from diffusers_med3d.trainers.ddpo_config import DDPOConfig
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -374,6 +376,22 @@ def test_the_card_tells_what_was_changed_and_nothing_private(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "| learning_rate | 0.0625 |" in card and "license: cc-by-sa-3.0" in card and "4 optimizer steps" in card
     assert "hf_secret" not in card and str(tmp_path) not in card and "weight_decay" not in card
+    table = dict(re.findall(r"^\| (\w+) \| (.+) \|$", card, re.MULTILINE))
+    assert table["max_steps"] == "4" and table["seed"] == "42"  # told even where they are the defaults
+    for name in ("use_cpu", "accelerator_config", "report_to", "logging_steps", "debug", "activation_checkpointing"):
+        assert name not in table
+
+
+def test_a_card_shows_lists_and_choices_only_where_they_were_changed(tmp_path):
+    def told(**changes):
+        return told_arguments(DDPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False, **changes))
+
+    plain = told()
+    assert {"max_steps", "per_device_train_batch_size", "learning_rate", "seed"} <= set(plain)
+    assert not {"lr_scheduler_type", "reward_weights", "eta", "beta"} & set(plain)
+    changed = told(lr_scheduler_type="cosine", reward_weights=[1.0, 0.5], eta=0.5)
+    assert set(changed) - set(plain) == {"lr_scheduler_type", "reward_weights", "eta"}
+    assert changed["lr_scheduler_type"] == "cosine" and changed["reward_weights"] == [1.0, 0.5]
 
 
 # --- threads and processes ---

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -41,8 +43,15 @@ _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
 }
 """What transformers calls gradient checkpointing: newer versions have both names and warn of the second."""
 
-_PRIVATE_ARGUMENTS = {"output_dir", "resume_from_checkpoint", "hub_token", "run_name", "deepspeed", "fsdp_config"}
-"""Arguments that may hold local paths or secrets and stay out of model cards."""
+_ALWAYS_TOLD = ("max_steps", "per_device_train_batch_size", "learning_rate", "seed")
+_TOLD = (
+    *_ALWAYS_TOLD,
+    *("gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
+    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
+    *("load_best_model_at_end", "metric_for_best_model"),
+)
+"""Arguments of transformers that shape the weights. The others stay out of model cards: they may hold local paths or
+secrets, or say where and how often something is written."""
 
 _TIMINGS = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 """What an evaluation logs that is no figure of the model."""
@@ -225,11 +234,6 @@ class Med3DTrainer(_BaseTrainer):
             card = cards.of_folder(folder, self.hub_model_id or name)
         else:
             card = cards.Card(name, what="The model has not been saved yet.", use="")
-        changed = [
-            f"| {field.name} | {getattr(self.args, field.name)} |"
-            for field in dataclasses.fields(self.args)
-            if field.name not in _PRIVATE_ARGUMENTS and getattr(self.args, field.name) != field.default
-        ]
         evaluations = [row for row in self.state.log_history if any(key.startswith("eval_") for key in row)]
         measured = evaluations[-1] if evaluations else {}
         card.name = name
@@ -241,7 +245,8 @@ class Med3DTrainer(_BaseTrainer):
         card.training = "\n".join(
             [
                 f"Trained with `diffusers_med3d.{type(self).__name__}`, {self.state.global_step} optimizer steps.",
-                *(["", "| argument | value |", "|---|---|", *changed] if changed else []),
+                *["", "| argument | value |", "|---|---|"],
+                *(f"| {name} | {value} |" for name, value in told_arguments(self.args).items()),
             ]
         )
         card.figures = [
@@ -364,6 +369,20 @@ class Med3DTrainer(_BaseTrainer):
     def _load_best_model(self) -> None:
         """With ``load_best_model_at_end``: raw weights and their average, from the best checkpoint."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def told_arguments(args: Med3DConfig) -> dict[str, Any]:
+    """What a model card says of the arguments: all of our own and those in ``_TOLD`` that are not the default."""
+    inherited = {entry.name for entry in dataclasses.fields(_BaseConfig)}
+    told = {}
+    for entry in dataclasses.fields(args):
+        if entry.name == "weights_license" or (entry.name in inherited and entry.name not in _TOLD):
+            continue
+        value = vars(args)[entry.name]
+        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        if entry.name in _ALWAYS_TOLD or value != default:
+            told[entry.name] = value.value if isinstance(value, Enum) else value
+    return told
 
 
 def use_all_cores() -> None:
