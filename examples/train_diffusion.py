@@ -37,9 +37,12 @@ class ModelArguments:
         default="v_prediction",
         metadata={
             "help": "What the network predicts. sample converges faster when the network is narrow for its latents: it "
-            "need not hand the noise of every latent channel through.",
-            "choices": ["v_prediction", "sample", "epsilon"],
+            "need not hand the noise of every latent channel through. flow makes a rectified flow.",
+            "choices": ["v_prediction", "sample", "epsilon", "flow"],
         },
+    )
+    shift: float = field(
+        default=1.0, metadata={"help": "Of a flow: above 1 it is trained and sampled more where there is more noise."}
     )
     channel_names: list[str] | None = field(
         default=None, metadata={"help": "One name per image channel, such as t1, for the pipeline's config."}
@@ -81,7 +84,7 @@ def main() -> None:
     pipeline = MedDiffusion3DPipeline(
         vae=autoencoder,
         unet=unet,
-        scheduler=default_scheduler(model.prediction_type),
+        scheduler=default_scheduler(model.prediction_type, model.shift),
         volume_shape=data.volume_shape,
         spacing=data.spacing,
         class_names=data.class_names,

@@ -11,11 +11,14 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
+from conftest import SPACING, VOLUME_SHAPE
+from diffusers_med3d import DiffusionUNet3D, LatentDiffusionConfig, LatentDiffusionTrainer, MedDiffusion3DPipeline
+from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.flow import flow_batch, flow_scheduler, set_timesteps, shift_times
 from diffusers_med3d.models import DiffusionUNet3DOutput
 from diffusers_med3d.rl import check_scheduler, deterministic_step, gaussian_kl, log_prob, rollout, transition
 from diffusers_med3d.rl.rollout import generators_for
+from diffusers_med3d.trainers.diffusion import default_scheduler
 
 MEAN, STD = 0.7, 0.5  # of the data in every closed form
 
@@ -75,6 +78,13 @@ def test_a_training_pair_is_a_point_of_the_straight_line_and_its_velocity():
     torch.testing.assert_close(batch.noisy[1], 0.25 * clean[1] + 0.75 * noise[1])
     for sample, t in zip(range(2), (0.5, 0.75), strict=True):  # going back along the velocity for a time t ends at x_0
         torch.testing.assert_close(batch.noisy[sample] - t * batch.velocity[sample], clean[sample])
+
+
+def test_flow_is_one_more_prediction_type_and_a_shift_belongs_to_it_alone():
+    scheduler = default_scheduler("flow", shift=2.0)
+    assert isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and scheduler.config.shift == 2.0
+    with pytest.raises(ValueError, match="shift belongs to prediction_type='flow'; got shift=2.0 for 'epsilon'"):
+        default_scheduler("epsilon", shift=2.0)
 
 
 # The step as an action
@@ -212,6 +222,25 @@ def flow_pipeline(tiny_pipeline) -> MedDiffusion3DPipeline:
     pipeline = MedDiffusion3DPipeline(tiny_pipeline.vae, tiny_pipeline.unet, flow_scheduler(shift=3.0), **config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_the_loss_of_a_flow_is_the_error_of_the_velocity_at_shifted_times(flow_pipeline, brains_folder, tmp_path):
+    data = DataArguments(brains_folder, "unused.json", volume_shape=list(VOLUME_SHAPE), spacing=list(SPACING))
+    scans = VolumeDataset(brains_folder, ["sub-01", "sub-04"], data)
+    args = LatentDiffusionConfig(output_dir=str(tmp_path), copies=1, report_to="none", bf16=False)
+    trainer = LatentDiffusionTrainer(flow_pipeline, args, scans)
+    clean, noise, prediction = (torch.randn(2, 4, 4, 4, 4) for _ in range(3))
+    seen = []
+
+    def network(sample: torch.Tensor, timestep: torch.Tensor, class_labels: None, return_dict: bool) -> tuple:
+        seen.append((sample, timestep))
+        return (prediction,)
+
+    loss = trainer._denoising_loss(network, clean, None, noise, torch.tensor(0.25))
+    times = torch.tensor([0.5, 0.9])  # 0.25 and 0.75 with a shift of 3
+    torch.testing.assert_close(seen[0][1], 1000 * times)
+    torch.testing.assert_close(seen[0][0], noise + (1 - times).view(2, 1, 1, 1, 1) * (clean - noise))
+    torch.testing.assert_close(loss, (prediction - noise + clean).square().mean())
 
 
 MULTISTEP = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
