@@ -18,6 +18,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
+from .files import whole_file
 from .hub import resolve
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
@@ -47,10 +48,8 @@ def write_lora(unet: nn.Module, folder: str | os.PathLike, adapter_name: str) ->
     tensors = {PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({PREFIX + k: v for k, v in config.items()})}
     path = Path(folder) / LORA_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
     return path
 
 

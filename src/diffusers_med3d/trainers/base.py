@@ -194,6 +194,10 @@ class Med3DTrainer(_BaseTrainer):
         if args.bf16 and args.device.type == "cpu":
             keep_small_convolutions_exact(model)
         super().__init__(model=model, args=args, **kwargs)
+        if self.is_fsdp_enabled and args.ema_decay > 0:  # it would average the weights of the start, and be saved
+            raise ValueError(
+                f"ema_decay must be 0 under FSDP, got {args.ema_decay}: FSDP replaces the parameters that are averaged."
+            )
         if any(isinstance(callback, TensorBoardCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(TensorBoardCallback)
             self.add_callback(_TensorBoardCallback())
