@@ -22,7 +22,7 @@ from transformers import HfArgumentParser
 
 from diffusers_med3d import MedDiffusion3DPipeline, figures
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.downstream import ARMS, LOWER_IS_BETTER, ClassifierSettings, estimates, prepare, run_arm
+from diffusers_med3d.downstream import ARMS, FIGURES, ClassifierSettings, estimates, prepare, run_arm
 from diffusers_med3d.evaluation import sample_volumes, volume_set
 from diffusers_med3d.files import once, write_json, write_whole
 from diffusers_med3d.metrics import VolumeSet
@@ -88,8 +88,8 @@ def write_report(output: Path, setting: dict, labels: torch.Tensor, logits: dict
     ]
     for count, result in results.items():
         for kind, rows in result.items():
-            lines += ["", f"### {count} real scans per class: {kind}", "", f"| | {' | '.join(LOWER_IS_BETTER)} |"]
-            lines.append("|---|" + "---|" * len(LOWER_IS_BETTER))
+            lines += ["", f"### {count} real scans per class: {kind}", "", f"| | {' | '.join(FIGURES)} |"]
+            lines.append("|---|" + "---|" * len(FIGURES))
             sign = "+" if kind == "differences" else ""
             for name, values in rows.items():
                 cells = [f"{v:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]" for v, low, high in values.values()]
@@ -100,7 +100,7 @@ def write_report(output: Path, setting: dict, labels: torch.Tensor, logits: dict
     panels = {
         f"{name}, {count} real scans": {contrast: values[name] for contrast, values in result["differences"].items()}
         for count, result in results.items()
-        for name in LOWER_IS_BETTER
+        for name in FIGURES
     }
     figures.save(figures.intervals(panels, xlabel="difference"), output / "downstream.png")
     return text

@@ -103,8 +103,8 @@ def test_differences_are_paired():
     common = sign * 0.5 + torch.randn(6, 16) + torch.randn(6, 1)
     own = {"real only": common, "real + after RL": common + 0.1 * sign}
     arms, contrasts = estimates(own, labels, SUBJECTS, repeats=500)
-    assert set(contrasts) == {"after RL against real only"}
-    difference = contrasts["after RL against real only"]["log-loss"]
+    assert set(contrasts) == {"after - real"}
+    difference = contrasts["after - real"]["log-loss"]
     assert difference.high < 0  # lower log-loss, beyond doubt
     assert difference.high - difference.low < 0.3 * (
         arms["real only"]["log-loss"].high - arms["real only"]["log-loss"].low

@@ -169,9 +169,9 @@ def test_claims_fail_where_the_figures_do():
 
 def test_the_classifier_is_judged_on_log_loss_at_ten_scans_per_class():
     differences = {
-        "before RL against real only": {"log-loss": [-0.1, -0.2, -0.05]},
-        "after RL against before RL": {"log-loss": [-0.01, -0.1, 0.1]},
-        "after RL against before RL, each beyond its shuffled labels": {"log-loss": [0.2, 0.1, 0.3]},
+        "before - real": {"log-loss": [-0.1, -0.2, -0.05]},
+        "after - before": {"log-loss": [-0.01, -0.1, 0.1]},
+        "after - before, beyond shuffled": {"log-loss": [0.2, 0.1, 0.3]},
     }
     found = downstream_claims({"5": {}, "10": {"differences": differences}})
     assert [claim.answer for claim in found] == ["yes", "not shown", "no"]

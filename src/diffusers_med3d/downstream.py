@@ -41,22 +41,23 @@ ARMS: Mapping[str, Arm] = {
 }
 
 CONTRASTS: Mapping[str, Mapping[str, int]] = {
-    "before RL against real only": {"real + before RL": 1, "real only": -1},
-    "after RL against real only": {"real + after RL": 1, "real only": -1},
-    "after RL against before RL": {"real + after RL": 1, "real + before RL": -1},
-    "before RL against its shuffled labels": {"real + before RL": 1, "real + before RL, labels shuffled": -1},
-    "after RL against its shuffled labels": {"real + after RL": 1, "real + after RL, labels shuffled": -1},
-    "after RL against before RL, each beyond its shuffled labels": {
+    "before - real": {"real + before RL": 1, "real only": -1},
+    "after - real": {"real + after RL": 1, "real only": -1},
+    "after - before": {"real + after RL": 1, "real + before RL": -1},
+    "before - before shuffled": {"real + before RL": 1, "real + before RL, labels shuffled": -1},
+    "after - after shuffled": {"real + after RL": 1, "real + after RL, labels shuffled": -1},
+    "after - before, beyond shuffled": {
         "real + after RL": 1,
         "real + after RL, labels shuffled": -1,
         "real + before RL": -1,
         "real + before RL, labels shuffled": 1,
     },
-    "synthetic only, after RL against before RL": {"after RL only": 1, "before RL only": -1},
+    "synthetic only: after - before": {"after RL only": 1, "before RL only": -1},
 }
 """Differences that are reported: the figures of the arms, added up with these signs."""
 
-LOWER_IS_BETTER = {"log-loss": True, "AUC": False, "balanced accuracy": False, "F1": False}
+FIGURES = ("log-loss", "AUC", "balanced accuracy", "F1")
+"""Of log-loss less is better, of the others more."""
 
 
 @dataclass(frozen=True)
@@ -283,8 +284,6 @@ def estimates(
     def combine(signs: Mapping[str, int], name: str) -> Interval:
         return bootstrap_interval(sum(sign * draws[arm][name] for arm, sign in signs.items()))
 
-    arms = {arm: {name: combine({arm: 1}, name) for name in LOWER_IS_BETTER} for arm in logits}
+    arms = {arm: {name: combine({arm: 1}, name) for name in FIGURES} for arm in logits}
     present = {name: signs for name, signs in CONTRASTS.items() if signs.keys() <= logits.keys()}
-    return arms, {
-        contrast: {name: combine(signs, name) for name in LOWER_IS_BETTER} for contrast, signs in present.items()
-    }
+    return arms, {contrast: {name: combine(signs, name) for name in FIGURES} for contrast, signs in present.items()}

@@ -191,7 +191,7 @@ def below_zero(difference: Interval) -> str:
 def claims(
     report: Report, base: str, runs: Sequence[str], alone: Sequence[str], controls: Sequence[str], ceiling: str
 ) -> list[Claim]:
-    """What was wanted of fine-tuning with both rewards, against what a report found; see issue "Proof".
+    """What was wanted of fine-tuning with both rewards, against what a report found.
 
     Args:
         report: of `metrics.evaluate`, with all the sets named below.
@@ -248,9 +248,9 @@ def downstream_claims(results: Mapping[str, Any], real_per_class: int = 10) -> l
     if str(real_per_class) not in results:
         return []
     wanted = (
-        "before RL against real only",
-        "after RL against before RL",
-        "after RL against before RL, each beyond its shuffled labels",
+        "before - real",
+        "after - before",
+        "after - before, beyond shuffled",
     )
     differences = results[str(real_per_class)]["differences"]
     intervals = {name: Interval(*differences[name]["log-loss"]) for name in wanted}
