@@ -130,6 +130,23 @@ def test_a_version_of_the_reference_scans_is_never_paired_with_its_own_scan():
     assert any("without Fréchet" in note for note in report.notes)
 
 
+def test_two_scans_of_one_subject_are_no_pair_and_are_drawn_together():
+    twice = VolumeSet(
+        torch.cat([REFERENCE.volumes, REFERENCE.volumes]),
+        REFERENCE.labels * 2,
+        [*REFERENCE.subjects, *REFERENCE.subjects],
+    )
+    model = {"m": volumes("s", 10, 5)}
+    once, doubled = (evaluate(model, one, TRAIN, [COARSE], (3, 3, 3), num_resamples=50) for one in (REFERENCE, twice))
+    for name in ("MS-SSIM, closest pair", "MS-SSIM, mean", "KID"):
+        for one in ("reference", "m"):
+            if one in once.figure(name).sets:
+                first, second = once.figure(name).sets[one], doubled.figure(name).sets[one]
+                assert second.value == pytest.approx(first.value, rel=1e-4)
+                assert str(second) == str(first)
+    assert doubled.counts["reference"]["volumes"] == 20 and doubled.counts["reference"]["subjects"] == 10
+
+
 def test_the_report_says_what_frechet_was_taken_on_and_what_the_counts_are(report):
     assert report.figure("Fréchet on 2 principal components, 3D").sets["bad"].value > 0
     assert any("2 leading principal components" in note for note in report.notes)

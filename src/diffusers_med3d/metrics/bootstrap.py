@@ -51,24 +51,23 @@ def bootstrap_weights(
     """Weights (1 + R, N): a row of ones, then how often each resample drew the scan's subject.
 
     Within every class, as many subjects are drawn with replacement as it has. A subject counts to the class of its
-    first scan, and all its scans are drawn together. The rows depend on seed, subjects and labels alone.
+    first scan, and all its scans are drawn together. Draws depend on the seed, the subjects and their classes alone.
 
     Raises:
         ValueError: subjects and labels differ in number, or there are none.
     """
     if len(subjects) != len(labels) or not len(subjects):
         raise ValueError(f"Expected one label per scan, got {len(subjects)} subjects and {len(labels)} labels.")
-    key = zlib.crc32(repr([(str(s), int(c)) for s, c in zip(subjects, labels, strict=True)]).encode())
-    rng = np.random.default_rng([seed, key])
     class_of: dict[str, int] = {}
     for subject, label in zip(subjects, labels, strict=True):
-        class_of.setdefault(subject, int(label))
+        class_of.setdefault(str(subject), int(label))
+    rng = np.random.default_rng([seed, zlib.crc32(repr(sorted(class_of.items())).encode())])
     counts: dict[str, NDArray[np.int64]] = {}
     for label in sorted(set(class_of.values())):
-        members = [subject for subject, its_label in class_of.items() if its_label == label]
+        members = sorted(subject for subject, its_label in class_of.items() if its_label == label)
         drawn = rng.multinomial(len(members), [1 / len(members)] * len(members), size=num_resamples)  # (R, members)
         counts |= dict(zip(members, drawn.T, strict=True))
-    resampled = np.stack([counts[subject] for subject in subjects], axis=1).reshape(num_resamples, len(subjects))
+    resampled = np.stack([counts[str(subject)] for subject in subjects], axis=1).reshape(num_resamples, len(subjects))
     return np.concatenate([np.ones((1, len(subjects))), resampled])
 
 
