@@ -241,12 +241,13 @@ def test_latent_statistics_cover_the_whole_training_set_and_are_applied_once(tmp
     latents = model.encode_latents(torch.cat([volumes] * 100), generator=torch.Generator().manual_seed(0))
     assert latents.mean((0, 2, 3, 4)).tolist() == pytest.approx([0, 0], abs=0.03)
     stds = latents.std((0, 2, 3, 4)).tolist()
-    assert stds == pytest.approx([1, 1], abs=0.03) if scaling == "channel" else max(stds) == pytest.approx(1, abs=0.03)
-    if scaling == "global":  # channels keep their ratio
+    if scaling == "channel":
+        assert stds == pytest.approx([1, 1], abs=0.03)
+    else:  # channels keep their ratio; torch's median of two is the smaller
         with torch.no_grad():
             mean, sigma = model.encode(volumes)
         raw = (mean.var((0, 2, 3, 4), correction=0) + sigma.square().mean((0, 2, 3, 4))).sqrt()
-        assert stds == pytest.approx((raw / raw.max()).tolist(), abs=0.03) and min(stds) < 0.95
+        assert stds == pytest.approx((raw / raw.min()).tolist(), rel=0.03) and max(stds) > 1.05
     # Statistics of one scan alone are others: a first batch would not do.
     one = model.encode_latents(volumes[:1])
     assert (one.mean((0, 2, 3, 4)).abs().max() > 0.01) or ((one.std((0, 2, 3, 4)) - 1).abs().max() > 0.03)

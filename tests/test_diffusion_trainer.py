@@ -15,7 +15,12 @@ from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.latents import LatentDataset, augment
 from diffusers_med3d.trainers.base import last_checkpoint
-from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
+from diffusers_med3d.trainers.diffusion import (
+    LatentDiffusionConfig,
+    LatentDiffusionTrainer,
+    decoder_gain,
+    default_scheduler,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 TRAIN = ["sub-01", "sub-04", "sub-06", "sub-08"]
@@ -149,7 +154,7 @@ def test_an_autoencoder_without_latent_statistics_is_refused_with_the_remedy(sca
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
 def test_the_loss_is_that_of_what_the_network_predicts(tiny_pipeline, scans, tmp_path, prediction_type):
     tiny_pipeline.scheduler.register_to_config(prediction_type=prediction_type)
-    trainer = make(tmp_path, tiny_pipeline, scans)
+    trainer = make(tmp_path, tiny_pipeline, scans, image_weighting=False)
     x0, noise = torch.randn(2, 4, 4, 4, 4), torch.randn(2, 4, 4, 4, 4)
     betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
     alpha = np.cumprod(1 - betas)[[100, 600]].reshape(2, 1, 1, 1, 1)  # a shift of 0.1 gives timesteps 100 and 600
@@ -168,6 +173,28 @@ def test_the_loss_is_that_of_what_the_network_predicts(tiny_pipeline, scans, tmp
     assert seen[0][1] == [100, 600]
     assert np.abs(seen[0][0].numpy() - noisy).max() < 1e-5
     assert loss.item() == pytest.approx((weight * (prediction.numpy() - target) ** 2).mean(), rel=1e-4)
+
+
+def test_errors_are_weighed_by_how_much_a_latent_channel_changes_the_image(tiny_pipeline, scans, tmp_path):
+    vae = tiny_pipeline.vae
+    with torch.no_grad():
+        vae.post_quant_conv.conv.weight[:, 0] = 0  # the image does not depend on the first channel
+        vae.post_quant_conv.conv.weight[:, 1] *= 8
+    trainer = make(tmp_path, tiny_pipeline, scans)
+    weights = trainer.channel_weights
+    assert weights[0] == 0 and weights.mean().item() == pytest.approx(1) and weights.argmax() == 1
+    prediction, target = torch.zeros(3, 4, 4, 4, 4), torch.zeros(3, 4, 4, 4, 4)
+    prediction[0, 0], prediction[1, 1], prediction[2, 2] = 9.0, 1.0, 2.0
+    expected = [0.0, weights[1].item() / 4, weights[2].item()]
+    assert trainer._error(prediction, target).tolist() == pytest.approx(expected)
+
+
+def test_the_gain_of_a_channel_is_the_change_of_the_image_per_unit_of_normalised_latent(tiny_vae):
+    raw = torch.randn(2, tiny_vae.latent_channels, 4, 4, 4)
+    gain = decoder_gain(tiny_vae, raw)
+    tiny_vae.set_latent_statistics(torch.zeros(4), 2 * torch.tensor(tiny_vae.config.latents_std))
+    twice = decoder_gain(tiny_vae, raw, size=0.05)  # the same noise in raw units
+    assert torch.allclose(twice, 2 * gain, rtol=1e-3) and (gain > 0).all()
 
 
 def test_labels_are_dropped_to_the_null_class_as_often_as_asked_and_timesteps_are_spread(
@@ -203,6 +230,12 @@ def test_the_bundled_schedule_never_crushes_latents_and_states_every_choice():
     )
     written = set(settings) - set(settings["_use_default_values"])
     assert {"beta_start", "beta_end", "beta_schedule", "set_alpha_to_one", "timestep_spacing"} <= written
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+def test_the_last_timestep_is_pure_noise_unless_the_noise_is_predicted(prediction_type):
+    assert default_scheduler(prediction_type).alphas_cumprod[-1] == 0
+    assert 0 < default_scheduler("epsilon").alphas_cumprod[-1] < 1e-3
 
 
 # --- training ---

@@ -44,7 +44,8 @@ class AutoencoderConfig(Med3DConfig):
         default="global",
         metadata={
             "help": "How latents are normalised: 'channel' gives every channel unit variance; 'global' divides all by "
-            "the largest standard deviation, so that channels of fine detail stay small and are generated last."
+            "the median standard deviation: the few channels of coarse anatomy, which vary more, stay louder and are "
+            "generated first, and the many of fine detail are as loud as the noise schedule expects."
         },
     )
 
@@ -246,7 +247,7 @@ class AutoencoderTrainer(Med3DTrainer):
         """Write the autoencoder with its latent statistics."""
         mean, std = self.latent_statistics()
         if self.args.latent_scaling == "global":
-            std = std.max().expand_as(std)
+            std = std.median().expand_as(std)
         self.autoencoder.set_latent_statistics(mean, std)
         hub.forget_local_paths(self.autoencoder)
         self.autoencoder.save_pretrained(folder)

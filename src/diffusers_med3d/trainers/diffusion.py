@@ -14,6 +14,7 @@ from ..data import VolumeDataset
 from ..data.latents import LatentDataset
 from ..files import write_json
 from ..flow import flow_batch, flow_scheduler, is_flow
+from ..models import AutoencoderKL3D, VQModel3D
 from ..pipeline import MedDiffusion3DPipeline
 from .base import Med3DConfig, Med3DTrainer
 from .spectrum_data import TRAINING_SUBJECTS
@@ -38,6 +39,13 @@ class LatentDiffusionConfig(Med3DConfig):
     )
     copies: int = field(default=8, metadata={"help": "Augmented copies per scan in the latent cache."})
     max_shift: int = field(default=2, metadata={"help": "Largest shift of a copy in voxels per axis."})
+    image_weighting: bool = field(
+        default=True,
+        metadata={
+            "help": "Weigh the squared error of every latent channel by how much it changes the decoded image. "
+            "Otherwise many channels of fine detail drown the few that carry the anatomy."
+        },
+    )
     eval_samples: int = field(
         default=12, metadata={"help": "Volumes generated at every evaluation, for KID and pictures; 0 skips both."}
     )
@@ -86,6 +94,10 @@ class LatentDiffusionTrainer(Med3DTrainer):
             )
             if eval_dataset is not None:
                 self.eval_latents = LatentDataset(eval_dataset, model.vae, cache / "eval.safetensors", copies=1)
+        self.channel_weights = torch.ones(model.vae.latent_channels)
+        if args.image_weighting:
+            gain = decoder_gain(model.vae, self.latents.mean[:1, 0].float())
+            self.channel_weights = gain / gain.mean()
         super().__init__(model=model.unet, args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs)
 
     def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -98,16 +110,21 @@ class LatentDiffusionTrainer(Med3DTrainer):
             return noise
         raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}.")
 
+    def _error(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Weighted mean square error of every sample: (B, c, x, y, z) to (B,)."""
+        error = (prediction.float() - target).square().flatten(2).mean(2)
+        return (error * self.channel_weights.to(error.device)).mean(1)
+
     def _denoising_loss(self, model: nn.Module, latents: Tensor, labels: Tensor | None, noise: Tensor, shift: Tensor):
         trained = self.pipeline.scheduler.config.num_train_timesteps
         spread = (shift + torch.arange(len(latents), device=latents.device) / len(latents)) % 1.0
         if is_flow(self.pipeline.scheduler):
             noisy, velocity, timesteps = flow_batch(self.pipeline.scheduler, latents, noise, spread)
-            return (model(noisy, timesteps, labels, return_dict=False)[0].float() - velocity).square().mean()
+            return self._error(model(noisy, timesteps, labels, return_dict=False)[0], velocity).mean()
         timesteps = (spread * trained).long()
         noisy = self.pipeline.scheduler.add_noise(latents, noise, timesteps)
         prediction = model(noisy, timesteps, labels, return_dict=False)[0]
-        error = (prediction.float() - self._target(latents, noise, timesteps)).square().flatten(1).mean(1)
+        error = self._error(prediction, self._target(latents, noise, timesteps))
         if self.pipeline.scheduler.config.prediction_type == "sample":
             # an error of the sample is 1 / sigma^2 = SNR + 1 times as large as a velocity; capped as Hang et al. 2023
             alphas = self.pipeline.scheduler.alphas_cumprod.to(latents.device)[timesteps]
@@ -182,10 +199,39 @@ class LatentDiffusionTrainer(Med3DTrainer):
         write_json(Path(folder) / TRAINING_SUBJECTS, sorted(self.training_subjects))
 
 
+@torch.no_grad()
+def decoder_gain(autoencoder: AutoencoderKL3D | VQModel3D, latents: Tensor, size: float = 0.1) -> Tensor:
+    """How much each latent channel changes the image.
+
+    Args:
+        autoencoder: with latent statistics.
+        latents: raw latents (B, c, x, y, z) around which it is measured.
+        size: standard deviation of the white noise that is added to one normalised channel after the other.
+
+    Returns:
+        (c,) root mean square change of the decoded volume, divided by ``size``.
+    """
+    autoencoder.eval()
+    latents = latents.to(autoencoder.device)
+    noise = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(latents) * size
+    steps = noise[:, None] * torch.tensor(autoencoder.config.latents_std).to(latents)[:, None, None, None]
+    volume = autoencoder.decode_raw(latents)
+    gains = []
+    for channel in range(latents.shape[1]):
+        perturbed = latents.clone()
+        perturbed[:, channel] += steps[:, channel]
+        gains.append((autoencoder.decode_raw(perturbed) - volume).square().mean().sqrt().cpu() / size)
+    return torch.stack(gains)
+
+
 def default_scheduler(
     prediction_type: str = "v_prediction", shift: float = 1.0
 ) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """1000 scaled-linear steps; every default that would hurt latents is written out. "flow" is a rectified flow.
+
+    The last step is pure noise (Lin et al. 2024, arXiv 2305.08891, algorithm 1): a volume has so many voxels that the
+    little signal which these betas leave would show where the anatomy lies, and sampling starts without it. A network
+    that predicts the noise can say nothing about pure noise, so for it the little signal stays.
 
     Args:
         prediction_type: epsilon, v_prediction, sample or flow.
@@ -205,4 +251,5 @@ def default_scheduler(
         steps_offset=0,
         prediction_type=prediction_type,
         timestep_spacing="trailing",
+        rescale_betas_zero_snr=prediction_type != "epsilon",
     )
