@@ -49,6 +49,26 @@ def test_mean_and_std_are_those_of_scheduler_step(kind, prediction, spacing, con
         assert log_prob(theirs, ours).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_first_step_from_pure_noise_is_that_of_scheduler_step(kind, prediction):
+    """As the bundled generator has it: no signal is left at T (rescale_betas_zero_snr)."""
+    scheduler = make_scheduler(kind, prediction, rescale_betas_zero_snr=True)
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+    output, sample = noise_like()
+    timestep = int(scheduler.timesteps[0])
+    extra = {"eta": 1.0} if kind is DDIMScheduler else {}
+    theirs = scheduler.step(output, timestep, sample, generator=torch.Generator().manual_seed(7), **extra).prev_sample
+    noise = torch.randn(sample.shape, generator=torch.Generator().manual_seed(7))
+    ours = transition(scheduler, output, timestep, sample)
+    torch.testing.assert_close(ours.mean + ours.std * noise, theirs, rtol=2e-4, atol=2e-4)
+    assert log_prob(theirs, ours).isfinite().all()
+    without = deterministic_step(scheduler, output, timestep, sample)
+    if kind is DDIMScheduler:
+        torch.testing.assert_close(without, scheduler.step(output, timestep, sample).prev_sample, rtol=1e-4, atol=1e-4)
+    assert without.isfinite().all()
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("to_one", [True, False])
 @pytest.mark.parametrize("offset", [0, 1])
