@@ -90,7 +90,8 @@ def imported_modules(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("folder", ["src", "examples"])
 def test_every_package_that_is_imported_is_declared(folder):
-    declared = {normalised(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["eval"]}
+    extras = PROJECT["optional-dependencies"]
+    declared = {normalised(line) for line in PROJECT["dependencies"] + extras["eval"] + extras["inception"]}
     distributions = importlib.metadata.packages_distributions()
     modules = imported_modules(ROOT / folder)
     assert "torch" in modules
@@ -142,7 +143,8 @@ def test_nothing_in_the_package_unpickles():
     for name, text in sources().items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                assert "pickle" not in ast.unparse(node), name
+                harmless = ast.unparse(node) == "from pickle import UnpicklingError"  # to say what was refused
+                assert harmless or "pickle" not in ast.unparse(node), name
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 assert "weights_only=True" in ast.unparse(node), name
 

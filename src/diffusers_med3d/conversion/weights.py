@@ -6,10 +6,10 @@ it). GenerativeModels creates ``proj_attn`` and never applies it; MONAI 1.4 does
 ``include_fc`` is False. Such tensors are left out, so that the network stays the one that was trained.
 """
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], float | None]:
     else:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
+        except (UnpicklingError, RuntimeError) as error:
             raise ValueError(
                 f"{path.name} holds more than tensors and plain values, and a pickle is never run here. Load it where "
                 f"you trust it and save its state dict alone with safetensors. ({str(error).splitlines()[0]})"

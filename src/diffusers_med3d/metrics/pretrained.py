@@ -50,8 +50,11 @@ def extractor(name: str, device: str | torch.device = "cpu") -> Callable[[Tensor
 def _inception(device: str | torch.device) -> PlanarFeatures:
     try:
         from pytorch_fid.inception import InceptionV3
-    except ImportError as error:
-        raise ImportError("The canonical Inception network needs the package: pip install pytorch-fid.") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        raise ImportError(
+            "The canonical Inception network needs pip install pytorch-fid, and a torchvision built for this torch "
+            f"({type(error).__name__}: {error})."
+        ) from error
     network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval().requires_grad_(False).to(device)
     return PlanarFeatures(
         lambda pictures: network(pictures)[0].flatten(1), "inception-2015-12-05 (FID's)", image_size=299, device=device
