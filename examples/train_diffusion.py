@@ -50,7 +50,10 @@ class ModelArguments:
     channels: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "Channels per level."})
     num_res_blocks: int = field(default=2, metadata={"help": "Residual blocks per level."})
     num_head_channels: int = field(default=32, metadata={"help": "Channels of an attention head (last level)."})
-    norm_num_groups: int = field(default=16, metadata={"help": "Groups of GroupNorm."})
+    norm_num_groups: int = field(
+        default=4,
+        metadata={"help": "Groups of GroupNorm. Groups of few channels lose how strong a feature is."},
+    )
     sample_skip: bool = field(
         default=True,
         metadata={
