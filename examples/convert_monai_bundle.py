@@ -9,7 +9,6 @@ python examples/convert_monai_bundle.py --to_monai brain-t1 --output_dir brain-t
 
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.conversion import convert_bundle, read_bundle, save_monai_bundle
 from diffusers_med3d.conversion.definitions import bundle_config_files
 from diffusers_med3d.data import decode_nifti, read_scans, to_meta_tensor, volume_transform
+from diffusers_med3d.files import whole_folder
 
 BUNDLE_PARTS = ["configs/*.json", "configs/*.yaml", "configs/*.yml", "models/*"]
 
@@ -108,11 +108,8 @@ def main(args: ConvertArguments) -> None:
         context_names=args.condition_names or None,
         intensity=args.intensity,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
-        written = Path(temporary) / "pipeline"  # a name that diffusers takes for none of its own pipelines
+    with whole_folder(output) as written:
         pipeline.save_pretrained(written)
-        os.replace(written, output)
     print(f"scale factor {1 / pipeline.vae.config.latents_std[0]:.6g}")
     print(f"{len(left_out)} tensors that the network never applied were left out")
     print(f"wrote {output}")

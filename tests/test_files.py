@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diffusers_med3d.files import once, whole_file, write_json, write_whole
+from diffusers_med3d.files import once, whole_file, whole_folder, write_json, write_whole
 
 
 def test_a_file_appears_whole_in_a_folder_that_is_made_for_it(tmp_path):
@@ -28,6 +28,27 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"loss": float("nan")})
     assert path.read_text() == "old"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "deep" / "result"
+    with pytest.raises(KeyError), whole_folder(folder) as written:
+        written.mkdir()
+        (written / "half.txt").write_text("half")
+        raise KeyError
+    assert list(folder.parent.iterdir()) == []
+    with whole_folder(folder) as written:
+        written.mkdir()
+        (written / "a.txt").write_text("a")
+        assert not folder.exists()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "deep",
+        "deep/result",
+        "deep/result/a.txt",
+    ]
+    with pytest.raises(OSError), whole_folder(folder) as written:  # what is there is never overwritten
+        written.mkdir()
+    assert (folder / "a.txt").read_text() == "a"
 
 
 def test_what_was_made_once_is_not_made_again(tmp_path):

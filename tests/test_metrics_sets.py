@@ -12,23 +12,12 @@ from scipy.spatial.distance import cdist
 
 from diffusers_med3d import metrics
 from diffusers_med3d.metrics.pretrained import radimagenet_network
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from test_metrics import blob, blur, generator
 
 
 def ball(size: int = 24, seed: int = 0, detail: float = 0.3) -> torch.Tensor:
-    """One volume (1, 1, S, S, S) in [0, 1]: a ball with waves of random direction on a background of exactly 0."""
-    axis = torch.linspace(-1, 1, size)
-    grid = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"))
-    waves = torch.randn(6, 3, generator=generator(seed)) * 6
-    texture = torch.einsum("wa,axyz->wxyz", waves, grid).sin().mean(0)
-    return ((0.5 + detail * texture) * (grid.square().sum(0) < 0.7))[None, None]
-
-
-def blur(volumes: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.avg_pool3d(volumes, 3, stride=1, padding=1)
+    """A ball with stronger waves than ``blob`` has by default."""
+    return blob(size, seed, detail)
 
 
 # --- bootstrap ---

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,6 +23,7 @@ from types import ModuleType
 from diffusers import DiffusionPipeline, ModelMixin
 
 from . import cards, hub
+from .files import whole_folder
 
 PACKAGE = __name__.partition(".")[0]
 PIPELINE_FILE = "pipeline"
@@ -333,9 +333,7 @@ def export_standalone(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        target = Path(temporary) / "export"
+    with whole_folder(folder) as target:
         pipeline.save_pretrained(target)
         index_file = target / "model_index.json"
         index, sources = json.loads(index_file.read_text()), []
@@ -357,9 +355,6 @@ def export_standalone(
         )
         files = sorted(path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file())
         hub.check_publishable(target, files)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(target, folder)
     return files
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import whole_folder
 from ..models import AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from ..pipeline import MedDiffusion3DPipeline
 from .convert import LAST_LAYER
@@ -143,15 +143,12 @@ def save_monai_bundle(pipeline: MedDiffusion3DPipeline, folder: str | os.PathLik
         config["conditioning"] = ", ".join(f"@{name}" for name in pipeline.unet.config.context_names)
     if pipeline.scheduler.config.get("timestep_spacing") == "leading":
         config["monai_version"] = "1.5.0"  # whose schedulers took these timesteps
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        written = Path(temporary) / folder.name
+    with whole_folder(folder) as written:
         (written / "configs").mkdir(parents=True)
         (written / "models").mkdir()
         (written / "configs" / "inference.json").write_text(json.dumps(config, indent=2) + "\n")
         save_file(vae_state, written / config["load_autoencoder_path"])
         save_file(unet_state, written / config["load_diffusion_path"])
-        os.replace(written, folder)
     return folder
 
 
