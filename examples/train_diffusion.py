@@ -61,6 +61,10 @@ class ModelArguments:
             "that a network that is narrow for its latents need not hand their noise through its layers."
         },
     )
+    sample_gate: bool = field(
+        default=True,
+        metadata={"help": "The same once more, by a factor that the network also makes differ from place to place."},
+    )
 
 
 def main() -> None:
@@ -83,6 +87,7 @@ def main() -> None:
             norm_num_groups=model.norm_num_groups,
             num_class_embeds=len(data.class_names) + 1,
             sample_skip=model.sample_skip,
+            sample_gate=model.sample_gate,
         )
     pipeline = MedDiffusion3DPipeline(
         vae=autoencoder,

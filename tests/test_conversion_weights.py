@@ -310,9 +310,10 @@ def test_a_flow_with_conditions_goes_to_maisis_classes_and_back(tmp_path):
 
 
 def test_what_monai_does_not_have_is_refused_on_the_way_back(tiny_unet, tiny_vq):
-    with pytest.raises(ValueError, match="no sample_skip"):
-        config = {key: value for key, value in tiny_unet.config.items() if not key.startswith("_")}
-        to_monai_state_dict(DiffusionUNet3D(**{**config, "sample_skip": True}))
+    config = {key: value for key, value in tiny_unet.config.items() if not key.startswith("_")}
+    for name in ("sample_skip", "sample_gate"):
+        with pytest.raises(ValueError, match=f"no {name}"):
+            to_monai_state_dict(DiffusionUNet3D(**{**config, name: True}))
     definition = to_monai_definition(tiny_vq)
     theirs = ConfigParser({"net": definition}).get_parsed_content("net")
     theirs.load_state_dict(to_monai_state_dict(tiny_vq))

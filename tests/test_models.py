@@ -292,8 +292,26 @@ def test_the_sample_skip_adds_the_noisy_latent_scaled_by_channel_and_timestep(tm
     )
 
 
-def test_the_sample_skip_needs_as_many_channels_out_as_in():
-    with pytest.raises(ValueError, match="in_channels == out_channels, got 2 and 3"):
+def test_the_sample_gate_adds_the_noisy_latent_scaled_by_channel_and_place(tmp_path):
+    arguments = {"in_channels": 2, "out_channels": 2, "channels": (8, 16), "num_res_blocks": 1, "norm_num_groups": 4}
+    arguments |= {"attention_levels": (False, False), "num_class_embeds": 3, "num_head_channels": 4}
+    gated, without = DiffusionUNet3D(**arguments, sample_gate=True), DiffusionUNet3D(**arguments)
+    without.load_state_dict(gated.state_dict(), strict=False)
+    sample, labels = torch.randn(2, 2, 4, 4, 4), torch.tensor([0, 2])
+    assert torch.equal(gated(sample, 5, labels).sample, without(sample, 5, labels).sample)  # starts as no gate
+    torch.nn.init.constant_(gated.place_scale.bias, 0.5)
+    torch.testing.assert_close(gated(sample, 5, labels).sample, without(sample, 5, labels).sample + 0.5 * sample)
+    torch.nn.init.normal_(gated.place_scale.weight)
+    scales = (gated(sample, 5, labels).sample - without(sample, 5, labels).sample) / sample
+    assert scales.std(dim=(2, 3, 4)).min() > 0.1
+    gated.save_pretrained(tmp_path)
+    loaded = DiffusionUNet3D.from_pretrained(tmp_path)
+    assert torch.equal(loaded(sample, 5, labels).sample, gated(sample, 5, labels).sample)
+
+
+@pytest.mark.parametrize("option", ["sample_skip", "sample_gate"])
+def test_the_sample_skip_and_gate_need_as_many_channels_out_as_in(option):
+    with pytest.raises(ValueError, match=f"{option} needs in_channels == out_channels, got 2 and 3"):
         DiffusionUNet3D(
             in_channels=2,
             out_channels=3,
@@ -302,5 +320,5 @@ def test_the_sample_skip_needs_as_many_channels_out_as_in():
             attention_levels=(False,),
             num_head_channels=8,
             num_res_blocks=1,
-            sample_skip=True,
+            **{option: True},
         )

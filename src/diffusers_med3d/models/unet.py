@@ -45,6 +45,9 @@ class DiffusionUNet3D(
             timestep: the c_skip of Karras et al. 2022, arXiv 2206.00364, equation 7, which they compute from the one
             variance of their data and which here differs between latent channels. A network that is narrow for its
             latents then need not hand their noise through its layers.
+        sample_gate: add the noisy latent once more, times a factor per channel *and place* that a second last
+            convolution reads from the same features as the prediction. How much of a noisy latent is noise depends on
+            what stands there (background is known, tissue is not), which one scale per channel cannot say.
     """
 
     _supports_gradient_checkpointing = True
@@ -64,6 +67,7 @@ class DiffusionUNet3D(
         num_class_embeds: int | None = None,
         include_fc: bool = True,
         sample_skip: bool = False,
+        sample_gate: bool = False,
     ) -> None:
         DiffusionModelUNet.__init__(
             self,
@@ -80,13 +84,19 @@ class DiffusionUNet3D(
             num_class_embeds=num_class_embeds,
             include_fc=include_fc,
         )
-        if sample_skip and in_channels != out_channels:
-            raise ValueError(f"sample_skip needs in_channels == out_channels, got {in_channels} and {out_channels}.")
+        for name, wanted in (("sample_skip", sample_skip), ("sample_gate", sample_gate)):
+            if wanted and in_channels != out_channels:
+                raise ValueError(f"{name} needs in_channels == out_channels, got {in_channels} and {out_channels}.")
         self.skip_scale = None
         if sample_skip:
             self.skip_scale = nn.Linear(self.time_embed[-1].out_features, out_channels)
             nn.init.zeros_(self.skip_scale.weight)
             nn.init.zeros_(self.skip_scale.bias)
+        self.place_scale = None
+        if sample_gate:
+            self.place_scale = nn.Conv3d(channels[0], out_channels, kernel_size=3, padding=1)
+            nn.init.zeros_(self.place_scale.weight)
+            nn.init.zeros_(self.place_scale.bias)
 
     @property
     def null_class(self) -> int | None:
@@ -149,7 +159,10 @@ class DiffusionUNet3D(
             count = len(block.resnets)
             block_residuals, residuals = residuals[-count:], residuals[:-count]
             hidden = self._call(block, hidden, block_residuals, embedding)
-        prediction = self.out(hidden)
+        hidden = self.out[:-1](hidden)
+        prediction = self.out[-1](hidden)
+        if self.place_scale is not None:
+            prediction = prediction + self.place_scale(hidden) * sample
         if self.skip_scale is not None:
             prediction = prediction + self.skip_scale(embedding)[..., None, None, None] * sample
         return DiffusionUNet3DOutput(sample=prediction) if return_dict else (prediction,)
