@@ -71,8 +71,11 @@ class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
         mean, std = self._statistics(latents)
         return (latents.float() - mean) / std
 
+    def denormalize_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``normalize_latents``."""
+        mean, std = self._statistics(latents)
+        return latents.float() * std + mean
+
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode normalised latents (B, latent_channels, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1]."""
-        mean, std = self._statistics(latents)
-        volumes = self.decode_raw((latents.float() * std + mean).to(self.dtype))
-        return volumes.float().clamp(0.0, 1.0)
+        return self.decode_raw(self.denormalize_latents(latents).to(self.dtype)).float().clamp(0.0, 1.0)

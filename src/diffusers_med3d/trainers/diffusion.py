@@ -212,15 +212,15 @@ def decoder_gain(autoencoder: AutoencoderKL3D | VQModel3D, latents: Tensor, size
         (c,) root mean square change of the decoded volume, divided by ``size``.
     """
     autoencoder.eval()
-    latents = latents.to(autoencoder.device)
+    latents = autoencoder.normalize_latents(latents.to(autoencoder.device))
     noise = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(latents) * size
-    steps = noise[:, None] * torch.tensor(autoencoder.config.latents_std).to(latents)[:, None, None, None]
-    volume = autoencoder.decode_raw(latents)
+    volume = autoencoder.decode_raw(autoencoder.denormalize_latents(latents))
     gains = []
     for channel in range(latents.shape[1]):
         perturbed = latents.clone()
-        perturbed[:, channel] += steps[:, channel]
-        gains.append((autoencoder.decode_raw(perturbed) - volume).square().mean().sqrt().cpu() / size)
+        perturbed[:, channel] += noise
+        change = autoencoder.decode_raw(autoencoder.denormalize_latents(perturbed)) - volume
+        gains.append(change.square().mean().sqrt().cpu() / size)
     return torch.stack(gains)
 
 
