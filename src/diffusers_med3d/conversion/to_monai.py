@@ -28,11 +28,13 @@ def to_monai_state_dict(model: Autoencoder | UNet, flow: bool = False) -> dict[s
         flow: the UNet is that of a rectified flow, whose velocity has the other sign in MONAI.
 
     Raises:
-        ValueError: a network that MONAI does not have (``sample_skip``, ``sample_gate``), or one with LoRA adapters.
+        ValueError: a network that MONAI does not have (``sample_skip``, ``sample_gate``, atlas), or one with LoRA.
     """
     for name in ("sample_skip", "sample_gate"):
         if isinstance(model, DiffusionUNet3D) and model.config[name]:
             raise ValueError(f"MONAI's DiffusionModelUNet has no {name}, so these weights mean nothing to it.")
+    if model.config.get("atlas_shape") is not None:
+        raise ValueError("MONAI has no atlas of latents, so its classes would not know these latents.")
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("the network carries LoRA adapters; fuse or unload them first.")
     state = {key: value.detach().cpu().clone().contiguous() for key, value in model.state_dict().items()}
@@ -45,7 +47,7 @@ def to_monai_state_dict(model: Autoencoder | UNet, flow: bool = False) -> dict[s
 def to_monai_definition(model: Autoencoder | UNet) -> dict[str, Any]:
     """MONAI's class as ``_target_`` and its arguments, as they stand in a bundle's config."""
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    for name in ("latents_mean", "latents_std", "sample_skip", "sample_gate"):
+    for name in ("latents_mean", "latents_std", "atlas_shape", "sample_skip", "sample_gate"):
         config.pop(name, None)
     definition: dict[str, Any] = {"spatial_dims": 3, **config}
     if isinstance(model, VQModel3D):

@@ -105,7 +105,9 @@ def _fingerprint(volumes: VolumeDataset, autoencoder: torch.nn.Module, *settings
     digest = hashlib.sha256(json.dumps([*settings, [item["subject"] for item in volumes]]).encode())
     for item in volumes:
         digest.update(item["volume"].as_tensor().contiguous().numpy().tobytes())
-    for part in tensor_bytes(sorted(autoencoder.state_dict().items())):
+    state = autoencoder.state_dict()
+    state.pop("latents_atlas", None)  # what is cached is raw
+    for part in tensor_bytes(sorted(state.items())):
         digest.update(part)
     return digest.hexdigest()
 

@@ -51,6 +51,7 @@ class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
         use_convtranspose: upsample with transposed convolutions instead of nearest neighbour and convolution.
         include_fc: attention ends in a linear layer; networks of MONAI's GenerativeModels were trained without.
         latents_mean, latents_std: per-channel statistics of the raw latents over the training set.
+        atlas_shape: size (x, y, z) of the atlas of the latents, see ``NormalizedLatentsMixin``; None for none.
     """
 
     _supports_gradient_checkpointing = True
@@ -72,6 +73,7 @@ class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
         include_fc: bool = True,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        atlas_shape: Sequence[int] | None = None,
     ) -> None:
         AutoencoderKL.__init__(
             self,
@@ -91,3 +93,4 @@ class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
         )
         self.downsample_factor = 2 ** (len(channels) - 1)
         self.latent_channels = latent_channels
+        self._add_atlas(atlas_shape)

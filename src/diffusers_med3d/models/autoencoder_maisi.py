@@ -90,6 +90,7 @@ class AutoencoderKLMaisi3D(KLCodecMixin, ModelMixin, AutoencoderKlMaisi, ConfigM
                 setattr(self.get_submodule(parent), child, same)
         self.downsample_factor = 2 ** (len(channels) - 1)
         self.latent_channels = latent_channels
+        self._add_atlas(None)
         self.set_num_splits(num_splits)
 
     def set_num_splits(self, num_splits: int) -> None:

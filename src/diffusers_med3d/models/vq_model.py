@@ -36,6 +36,7 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
         commitment_cost: weight of the commitment loss.
         decay: decay of the codebook's moving average.
         latents_mean, latents_std: per-channel statistics of the encoder output over the training set.
+        atlas_shape: size (x, y, z) of the atlas of the latents, see ``NormalizedLatentsMixin``; None for none.
     """
 
     _supports_gradient_checkpointing = True
@@ -55,6 +56,7 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
         decay: float = 0.99,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        atlas_shape: Sequence[int] | None = None,
     ) -> None:
         VQVAE.__init__(
             self,
@@ -73,6 +75,7 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
         )
         self.downsample_factor = 2 ** len(channels)
         self.latent_channels = embedding_dim
+        self._add_atlas(atlas_shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *args: Any, **kwargs: Any) -> Self:
         super()._apply(fn, *args, **kwargs)

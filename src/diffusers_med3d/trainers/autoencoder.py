@@ -48,6 +48,13 @@ class AutoencoderConfig(Med3DConfig):
             "generated first, and the many of fine detail are as loud as the noise schedule expects."
         },
     )
+    latent_atlas: bool = field(
+        default=True,
+        metadata={
+            "help": "Subtract from latents what all scans have in common at a place. For scans in one frame, such as "
+            "heads; where the same place shows other anatomy in every scan it does nothing."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,24 +237,32 @@ class AutoencoderTrainer(Med3DTrainer):
         return torch.cat(indices).unique().numel() / self.autoencoder.num_embeddings
 
     @torch.no_grad()
-    def latent_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every latent channel over the whole training set, posterior noise included."""
-        total, squares, count = 0.0, 0.0, 0
+    def latent_statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What normalises latents, over the whole training set with the posterior's noise: see ``AutoencoderConfig``.
+
+        Returns:
+            mean (c,), standard deviation (c,) of what is left after mean and atlas, and atlas (c, x, y, z) or None.
+        """
+        total, squares = 0.0, 0.0
         self.autoencoder.eval()
         for item in self.train_volumes:
-            mean, sigma = self.autoencoder.encode_moments(item["volume"].as_tensor()[None].to(self.args.device))
-            mean, sigma = mean.double().flatten(2), sigma.double().flatten(2)
-            total = total + mean.sum(dim=(0, 2)).cpu()
-            squares = squares + (mean.square() + sigma.square()).sum(dim=(0, 2)).cpu()
-            count += mean.shape[0] * mean.shape[2]
-        mean = total / count
-        return mean.float(), (squares / count - mean.square()).sqrt().float()
+            moments = self.autoencoder.encode_moments(item["volume"].as_tensor()[None].to(self.args.device))
+            mean, sigma = (moment[0].double().cpu() for moment in moments)
+            total = total + mean / len(self.train_volumes)
+            squares = squares + (mean.square() + sigma.square()).mean(dim=(1, 2, 3)) / len(self.train_volumes)
+        mean = total.mean(dim=(1, 2, 3))
+        if self.args.latent_atlas:
+            atlas = total - mean[:, None, None, None]
+            variance = squares - total.square().mean(dim=(1, 2, 3))
+        else:
+            atlas, variance = None, squares - mean.square()
+        std = variance.sqrt()
+        if self.args.latent_scaling == "global":
+            std = std.median().expand_as(std)
+        return mean.float(), std.float(), atlas if atlas is None else atlas.float()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the autoencoder with its latent statistics."""
-        mean, std = self.latent_statistics()
-        if self.args.latent_scaling == "global":
-            std = std.median().expand_as(std)
-        self.autoencoder.set_latent_statistics(mean, std)
+        self.autoencoder.set_latent_statistics(*self.latent_statistics())
         hub.forget_local_paths(self.autoencoder)
         self.autoencoder.save_pretrained(folder)
