@@ -77,6 +77,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 state = PartialState()
 out = Path(sys.argv[sys.argv.index("--output_dir") + 1])
 (out / f"rank-{state.process_index}").write_text(f"{state.num_processes} {state.backend} {state.local_process_index}")
+state.destroy_process_group()  # a process that exits with its process group alive may abort
 """
 
 

@@ -1,4 +1,5 @@
 import asyncio
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.lora import LORA_FILE
+from diffusers_med3d.rl import clipped_loss, group_advantages, log_prob, rollout, transition
+from diffusers_med3d.trainers import ddpo
 from diffusers_med3d.trainers.ddpo import DDPOTrainer
 from diffusers_med3d.trainers.ddpo_config import DDPOConfig
 from diffusers_med3d.trainers.lora import add_lora, default_targets
@@ -114,13 +117,14 @@ def test_a_reward_that_can_be_reached_rises(tiny_pipeline, tmp_path):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_ratio_is_one_before_the_first_update_of_every_rollout(tiny_pipeline, tmp_path, guidance_scale, bf16):
-    """P1, P8 (bf16), P11 (guidance in rollout and update)."""
+    """P1, P8 (bf16), P11 (guidance in rollout and update); the reference is asked in the same way (P20)."""
     tiny_pipeline.register_to_config(volume_shape=[32, 32, 32])  # wide enough for bf16, see trainers/base.py
     trainer = make_trainer(tiny_pipeline, tmp_path, guidance_scale=guidance_scale, bf16=bf16, max_steps=6)
     trainer.train()
     deviations = [log["ratio/first_step"] for log in training_logs(trainer) if "ratio/first_step" in log]
     assert len(deviations) == 3  # two updates per rollout, the first of each is on-policy
     assert max(deviations) < 1e-6
+    assert training_logs(trainer)[0]["kl"] == 0.0 < training_logs(trainer)[-1]["kl"]
     for log in training_logs(trainer):
         assert ("ratio/max_deviation" in log) == ("clip_ratio" in log)  # logged after an update, where epsilon can act
         if "clip_ratio" in log:
@@ -152,10 +156,12 @@ def test_dropout_is_off_in_rollout_and_update(tiny_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", ["ddpm", "flow", "all stochastic", "subset", "shared noise", "own noise", "offload", "no labels"]
+    "kind",
+    ["ddpm", "flow", "less noise", "all stochastic", "subset", "shared noise", "own noise", "offload", "no labels"],
 )
 def test_variants_of_the_rollout_train_with_a_ratio_of_one(tiny_pipeline, tmp_path, kind):
     options = {
+        "less noise": {"eta": 0.5, "beta": 0.0},
         "all stochastic": {"sde_window_size": 0},
         "subset": {"sde_window_size": 0, "timestep_fraction": 0.5},
         "shared noise": {"share_initial_noise": True},
@@ -187,9 +193,26 @@ def test_training_again_starts_with_a_new_rollout(tiny_pipeline, tmp_path):
 def test_the_kl_is_zero_at_the_start_and_grows(tiny_pipeline, tmp_path):
     """P20."""
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=4)
+    honest, expected = trainer.compute_loss, []
+
+    def record(model, inputs):
+        t, states, labels = inputs["timestep"], inputs["states"], inputs["labels"]
+        with torch.no_grad():
+            policy, reference = (
+                transition(trainer.scheduler, unet(states, t, labels).sample, t, states)
+                for unet in (model, trainer.reference)
+            )
+        normal = torch.distributions.Normal
+        kl = torch.distributions.kl_divergence(*(normal(step.mean, step.std) for step in (policy, reference)))
+        expected.append(kl.mean().item())
+        return honest(model, inputs)
+
+    trainer.compute_loss = record
     trainer.train()
     kl = [log["kl"] for log in training_logs(trainer)]
     assert kl[0] == 0.0 and kl[-1] > 0.0
+    means = torch.tensor(expected).view(4, 2).mean(1)  # two trained steps per optimizer step
+    assert kl == pytest.approx(means.tolist(), rel=1e-3, abs=1e-9)
 
 
 def test_beta_changes_the_gradient(tiny_pipeline, tmp_path):
@@ -220,8 +243,7 @@ def test_optimizer_steps_are_counted_in_samples_not_in_timesteps(tiny_pipeline, 
     assert trainer.state.global_step == 2
 
 
-def gradient_of_one_step(pipeline, folder, **options):
-    trainer = make_trainer(pipeline, folder, max_steps=1, max_grad_norm=0.0, learning_rate=0.0, **options)
+def gradient_of_one_step(trainer):
     gradients = {}
 
     def keep(*args, **kwargs):
@@ -232,17 +254,32 @@ def gradient_of_one_step(pipeline, folder, **options):
     return gradients
 
 
-def test_accumulated_gradients_are_those_of_the_full_batch(tiny_pipeline, tmp_path):
-    """P18: 12 samples at once, or 4 batches of 3, give the same gradient."""
-    whole = gradient_of_one_step(
-        tiny_pipeline, tmp_path, per_device_train_batch_size=12, steps_per_generation=1, gradient_accumulation_steps=1
-    )
-    parts = gradient_of_one_step(
-        tiny_pipeline, tmp_path, per_device_train_batch_size=3, steps_per_generation=4, gradient_accumulation_steps=4
-    )
-    for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=2e-3, atol=2e-3 * float(gradient.abs().max()) + 1e-5)
-    assert max(gradient.abs().max() for gradient in whole.values()) > 0.1
+@pytest.mark.parametrize(("batch_size", "batches"), [(12, 1), (3, 4)])
+def test_the_gradient_of_a_step_is_that_of_the_mean_over_all_samples_and_trained_steps(
+    tiny_pipeline, tmp_path, batch_size, batches
+):
+    """P18: 12 samples at once, or 4 batches of 3; never a sum over batches or timesteps."""
+    trainer = make_trainer(
+        tiny_pipeline, tmp_path, max_steps=1, max_grad_norm=0.0, learning_rate=0.0, beta=0.0,
+        per_device_train_batch_size=batch_size, steps_per_generation=batches, gradient_accumulation_steps=batches,
+    )  # fmt: skip
+    gradients = gradient_of_one_step(trainer)
+    losses = []
+    for chunk in trainer._chunks:
+        path = chunk.trajectory
+        for w, index in enumerate(path.steps):
+            t = int(trainer.scheduler.timesteps[index])
+            step = transition(
+                trainer.scheduler, trainer.model(path.states[w], t, chunk.labels).sample, t, path.states[w]
+            )
+            new = log_prob(path.next_states[w], step)
+            losses.append(clipped_loss(new, path.log_probs[w], chunk.advantages, trainer.args.epsilon)[0])
+    assert sum(len(loss) for loss in losses) == 12 * 2
+    names, parameters = zip(*trainer.model.named_parameters(), strict=True)
+    expected = torch.autograd.grad(torch.cat(losses).mean(), parameters)
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(gradients[name], gradient, rtol=2e-3, atol=2e-3 * float(gradient.abs().max()) + 1e-5)
+    assert max(gradient.abs().max() for gradient in expected) > 0.1
 
 
 @pytest.mark.parametrize(("accumulation", "rollouts"), [(1, 1), (2, 2)])
@@ -333,6 +370,31 @@ def test_a_brighter_sample_of_a_condition_has_the_higher_advantage(tiny_pipeline
     for label in range(3):
         assert (labels == label).sum() == 4
         assert torch.equal(seen[0][labels == label].argsort(), advantages[labels == label].argsort())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale_rewards": "group", "advantage_clip": 0.7},
+        {"multi_objective_aggregation": "sum_then_normalize", "reward_weights": [1.0, 3.0]},
+    ],
+)
+def test_advantages_are_those_of_the_options(tiny_pipeline, tmp_path, options):
+    """P14, P23: which rewards count how much, and where advantages are clipped."""
+    seen = []
+
+    def recorded(volumes, **conditions):
+        seen.append(torch.stack([brightness(volumes), torch.tensor(contrast(volumes))], dim=1))
+        return seen[-1][:, 0]
+
+    trainer = make_trainer(tiny_pipeline, tmp_path, [recorded, contrast], max_steps=1, **options)
+    trainer.train()
+    grouped = seen[0].view(4, 3, 2).transpose(0, 1).reshape(12, 2)  # samples 0, 3, 6, 9 are of one condition
+    names = {"multi_objective_aggregation": "aggregation", "reward_weights": "weights", "advantage_clip": "clip"}
+    expected = group_advantages(grouped, 4, **{names.get(name, name): value for name, value in options.items()})
+    advantages = torch.cat([chunk.advantages for chunk in trainer._chunks])
+    torch.testing.assert_close(advantages, expected.values.view(3, 4).T.reshape(-1))
+    assert not torch.allclose(expected.values, group_advantages(grouped, 4).values, atol=1e-2)
 
 
 def test_two_rewards_of_one_name_are_told_apart(tiny_pipeline, tmp_path):
@@ -555,11 +617,18 @@ def test_tensorboard_gets_the_rewards(tiny_pipeline, tmp_path):
     assert any(tag.endswith("rewards/brightness/mean") for tag in tags) and any(tag.endswith("kl") for tag in tags)
 
 
-def test_trajectories_are_offloaded_and_only_one_rollout_is_kept(tiny_pipeline, tmp_path):
-    """P24."""
+def test_trajectories_are_offloaded_and_only_one_rollout_is_kept(tiny_pipeline, tmp_path, monkeypatch):
+    """P24; where the device is a CPU, only what `rollout` is told shows that they are offloaded."""
+    told = []
+
+    def record(*args, **kwargs):
+        told.append(inspect.signature(rollout).bind(*args, **kwargs).arguments.get("storage_device"))
+        return rollout(*args, **kwargs)
+
+    monkeypatch.setattr(ddpo, "rollout", record)
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=4, offload_trajectories=True, sde_window_size=1)
     trainer.train()
-    assert len(trainer._chunks) == 2
+    assert len(trainer._chunks) == 2 and set(told) == {"cpu"}
     for chunk in trainer._chunks:
         assert chunk.trajectory.states.shape == (1, 6, 4, 4, 4, 4) and chunk.trajectory.states.device.type == "cpu"
 

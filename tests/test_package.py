@@ -11,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from diffusers_med3d.hub import CHECKPOINTS, bundled_names
 
@@ -138,9 +140,11 @@ def test_private_interfaces_of_others_are_imported_in_one_place(private, place):
     assert [name for name, text in sources().items() if re.search(rf"import .*\b{private}\b", text)] == [place]
 
 
-def test_nothing_in_the_package_unpickles():
+def test_nothing_in_the_package_or_its_scripts_unpickles():
     """PITFALLS P10: foreign weights come as safetensors, our own training state with weights_only=True."""
-    for name, text in sources().items():
+    scripts = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    assert scripts
+    for name, text in {**sources(), **scripts}.items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 harmless = ast.unparse(node) == "from pickle import UnpicklingError"  # to say what was refused
@@ -149,10 +153,14 @@ def test_nothing_in_the_package_unpickles():
                 assert "weights_only=True" in ast.unparse(node), name
 
 
-def test_bundled_checkpoints_are_small_safetensors():
+def test_bundled_checkpoints_are_small_safetensors_in_fp16():
+    """PITFALLS P21: a small fine-tuning update would not survive bfloat16."""
     files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".png"}
     assert sum(path.stat().st_size for path in files) <= 60 * 2**20
+    for path in files:
+        if path.suffix == ".safetensors":
+            assert {tensor.dtype for tensor in load_file(path).values()} <= {torch.float16, torch.int64}, path
 
 
 @pytest.mark.skipif("brain-t1" not in bundled_names(), reason="no bundled generator in this checkout")

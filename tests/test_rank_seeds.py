@@ -32,6 +32,7 @@ for checkpoint in (None, str(output / "checkpoint-2")):
     runs.append({"seen": trainer.seen, "weights": weights(trainer).tolist()})
 answer = {"world": dist.get_world_size(), "runs": runs}
 (output / f"rank-{dist.get_rank()}.json").write_text(json.dumps(answer))
+dist.destroy_process_group()  # a process that exits with its process group alive may abort
 """
 
 

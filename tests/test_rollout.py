@@ -106,7 +106,7 @@ def test_dropout_in_the_update_would_be_seen(policy):
     assert (ratio - 1).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_states_are_stored_in_float32_even_if_the_network_answers_in_half(policy, dtype):
     """P2."""
     scheduler = make_scheduler()
