@@ -88,6 +88,8 @@ def main() -> None:
             num_class_embeds=len(data.class_names) + 1,
             sample_skip=model.sample_skip,
             sample_gate=model.sample_gate,
+            num_modes=model.num_modes,
+            mode_shape=autoencoder.latent_shape(data.volume_shape) if model.num_modes else None,
         )
     pipeline = MedDiffusion3DPipeline(
         vae=autoencoder,

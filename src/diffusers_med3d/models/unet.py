@@ -48,6 +48,11 @@ class DiffusionUNet3D(
         sample_gate: add the noisy latent once more, times a factor per channel *and place* that a second last
             convolution reads from the same features as the prediction. How much of a noisy latent is noise depends on
             what stands there (background is known, tissue is not), which one scale per channel cannot say.
+        num_modes: principal components of the training latents (Cootes et al. 1995, active shape models) that the
+            network knows, 0 for none. It sees a noisy latent beside its projection on them, each component shrunk by
+            a learned function of the timestep: what is left of a whole subject's shape under noise that hides every
+            single place. Convolutions, which treat all places alike, learn such patterns slowly. Set by ``set_modes``.
+        mode_shape: size (x, y, z) of the latents that have these components; the network then takes no other size.
     """
 
     _supports_gradient_checkpointing = True
@@ -68,11 +73,13 @@ class DiffusionUNet3D(
         include_fc: bool = True,
         sample_skip: bool = False,
         sample_gate: bool = False,
+        num_modes: int = 0,
+        mode_shape: Sequence[int] | None = None,
     ) -> None:
         DiffusionModelUNet.__init__(
             self,
             spatial_dims=3,
-            in_channels=in_channels,
+            in_channels=2 * in_channels if num_modes else in_channels,
             out_channels=out_channels,
             num_res_blocks=num_res_blocks,
             channels=tuple(channels),
@@ -87,16 +94,45 @@ class DiffusionUNet3D(
         for name, wanted in (("sample_skip", sample_skip), ("sample_gate", sample_gate)):
             if wanted and in_channels != out_channels:
                 raise ValueError(f"{name} needs in_channels == out_channels, got {in_channels} and {out_channels}.")
-        self.skip_scale = None
+        if num_modes and mode_shape is None:
+            raise ValueError(f"num_modes={num_modes} needs mode_shape, the spatial size of the latents.")
+        embedding_size, shortcuts = self.time_embed[-1].out_features, 2 * out_channels if num_modes else out_channels
+        self.skip_scale = self.place_scale = self.mode_scale = None
         if sample_skip:
-            self.skip_scale = nn.Linear(self.time_embed[-1].out_features, out_channels)
-            nn.init.zeros_(self.skip_scale.weight)
-            nn.init.zeros_(self.skip_scale.bias)
-        self.place_scale = None
+            self.skip_scale = _zeros(nn.Linear(embedding_size, shortcuts))
         if sample_gate:
-            self.place_scale = nn.Conv3d(channels[0], out_channels, kernel_size=3, padding=1)
-            nn.init.zeros_(self.place_scale.weight)
-            nn.init.zeros_(self.place_scale.bias)
+            self.place_scale = _zeros(nn.Conv3d(channels[0], shortcuts, kernel_size=3, padding=1))
+        self.register_buffer("modes", torch.zeros(num_modes, in_channels, *mode_shape) if num_modes else None)
+        if num_modes:
+            self.mode_scale = _zeros(nn.Linear(embedding_size, num_modes))
+            nn.init.constant_(self.mode_scale.bias, 0.3)
+
+    def set_modes(self, latents: torch.Tensor) -> None:
+        """Take the ``num_modes`` principal components of latents about zero, (N, in_channels, *mode_shape).
+
+        With N below ``num_modes`` the others stay zero. Normalised latents have zero mean.
+        """
+        if self.modes is None or latents.shape[1:] != self.modes.shape[1:]:
+            wanted = None if self.modes is None else tuple(self.modes.shape[1:])
+            raise ValueError(f"latents must be (N, *{wanted}) for this network's modes, got {tuple(latents.shape)}.")
+        rows = latents.flatten(1).to(self.modes.device, torch.float32)
+        variances, combinations = torch.linalg.eigh(rows @ rows.T)  # in rising order
+        kept = min(len(rows), len(self.modes))
+        components = combinations.flip(1)[:, :kept].T @ rows
+        self.modes.zero_()
+        self.modes[:kept] = nn.functional.normalize(components).unflatten(1, self.modes.shape[1:]).to(self.modes.dtype)
+
+    def _whole_shape(self, sample: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        if sample.shape[2:] != self.modes.shape[2:]:
+            raise ValueError(
+                f"this network has principal components of latents of size {tuple(self.modes.shape[2:])} and takes no "
+                f"other, got {tuple(sample.shape[2:])}."
+            )
+        with torch.autocast(sample.device.type, enabled=False):
+            components = self.modes.flatten(1).float()
+            weights = sample.flatten(1).float() @ components.T
+            weights = weights * self.mode_scale(embedding.to(self.mode_scale.weight.dtype)).float()
+            return (weights @ components).view_as(sample).to(sample.dtype)
 
     @property
     def null_class(self) -> int | None:
@@ -149,7 +185,10 @@ class DiffusionUNet3D(
         if class_labels is not None:
             embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
 
-        hidden = self.conv_in(sample)
+        inputs = sample
+        if self.modes is not None:
+            inputs = torch.cat([sample, self._whole_shape(sample, embedding)], dim=1)
+        hidden = self.conv_in(inputs)
         residuals = [hidden]
         for block in self.down_blocks:
             hidden, block_residuals = self._call(block, hidden, embedding)
@@ -161,8 +200,16 @@ class DiffusionUNet3D(
             hidden = self._call(block, hidden, block_residuals, embedding)
         hidden = self.out[:-1](hidden)
         prediction = self.out[-1](hidden)
-        if self.place_scale is not None:
-            prediction = prediction + self.place_scale(hidden) * sample
-        if self.skip_scale is not None:
-            prediction = prediction + self.skip_scale(embedding)[..., None, None, None] * sample
+        for scale in (
+            None if self.place_scale is None else self.place_scale(hidden),
+            None if self.skip_scale is None else self.skip_scale(embedding)[..., None, None, None],
+        ):
+            if scale is not None:
+                prediction = prediction + (scale * inputs).unflatten(1, (-1, sample.shape[1])).sum(dim=1)
         return DiffusionUNet3DOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def _zeros(layer: nn.Linear | nn.Conv3d) -> nn.Linear | nn.Conv3d:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer

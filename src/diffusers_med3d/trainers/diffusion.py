@@ -94,6 +94,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
             )
             if eval_dataset is not None:
                 self.eval_latents = LatentDataset(eval_dataset, model.vae, cache / "eval.safetensors", copies=1)
+        if getattr(model.unet, "modes", None) is not None and not model.unet.modes.any():
+            model.unet.set_modes(model.vae.normalize_latents(self.latents.mean.flatten(0, 1).float()))
         self.channel_weights = torch.ones(model.vae.latent_channels)
         if args.image_weighting:
             gain = decoder_gain(model.vae, self.latents.mean[:1, 0].float())
