@@ -1,6 +1,8 @@
 """DiffusionUNetMaisi3D: MONAI's DiffusionModelUNetMaisi, with the conditions it and its relatives take."""
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -157,9 +159,9 @@ class DiffusionUNetMaisi3D(
             if name in REGION_INPUTS:
                 encoded[name] = torch.tensor([_region(name, entry) for entry in values])
             else:
-                encoded[name] = torch.tensor([float(entry) for entry in values])
+                encoded[name] = torch.tensor([float(e) if isinstance(e, Real) else math.nan for e in values])
                 if not torch.isfinite(encoded[name]).all():
-                    raise ValueError(f"condition {name!r} must be finite, got {value}.")
+                    raise ValueError(f"condition {name!r} must be finite numbers, got {value!r}.")
         return encoded
 
     def _check_conditions(
