@@ -1,17 +1,19 @@
 """Conditions besides the class (spacing, regions, numbers) in the trainers: diffusers_med3d.trainers.conditions."""
 
 import copy
+import json
 
 import datasets
 import pytest
 import torch
 from peft import LoraConfig
 
-from conftest import SPACING, VOLUME_SHAPE, awaken
+from conftest import SPACING, VOLUME_SHAPE, awaken, run_example
 from diffusers_med3d import DDPOConfig, DDPOTrainer, DiffusionUNetMaisi3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.reading import read_scans
 from diffusers_med3d.evaluation import check_pipeline
+from diffusers_med3d.flow import flow_scheduler
 from diffusers_med3d.trainers.conditions import call_arguments, encode_rows
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer
 from diffusers_med3d.trainers.spectrum_data import SpectrumDataset, build_spectrum
@@ -258,6 +260,38 @@ def test_scans_without_a_condition_are_refused_before_anything_is_encoded(with_o
     with pytest.raises(ValueError, match="unknown class 'young'"):
         latent_trainer(with_other, read(scan_folder, class_names=("young", "middle", "old")), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_script_goes_on_from_a_maisi_pipeline(tiny_vae, brains_folder, tmp_path, monkeypatch):
+    unet = DiffusionUNetMaisi3D(
+        channels=(8, 16), num_res_blocks=1, attention_levels=(False, True), num_head_channels=8, norm_num_groups=8,
+        num_class_embeds=4, context_names=["age"],
+    )  # fmt: skip
+    names = {"ct": 1, "other": 2, "mri": 3}
+    start = MedDiffusion3DPipeline(tiny_vae, unet, flow_scheduler(1.5), VOLUME_SHAPE, SPACING, class_names=names)
+    start.save_pretrained(tmp_path / "start")
+    (tmp_path / "start" / "training_subjects.json").write_text('["somebody else"]')
+    split = {
+        "train": ["sub-01", "sub-06"],
+        "validation": ["sub-05"],
+        "test": [],
+        "folds": {"a": ["sub-01"], "b": ["sub-06"]},
+    }
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    run_example(
+        monkeypatch, "train_diffusion.py", "--data_dir", brains_folder, "--split_file", tmp_path / "split.json",
+        "--volume_shape", 16, 16, 16, "--spacing", 12, 12, 12, "--class_names", *names, "--init_from",
+        tmp_path / "start", "--autoencoder", tmp_path / "start" / "vae", "--output_dir", tmp_path / "out",
+        "--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_samples", 0, "--copies", 1, "--logging_steps", 1,
+        "--ema_decay", 0, "--report_to", "none",
+    )  # fmt: skip
+    trained = MedDiffusion3DPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(trained.unet, DiffusionUNetMaisi3D) and trained.config.class_names == names
+    assert trained.scheduler.config.shift == 1.5
+    moved = [not torch.equal(p, q) for p, q in zip(trained.unet.parameters(), unet.parameters(), strict=True)]
+    assert any(moved)
+    subjects = json.loads((tmp_path / "out" / "training_subjects.json").read_text())
+    assert subjects == ["somebody else", "sub-01", "sub-06"]
 
 
 def test_a_generator_that_takes_more_than_a_class_is_refused_by_the_evaluation(tiny_maisi):
