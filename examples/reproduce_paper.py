@@ -383,7 +383,6 @@ def controls(e: Experiment) -> dict[str, Any]:
             f"controls/continued-{rate:g}",
             words,
             {
-                "prediction_type": e.base.scheduler.config.prediction_type,
                 "learning_rate": rate,
                 "per_device_train_batch_size": budget.batch_size,
                 "max_steps": steps,

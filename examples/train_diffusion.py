@@ -30,7 +30,11 @@ class ModelArguments:
         default=None, metadata={"help": "Subfolder, such as vae when --autoencoder is a whole pipeline."}
     )
     init_from: str | None = field(
-        default=None, metadata={"help": "Local pipeline whose UNet training starts from; random weights when not set."}
+        default=None,
+        metadata={
+            "help": "Local pipeline (also one from MONAI) whose UNet training starts from, with its classes and its "
+            "noise schedule; random weights when not set."
+        },
     )
     part: str = field(default="train", metadata={"help": "Part of the split to train on: train, or its fold a or b."})
     prediction_type: str = field(
@@ -82,7 +86,8 @@ def main() -> None:
     set_seed(args.seed)
     autoencoder = AutoModel.from_pretrained(resolve(model.autoencoder), subfolder=model.autoencoder_subfolder)
     if model.init_from:
-        unet = DiffusionUNet3D.from_pretrained(resolve(model.init_from), subfolder="unet")
+        start = MedDiffusion3DPipeline.from_pretrained(model.init_from)
+        unet, scheduler, class_names = start.unet, start.scheduler, start.config.class_names
     else:
         unet = DiffusionUNet3D(
             in_channels=autoencoder.latent_channels,
@@ -98,13 +103,14 @@ def main() -> None:
             num_modes=model.num_modes,
             mode_shape=autoencoder.latent_shape(data.volume_shape) if model.num_modes else None,
         )
+        scheduler, class_names = default_scheduler(model.prediction_type, model.shift), data.class_names
     pipeline = MedDiffusion3DPipeline(
         vae=autoencoder,
         unet=unet,
-        scheduler=default_scheduler(model.prediction_type, model.shift),
+        scheduler=scheduler,
         volume_shape=data.volume_shape,
         spacing=data.spacing,
-        class_names=data.class_names,
+        class_names=class_names,
         channel_names=model.channel_names,
         intensity="0: background; 1: the scan's 99.5th percentile above 0",
     )

@@ -333,7 +333,7 @@ def test_async_and_plain_rewards_with_missing_scores_are_weighed(tiny_pipeline, 
     trainer = make_trainer(tiny_pipeline, tmp_path, [slow, contrast], reward_weights=[1.0, 0.5], max_steps=1)
     trainer.train()
     assert seen["shape"] == (12, 1, 16, 16, 16) and sorted(seen["labels"]) == [0] * 4 + [1] * 4 + [2] * 4
-    assert seen["labels"] == torch.cat([chunk.labels for chunk in trainer._chunks]).tolist()
+    assert seen["labels"] == torch.cat([chunk.conditions.class_labels for chunk in trainer._chunks]).tolist()
     assert trainer._chunks[0].advantages[0] == 0 and (trainer._chunks[0].advantages[1:] != 0).all()
     log = training_logs(trainer)[0]
     assert log["rewards/unscored"] == pytest.approx(1 / 12)
@@ -365,7 +365,7 @@ def test_a_brighter_sample_of_a_condition_has_the_higher_advantage(tiny_pipeline
 
     trainer = make_trainer(tiny_pipeline, tmp_path, [recorded], max_steps=1)
     trainer.train()
-    labels = torch.cat([chunk.labels for chunk in trainer._chunks])
+    labels = torch.cat([chunk.conditions.class_labels for chunk in trainer._chunks])
     advantages = torch.cat([chunk.advantages for chunk in trainer._chunks])
     for label in range(3):
         assert (labels == label).sum() == 4

@@ -23,6 +23,7 @@ from .files import write_json, write_whole
 from .metrics import Extractor, Interval, Report, VolumeSet, bootstrap_interval, evaluate
 from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
 from .spectrum import DAMAGES, FULL_SAMPLE, HALF_SWAP, HALF_SWAP_SEVERITY, ROUND_TRIP, damage, partial_noising
+from .trainers.conditions import condition_names, labels_of_scans
 from .trainers.spectrum_data import fingerprint, level_name, seeded
 
 SETTINGS = "settings.json"
@@ -144,11 +145,15 @@ def reload_volumes(
 
 
 def check_pipeline(pipeline: MedDiffusion3DPipeline, data: DataArguments) -> None:
-    """Refuses a generator whose grid or classes are not those that the scans are read with.
+    """Refuses a generator whose grid or classes are not those that the scans are read with, or that takes more
+    conditions than class and spacing, which a `VolumeSet` does not have.
 
     Raises:
         ValueError: with both; another grid would need resampling, which alone moves scans from themselves.
     """
+    others = condition_names(pipeline)
+    if others:
+        raise ValueError(f"volumes are evaluated by class; this generator also takes {others}, which no set carries.")
     for name, flag in (("volume_shape", "--volume_shape"), ("spacing", "--spacing")):
         made, read = [float(v) for v in pipeline.config[name]], [float(v) for v in getattr(data, name)]
         if made != read:
@@ -210,9 +215,8 @@ def sample_volumes(
     with tqdm(total=len(mine), desc="sampling", unit="volume", disable=not mine) as progress:
         for start in range(0, len(mine), batch_size):
             chunk = mine[start : start + batch_size]
-            classes = [None if label == len(data.class_names) else label for _, _, label, _ in chunk]
             output = pipeline(
-                class_labels=None if pipeline.unet.null_class is None else classes,
+                class_labels=labels_of_scans(pipeline, [label for _, _, label, _ in chunk], data.class_names),
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 generator=[seeded("evaluation", seed, label, number) for _, seed, label, number in chunk],
@@ -289,7 +293,7 @@ def gate_versions(
                     made = partial_noising(
                         pipeline,
                         scans.volumes[rows],
-                        _class_labels(pipeline, [scans.labels[i] for i in rows]),
+                        labels_of_scans(pipeline, [scans.labels[i] for i in rows], data.class_names),
                         levels[name],
                         num_inference_steps,
                         [seeded("gate", seed, scan_names[i], levels[name]) for i in rows],
@@ -304,10 +308,6 @@ def gate_versions(
                 read.volumes, read.labels, own
             )  # names were numbered, so the order is the scans'
     return versions
-
-
-def _class_labels(pipeline: MedDiffusion3DPipeline, labels: Sequence[int]) -> list[int] | None:
-    return None if pipeline.unet.null_class is None else list(labels)
 
 
 def _damaged(scans: VolumeSet, index: int, kind: str, severity: float, seed: int) -> Tensor:

@@ -71,10 +71,11 @@ def dominance(strengths: torch.Tensor, severities: torch.Tensor, kinds: torch.Te
 def partial_noising(
     pipeline: Callable,
     volumes: torch.Tensor,
-    class_labels: Sequence[int] | None,
+    class_labels: Sequence[int | str | None] | None,
     strength: float,
     num_inference_steps: int,
     generators: list[torch.Generator],
+    conditions: Mapping[str, Sequence] | None = None,
 ) -> torch.Tensor:
     """One level of the spectrum, SDEdit (Meng et al. 2022, arXiv 2108.01073) in latent space.
 
@@ -85,6 +86,7 @@ def partial_noising(
         strength: 0 = autoencoder round-trip; 1 = full sample of the same class that never sees the scan.
         num_inference_steps: steps of a full sample; strength s takes s of them.
         generators: one per volume, so that a version does not depend on its batch.
+        conditions: as the pipeline takes them, B of each; None for a generator that takes none.
 
     Returns:
         volumes (B, C, X, Y, Z) in [0, 1], on the CPU.
@@ -93,6 +95,7 @@ def partial_noising(
         volumes=volumes,
         strength=strength,
         class_labels=class_labels,
+        conditions=conditions,
         num_inference_steps=num_inference_steps,
         generator=generators,
     )

@@ -41,7 +41,7 @@ def augment(volume: Tensor, generator: torch.Generator, max_shift: int) -> Tenso
 class LatentDataset(TorchDataset):
     """Normalised latents drawn from the cached posteriors of every scan and its augmented copies.
 
-    An item is ``{"index": int, "class_label": int}``; the training step draws latents with ``draw``. The loader reads a
+    An item is ``{"index": int}``, the scan; the training step draws latents with ``draw``. The loader reads a
     batch ahead of the step, so latents that it drew would leave the random state of a checkpoint one batch ahead, and a
     resumed run would not repeat an uninterrupted one. The cache holds raw mean and sigma (float16) and is made again
     when scans, augmentation or autoencoder changed.
@@ -67,7 +67,6 @@ class LatentDataset(TorchDataset):
         if copies < 1:
             raise ValueError(f"copies must be at least 1, got {copies}.")
         self.autoencoder, self.copies = autoencoder, copies
-        self.class_labels = [item["class_label"] for item in volumes]
         cache_file = Path(cache_file)
         fingerprint = _fingerprint(volumes, autoencoder, copies, max_shift, seed)
         cached = None
@@ -82,10 +81,10 @@ class LatentDataset(TorchDataset):
         self.mean, self.sigma = cached["mean"], cached["sigma"]  # (N, copies, c, x, y, z)
 
     def __len__(self) -> int:
-        return len(self.class_labels)
+        return len(self.mean)
 
     def __getitem__(self, index: int) -> dict[str, int]:
-        return {"index": index, "class_label": self.class_labels[index]}
+        return {"index": index}
 
     def draw(self, indices: Tensor) -> Tensor:
         """Latents of one copy of each scan: (B,) to float32 (B, c, x, y, z), with torch's global generator."""

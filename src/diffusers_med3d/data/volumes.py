@@ -17,7 +17,8 @@ class VolumeDataset(TorchDataset):
     """Volumes of some subjects, prepared once by ``volume_transform`` and kept in memory.
 
     An item is ``{"volume": MetaTensor (C, X, Y, Z) float32 in [0, 1] with its affine, "class_label": int,
-    "subject": str}``; scans of one subject stand together, subjects in sorted order.
+    "subject": str}``; scans of one subject stand together, subjects in sorted order. ``metadata`` has the other columns
+    of the source, one row per item; ``class_names`` are those of ``args``, the last label is a scan without one.
 
     Args:
         source: folder or ``datasets.Dataset`` (see ``read_scans``).
@@ -37,6 +38,8 @@ class VolumeDataset(TorchDataset):
             raise ValueError(f"{len(absent)} subject(s) of the split have no scan, the first is {absent[0]!r}.")
         transform = volume_transform(args.volume_shape, args.spacing, args.antialias)
         order = sorted((subject, i) for i, subject in enumerate(found) if subject in wanted)
+        self.metadata = rows.select([i for _, i in order]).remove_columns("nifti")
+        self.class_names = list(args.class_names)
         self.items = []
         for subject, i in tqdm(order, desc="reading scans", unit="scan"):
             row = rows[i]

@@ -1,6 +1,7 @@
 """DiffusionUNetMaisi3D: MONAI's DiffusionModelUNetMaisi, with the conditions it and its relatives take."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -157,9 +158,7 @@ class DiffusionUNetMaisi3D(
             if name in REGION_INPUTS:
                 encoded[name] = torch.tensor([_region(name, entry) for entry in values])
             else:
-                encoded[name] = torch.tensor([float(entry) for entry in values])
-                if not torch.isfinite(encoded[name]).all():
-                    raise ValueError(f"condition {name!r} must be finite, got {value}.")
+                encoded[name] = torch.tensor([_number(name, entry) for entry in values])
         return encoded
 
     def _check_conditions(
@@ -244,6 +243,12 @@ class DiffusionUNetMaisi3D(
             hidden = self._call(block, hidden, block_residuals, embedding, context)
         prediction = self.out(hidden)
         return DiffusionUNet3DOutput(sample=prediction) if return_dict else (prediction,)
+
+
+def _number(name: str, value: float) -> float:
+    if not isinstance(value, Real) or not abs(value) <= torch.finfo(torch.float32).max:  # so is NaN
+        raise ValueError(f"condition {name!r} must be a finite number, got {value!r}.")
+    return float(value)
 
 
 def _region(name: str, value: str | int) -> int:

@@ -52,12 +52,12 @@ from ..rl import (
     transition,
 )
 from .base import Med3DTrainer
+from .conditions import Conditions, call_arguments, encode_rows
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
 from .lora import add_lora, check_no_lora, enable_lora, merged
 from .scoring import RewardFunc, reward_names, score
 
-LABEL_COLUMN = "class_label"
 INITIAL, SHARED_INITIAL, STEP, EVALUATION = range(4)  # what a random stream is for; part of its seed
 REFERENCE_FILE = "reference.safetensors"
 DIVERSITY_OF = 8  # volumes; the number of pairs grows with its square
@@ -68,7 +68,7 @@ class Chunk(NamedTuple):
     """B samples that go through the network together, in the rollout and in every update."""
 
     trajectory: Trajectory
-    labels: torch.Tensor | None  # (B,)
+    conditions: Conditions
     advantages: torch.Tensor  # (B,)
 
 
@@ -110,7 +110,8 @@ class DDPOTrainer(Med3DTrainer):
             `volumes` is float32 (B, C, X, Y, Z) in [0, 1]; `conditions` are the dataset's columns as lists of B. None
             or NaN means "could not score": that sample gets zero advantage.
         args: see `DDPOConfig`.
-        train_dataset: conditions, one per row. Column `class_label` (index, name or None) conditions the generator;
+        train_dataset: conditions, one per row. Column `class_label` (index, name or None) conditions the generator, and
+            so do the columns named in `unet.condition_names` of a `DiffusionUNetMaisi3D` (but spacing: the pipeline's);
             all columns go to the reward functions. Three rows are enough: rows are used again.
         eval_dataset: conditions of the evaluation, default `train_dataset`.
         peft_config: LoRA instead of full fine-tuning; with `target_modules=None` all linear layers and convolutions but
@@ -122,7 +123,7 @@ class DDPOTrainer(Med3DTrainer):
     one process would have drawn.
 
     Raises:
-        ValueError: for a scheduler without step densities, sizes that do not divide, unknown class labels.
+        ValueError: for a scheduler without step densities, sizes that do not divide, missing or unknown conditions.
     """
 
     _name = "DDPO"
@@ -153,9 +154,9 @@ class DDPOTrainer(Med3DTrainer):
                 "train_dataset must hold at least one condition, e.g. Dataset.from_dict({'class_label': [0]})."
             )
 
-        for conditions in (train_dataset, eval_dataset):  # unknown labels are refused now, not after a rollout
-            if conditions is not None and LABEL_COLUMN in conditions.column_names:
-                pipeline.encode_class_labels(list(conditions[LABEL_COLUMN]), len(conditions))
+        for rows in (train_dataset, eval_dataset):
+            if rows is not None:
+                encode_rows(pipeline, rows)  # what cannot be asked for is refused now, not after a rollout
         check_scheduler(pipeline.scheduler, args.eta)
         pipeline.check_scheduler()
         self.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
@@ -243,17 +244,13 @@ class DDPOTrainer(Med3DTrainer):
         first = position * self.conditions_per_rollout
         return [order[(first + i) % len(order)] for i in range(self.conditions_per_rollout)]
 
-    def _labels(self, conditions: datasets.Dataset) -> torch.Tensor | None:
-        labels = conditions[LABEL_COLUMN] if LABEL_COLUMN in conditions.column_names else None
-        encoded = self.pipeline.encode_class_labels(None if labels is None else list(labels), len(conditions))
-        return None if encoded is None else encoded.to(self.accelerator.device)
-
     def _predict(
-        self, model: nn.Module, sample: torch.Tensor, timestep: int | float, labels: torch.Tensor | None
+        self, model: nn.Module, sample: torch.Tensor, timestep: int | float, asked: Conditions
     ) -> torch.Tensor:
         """The one way to ask a policy, in rollout, update and reference: same guidance, same autocast, float32 out."""
+        scale = self.args.guidance_scale
         with self.accelerator.autocast():
-            return guided_prediction(model, sample, timestep, labels, self.args.guidance_scale).float()
+            return guided_prediction(model, sample, timestep, asked.class_labels, scale, asked.others).float()
 
     def _noise(self, keys: list[tuple[int, ...]]) -> torch.Tensor:
         shape = (len(keys), *self.latent_shape)
@@ -280,15 +277,15 @@ class DDPOTrainer(Med3DTrainer):
         start = self.accelerator.process_index * self.samples_per_process
         samples = range(start, start + self.samples_per_process)
         conditions = self.train_dataset.select([rows[i % len(rows)] for i in samples])
-        labels = self._labels(conditions)
+        asked = encode_rows(self.pipeline, conditions)
         storage = "cpu" if args.offload_trajectories else None
 
-        trajectories, chunk_labels = [], []
+        trajectories, chunk_conditions = [], []
         with self._record.timed("rollout"):
             shared = self._until_window(model, index, rows, window) if args.share_initial_noise else None
             for first in range(0, len(samples), args.per_device_train_batch_size):
                 chunk = samples[first : first + args.per_device_train_batch_size]
-                own = labels[first : first + len(chunk)] if labels is not None else None
+                own = asked.take(slice(first, first + len(chunk)))
                 if shared is not None:
                     initial = shared[[i % len(rows) for i in chunk]]
                 else:
@@ -306,7 +303,7 @@ class DDPOTrainer(Med3DTrainer):
                         first_step=0 if shared is None else window.start,
                     )
                 )
-                chunk_labels.append(own)
+                chunk_conditions.append(own)
         with self._record.timed("decode"):
             volumes = torch.cat([self.decode(t.final).to(storage or t.final.device) for t in trajectories])
         with self._record.timed("reward"):
@@ -327,16 +324,16 @@ class DDPOTrainer(Med3DTrainer):
         with self._record.timed("metrics"):
             self._record_rollout(rewards, advantages.frac_zero_std, volumes, rows, samples)
         values = values.to(self.accelerator.device).split(args.per_device_train_batch_size)
-        return [Chunk(*parts) for parts in zip(trajectories, chunk_labels, values, strict=True)]
+        return [Chunk(*parts) for parts in zip(trajectories, chunk_conditions, values, strict=True)]
 
     def _until_window(self, model: nn.Module, index: int, rows: list[int], window: range) -> torch.Tensor:
         """States (P, c, x, y, z) at which the samples of each condition part; what comes before is shared."""
         noise = self._noise([(self.args.seed, index, SHARED_INITIAL, p) for p in range(len(rows))])
-        labels = self._labels(self.train_dataset.select(rows))
+        asked = encode_rows(self.pipeline, self.train_dataset.select(rows))
         states = []
         for first in range(0, len(rows), self.args.per_device_train_batch_size):
             part = slice(first, first + self.args.per_device_train_batch_size)
-            own = None if labels is None else labels[part]
+            own = asked.take(part)
             states.append(
                 deterministic_steps(
                     lambda sample, t, own=own: self._predict(model, sample, t, own),
@@ -398,7 +395,7 @@ class DDPOTrainer(Med3DTrainer):
                         "next_states": trajectory.next_states[w].to(device),
                         "log_probs": trajectory.log_probs[w],
                         "advantages": chunk.advantages,
-                        "labels": chunk.labels,
+                        "conditions": chunk.conditions,
                         "on_policy": position < accumulation,
                     }
                     loss = self.compute_loss(model, transition_inputs) / (len(trajectory.steps) * accumulation)
@@ -423,8 +420,8 @@ class DDPOTrainer(Med3DTrainer):
     ) -> torch.Tensor:
         """Clipped surrogate plus beta times KL, mean over B transitions at one timestep."""
         args, states, t = self.args, inputs["states"], inputs["timestep"]
-        reference = self._reference_transition(states, t, inputs["labels"])
-        step = transition(self.scheduler, self._predict(model, states, t, inputs["labels"]), t, states, args.eta)
+        reference = self._reference_transition(states, t, inputs["conditions"])
+        step = transition(self.scheduler, self._predict(model, states, t, inputs["conditions"]), t, states, args.eta)
         advantages = inputs["advantages"]
         losses, ratio = clipped_loss(
             log_prob(inputs["next_states"], step), inputs["log_probs"], advantages, args.epsilon
@@ -443,16 +440,16 @@ class DDPOTrainer(Med3DTrainer):
             self._record(LARGEST_RATIO, (ratio - 1).abs().max().item())
         return loss
 
-    def _reference_transition(self, states: torch.Tensor, t: int | float, labels: torch.Tensor | None):
+    def _reference_transition(self, states: torch.Tensor, t: int | float, asked: Conditions):
         if self.args.beta == 0:
             return None
         with torch.no_grad():
             if self.reference is not None:
-                output = self._predict(self.reference, states, t, labels)
+                output = self._predict(self.reference, states, t, asked)
             else:
                 enable_lora(self.model, False)
                 try:
-                    output = self._predict(self.model, states, t, labels)
+                    output = self._predict(self.model, states, t, asked)
                 finally:
                     enable_lora(self.model, True)
             return transition(self.scheduler, output, t, states, self.args.eta)
@@ -490,7 +487,6 @@ class DDPOTrainer(Med3DTrainer):
         share = -(-total // processes)
         own = [min(self.accelerator.process_index * share + i, total - 1) for i in range(share)]
         rows = conditions.select([i // num_generations for i in own])
-        labels = self._labels(rows)
         self.model.eval()
         volumes = []
         bar = tqdm(
@@ -507,7 +503,7 @@ class DDPOTrainer(Med3DTrainer):
                 keys = [(seed, 0, EVALUATION, i) for i in chunk]
                 with self.accelerator.autocast():
                     latents = sampler(
-                        class_labels=None if labels is None else labels[first : first + len(chunk)],
+                        **call_arguments(self.pipeline, rows.select(range(first, first + len(chunk)))),
                         latents=self._noise(keys),
                         num_inference_steps=self.args.eval_num_inference_steps,
                         guidance_scale=self.args.guidance_scale,
@@ -520,7 +516,7 @@ class DDPOTrainer(Med3DTrainer):
         columns = {name: list(rows[name]) for name in rows.column_names}
         rewards = score(self.reward_funcs, self.reward_names, volumes.to(self.accelerator.device), columns)
         rewards = self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()[:total]
-        return Scored(volumes, labels, rewards)
+        return Scored(volumes, encode_rows(self.pipeline, rows).class_labels, rewards)
 
     def evaluate(
         self,

@@ -1,8 +1,8 @@
 """Stage 2: pre-train the latent diffusion model."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ..flow import flow_batch, flow_scheduler, is_flow
 from ..models import AutoencoderKL3D, VQModel3D
 from ..pipeline import MedDiffusion3DPipeline
 from .base import Med3DConfig, Med3DTrainer
+from .conditions import call_arguments, encode_rows, scan_rows
 from .spectrum_data import TRAINING_SUBJECTS
 
 SAMPLE_WEIGHT_CAP = 5.0
@@ -68,9 +69,13 @@ class LatentDiffusionTrainer(Med3DTrainer):
     Args:
         model: pipeline whose ``unet`` is trained; autoencoder with latent statistics.
         args: arguments.
-        train_dataset: scans.
+        train_dataset: scans. What a `DiffusionUNetMaisi3D` takes besides class and spacing comes from the columns of
+            its names in their metadata.
         eval_dataset: validation scans, for the validation loss, KID and pictures.
         earlier_subjects: subjects that the UNet was trained on before, when training starts from another generator.
+
+    Raises:
+        ValueError: scans without a condition that the network takes, or with one that it cannot take.
     """
 
     _name = "LatentDiffusion"
@@ -87,12 +92,15 @@ class LatentDiffusionTrainer(Med3DTrainer):
         self.pipeline = model
         self.training_subjects = {item["subject"] for item in train_dataset} | set(earlier_subjects)
         self.pipeline.vae.requires_grad_(False)
+        self.conditions = encode_rows(model, scan_rows(model, train_dataset))
         cache = Path(args.output_dir) / "cache"
         with args.main_process_first(desc="encoding scans"):
             self.latents = LatentDataset(
                 train_dataset, model.vae, cache / "train.safetensors", args.copies, args.max_shift, args.seed
             )
             if eval_dataset is not None:
+                self.eval_rows = scan_rows(model, eval_dataset)
+                self.eval_conditions = encode_rows(model, self.eval_rows)
                 self.eval_latents = LatentDataset(eval_dataset, model.vae, cache / "eval.safetensors", copies=1)
         if getattr(model.unet, "modes", None) is not None and not model.unet.modes.any():
             model.unet.set_modes(model.vae.normalize_latents(self.latents.mean.flatten(0, 1).float()))
@@ -134,16 +142,14 @@ class LatentDiffusionTrainer(Med3DTrainer):
         return error.mean()
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
-        """Denoising loss of one batch {"index": (B,), "class_label": (B,)}."""
-        latents, labels = self.latents.draw(inputs["index"]).to(self.args.device), inputs["class_label"]
-        null_class = self.pipeline.unet.null_class
-        if null_class is None:
-            labels = None
-        else:
+        """Denoising loss of one batch {"index": (B,)}."""
+        latents = self.latents.draw(inputs["index"]).to(self.args.device)
+        labels, others = self.conditions.take(inputs["index"].cpu())
+        if labels is not None:
             dropped = torch.rand(labels.shape, device=labels.device) < self.args.class_dropout
-            labels = torch.where(dropped, null_class, labels)
+            labels = torch.where(dropped, self.pipeline.unet.null_class, labels)
         shift = torch.rand((), device=latents.device)
-        return self._denoising_loss(model, latents, labels, torch.randn_like(latents), shift)
+        return self._denoising_loss(_under(model, others), latents, labels, torch.randn_like(latents), shift)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -153,11 +159,12 @@ class LatentDiffusionTrainer(Med3DTrainer):
         results = {}
         with self.ema_weights(), self.accelerator.autocast():
             losses = []
-            for mean, label in zip(self.eval_latents.mean[:, 0], self.eval_latents.class_labels, strict=True):
+            for i, mean in enumerate(self.eval_latents.mean[:, 0]):
                 latents = self.pipeline.vae.normalize_latents(mean[None].to(self.args.device)).repeat(8, 1, 1, 1, 1)
                 noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-                labels = None if self.pipeline.unet.null_class is None else torch.full((8,), label)
-                losses.append(self._denoising_loss(self.pipeline.unet, latents, labels, noise, torch.tensor(0.5 / 8)))
+                labels, others = self.eval_conditions.take(torch.full((8,), i))
+                unet = _under(self.pipeline.unet, others)
+                losses.append(self._denoising_loss(unet, latents, labels, noise, torch.tensor(0.5 / 8)))
             results[f"{metric_key_prefix}_loss"] = torch.stack(losses).mean().item()
             if self.args.eval_samples:
                 results |= self._judge_samples(generator, metric_key_prefix)
@@ -174,12 +181,11 @@ class LatentDiffusionTrainer(Med3DTrainer):
         return self._features(self.eval_dataset.stack())
 
     def _judge_samples(self, generator: torch.Generator, prefix: str) -> dict[str, float]:
-        count, classes = self.args.eval_samples, self.pipeline.unet.null_class
-        labels = None if classes is None else [i % classes for i in range(count)]
+        count = self.args.eval_samples
+        rows = self.eval_rows.select([i % len(self.eval_rows) for i in range(count)])
         self.pipeline.set_progress_bar_config(disable=True)
         samples = self.pipeline(
-            num_samples=count,
-            class_labels=labels,
+            **call_arguments(self.pipeline, rows),
             num_inference_steps=self.args.eval_inference_steps,
             generator=generator,
         ).volumes.cpu()
@@ -199,6 +205,11 @@ class LatentDiffusionTrainer(Med3DTrainer):
         """Write the whole pipeline, and beside it which subjects it was trained on."""
         self.pipeline.save_pretrained(folder)
         write_json(Path(folder) / TRAINING_SUBJECTS, sorted(self.training_subjects))
+
+
+def _under(unet: nn.Module, conditions: dict[str, Tensor] | None) -> Callable:
+    """The network with its conditions besides the class filled in; as it is where it takes none."""
+    return unet if conditions is None else partial(unet, conditions=conditions)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from ..spectrum import (
     partial_noising,
     rank_correlation,
 )
+from .conditions import call_arguments, encode_rows, scan_rows
 
 TRAINING_SUBJECTS = "training_subjects.json"
 """File beside a generator: JSON list of the subjects that it was trained on."""
@@ -102,7 +103,8 @@ def build_spectrum(
 
     Args:
         pipeline: the generator.
-        volumes: scans of subjects that the generator has not seen.
+        volumes: scans of subjects that the generator has not seen, which are denoised as their classes and metadata say
+            (see ``scan_rows``).
         trained_on: subjects that it has seen.
         folder: where the files are.
         strengths: levels in [0, 1], 0 among them and at least two; see ``partial_noising``.
@@ -115,28 +117,33 @@ def build_spectrum(
         the files, in the order of ``volumes``.
 
     Raises:
-        ValueError: a subject that the generator has seen; files made with other settings or from another scan.
+        ValueError: a subject that the generator has seen; files made with other settings or from another scan; a scan
+            without a condition that the generator takes.
     """
     refuse_seen_subjects([item["subject"] for item in volumes], trained_on)
     if len(set(strengths)) < 2 or ROUND_TRIP not in strengths or not all(0 <= strength <= 1 for strength in strengths):
         raise ValueError(f"strengths must be 0 (round-trip) and others up to 1, got {list(strengths)}.")
     if levels_per_subject is not None and levels_per_subject < 2:
         raise ValueError(f"levels_per_subject must be at least 2 (the first and the last), got {levels_per_subject}.")
+    asked = scan_rows(pipeline, volumes)
+    encode_rows(pipeline, asked)  # refuses now what could not be denoised later
+    conditions = call_arguments(pipeline, asked)["conditions"] or {}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"generator": fingerprint(pipeline), "num_inference_steps": num_inference_steps, "seed": seed}
     paths, todo, scans_of = [], [], {}
-    for item in volumes:
+    for scan, item in enumerate(volumes):
         subject = item["subject"]
         number = scans_of[subject] = scans_of.get(subject, 0) + 1
         path = folder / f"{quote(subject, safe='')}-{number}.safetensors"
         levels = subject_levels(subject, strengths, levels_per_subject, seed)
-        metadata = {"settings": json.dumps(settings | {"strengths": levels}, sort_keys=True)}
+        own = {"conditions": {name: values[scan] for name, values in conditions.items()}} if conditions else {}
+        metadata = {"settings": json.dumps(settings | {"strengths": levels} | own, sort_keys=True)}
         paths.append(path)
         if path.exists():
             _check_file(path, metadata["settings"], item["volume"].as_tensor())
         else:
-            todo.append((path, f"{subject}-{number}", item, levels, metadata))
+            todo.append((path, f"{subject}-{number}", scan, levels, metadata))
     pipeline.set_progress_bar_config(disable=True)
     total = sum(len(levels) for *_, levels, _ in todo)
     with tqdm(total=total, desc="making the spectrum", unit="volume", disable=total == 0) as progress:
@@ -147,20 +154,21 @@ def build_spectrum(
                 rows = [i for i, (*_, levels, _) in enumerate(chunk) if strength in levels]
                 if not rows:
                     continue
+                scans = [chunk[i][2] for i in rows]
                 made = partial_noising(
                     pipeline,
-                    torch.stack([chunk[i][2]["volume"].as_tensor() for i in rows]),
-                    None if pipeline.unet.null_class is None else [chunk[i][2]["class_label"] for i in rows],
-                    strength,
-                    num_inference_steps,
-                    [seeded("spectrum", seed, chunk[i][1], strength) for i in rows],
+                    torch.stack([volumes[scan]["volume"].as_tensor() for scan in scans]),
+                    strength=strength,
+                    num_inference_steps=num_inference_steps,
+                    generators=[seeded("spectrum", seed, chunk[i][1], strength) for i in rows],
+                    **call_arguments(pipeline, asked.select(scans)),
                 )
                 for i, volume in zip(rows, made, strict=True):
                     versions[i][strength] = volume
                 progress.update(len(rows))
-            for (path, _, item, levels, metadata), made in zip(chunk, versions, strict=True):
+            for (path, _, scan, levels, metadata), made in zip(chunk, versions, strict=True):
                 tensors = {
-                    "real": item["volume"].as_tensor().half().contiguous(),
+                    "real": volumes[scan]["volume"].as_tensor().half().contiguous(),
                     "versions": torch.stack([made[strength] for strength in levels]).half(),
                     "strengths": torch.tensor(levels),
                 }
