@@ -232,37 +232,31 @@ def test_evaluation_reports_fidelity_and_detail_of_whole_round_trips_and_draws_t
 
 
 @pytest.mark.parametrize("scaling", ["channel", "global"])
-def test_latent_statistics_cover_the_whole_training_set_and_are_applied_once(tmp_path, scans, scaling):
-    trainer = make(tmp_path, kl_model(), scans, latent_scaling=scaling)
+@pytest.mark.parametrize("with_atlas", [False, True])
+def test_latent_statistics_cover_the_whole_training_set_and_are_applied_once(tmp_path, scans, scaling, with_atlas):
+    trainer = make(tmp_path, kl_model(), scans, latent_scaling=scaling, latent_atlas=with_atlas)
     trainer.train()
     trainer.save_model()
     model = AutoencoderKL3D.from_pretrained(tmp_path)
     volumes = scans.stack()
-    latents = model.encode_latents(torch.cat([volumes] * 100), generator=torch.Generator().manual_seed(0))
-    assert latents.mean((0, 2, 3, 4)).tolist() == pytest.approx([0, 0], abs=0.03)
-    stds = latents.std((0, 2, 3, 4)).tolist()
-    if scaling == "channel":
-        assert stds == pytest.approx([1, 1], abs=0.03)
-    else:  # channels keep their ratio; torch's median of two is the smaller
-        with torch.no_grad():
-            mean, sigma = model.encode(volumes)
-        raw = (mean.var((0, 2, 3, 4), correction=0) + sigma.square().mean((0, 2, 3, 4))).sqrt()
-        assert stds == pytest.approx((raw / raw.min()).tolist(), rel=0.03) and max(stds) > 1.05
     with torch.no_grad():
         mean, sigma = model.encode(volumes)
-        assert model.config.latents_mean == pytest.approx(mean.mean((0, 2, 3, 4)).tolist(), abs=1e-5)
-        expected = (mean.var((0, 2, 3, 4), correction=0) + sigma.square().mean((0, 2, 3, 4))).sqrt()
-        expected = expected if scaling == "channel" else expected.min().expand(2)
-        assert model.config.latents_std == pytest.approx(expected.tolist(), rel=1e-4)
         # Statistics of one scan alone are others: a first batch would not do.
         assert (mean[:1].mean((0, 2, 3, 4)) - mean.mean((0, 2, 3, 4))).abs().max() > 1e-3
-        assert torch.allclose(
-            model.decode_latents(model.encode_latents(volumes)), model.decode(mean).clamp(0, 1), atol=1e-5
-        )
-        by_hand = (mean - torch.tensor(model.config.latents_mean).view(1, 2, 1, 1, 1)) / torch.tensor(
-            model.config.latents_std
-        ).view(1, 2, 1, 1, 1)
-        assert torch.allclose(model.encode_latents(volumes), by_hand, atol=1e-5)
+        assert model.config.latents_mean == pytest.approx(mean.mean((0, 2, 3, 4)).tolist(), abs=1e-5)
+        middle = mean.mean((0,) if with_atlas else (0, 2, 3, 4), keepdim=True)
+        expected = ((mean - middle).square().mean((0, 2, 3, 4)) + sigma.square().mean((0, 2, 3, 4))).sqrt()
+        expected = expected if scaling == "channel" else expected.min().expand(2)  # torch's median of two
+        assert model.config.latents_std == pytest.approx(expected.tolist(), rel=1e-3)
+        if with_atlas:
+            atlas = middle[0] - mean.mean((0, 2, 3, 4))[:, None, None, None]
+            torch.testing.assert_close(model.latents_atlas, atlas, atol=1e-5, rtol=1e-5)
+        else:
+            assert model.latents_atlas is None
+        by_hand = (mean - middle) / torch.tensor(model.config.latents_std).view(1, 2, 1, 1, 1)
+        torch.testing.assert_close(model.encode_latents(volumes), by_hand, atol=1e-4, rtol=1e-4)
+        again = model.decode_latents(model.encode_latents(volumes))
+        assert torch.allclose(again, model.decode(mean).clamp(0, 1), atol=1e-5)
 
 
 # --- resuming ---

@@ -16,7 +16,12 @@ from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
 from safetensors.torch import save_file
 
 from conftest import awaken
-from diffusers_med3d import AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, MedDiffusion3DPipeline
+from diffusers_med3d import (
+    AutoencoderKLMaisi3D,
+    DiffusionUNet3D,
+    DiffusionUNetMaisi3D,
+    MedDiffusion3DPipeline,
+)
 from diffusers_med3d.conversion import (
     Definition,
     convert_bundle,
@@ -309,11 +314,16 @@ def test_a_flow_with_conditions_goes_to_maisis_classes_and_back(tmp_path):
     torch.testing.assert_close(pipeline(**arguments).volumes, back(**arguments).volumes, atol=1e-5, rtol=1e-5)
 
 
-def test_what_monai_does_not_have_is_refused_on_the_way_back(tiny_unet, tiny_vq):
+def test_what_monai_does_not_have_is_refused_on_the_way_back(tiny_unet, tiny_vae, tiny_vq):
     config = {key: value for key, value in tiny_unet.config.items() if not key.startswith("_")}
     for name in ("sample_skip", "sample_gate"):
         with pytest.raises(ValueError, match=f"no {name}"):
             to_monai_state_dict(DiffusionUNet3D(**{**config, name: True}))
+    with pytest.raises(ValueError, match="no num_modes"):
+        to_monai_state_dict(DiffusionUNet3D(**{**config, "num_modes": 2, "mode_shape": (4, 4, 4)}))
+    tiny_vae.set_latent_statistics(torch.zeros(4), torch.ones(4), torch.zeros(4, 4, 4, 4))
+    with pytest.raises(ValueError, match="no atlas of latents"):
+        to_monai_state_dict(tiny_vae)
     definition = to_monai_definition(tiny_vq)
     theirs = ConfigParser({"net": definition}).get_parsed_content("net")
     theirs.load_state_dict(to_monai_state_dict(tiny_vq))

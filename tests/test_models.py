@@ -171,6 +171,28 @@ def test_normalised_latents_of_the_training_set_have_zero_mean_and_unit_variance
     assert (latents.std((0, 2, 3, 4)) - 1).abs().max() <= 1e-3
 
 
+def test_the_atlas_is_subtracted_place_by_place_saved_and_resized(autoencoder, tmp_path):
+    volumes = torch.rand(6, 1, 16, 16, 16)
+    with torch.no_grad():
+        raw = autoencoder.encode_moments(volumes)[0]
+        mean, std = raw.mean((0, 2, 3, 4)), raw.std((0, 2, 3, 4))
+        autoencoder.set_latent_statistics(mean, std, raw.mean(0) - mean[:, None, None, None])
+        latents = autoencoder.encode_latents(volumes)
+        assert latents.mean(0).abs().max() < 1e-5
+        torch.testing.assert_close(autoencoder.denormalize_latents(latents), raw, atol=1e-5, rtol=1e-5)
+        autoencoder.save_pretrained(tmp_path)
+        loaded = type(autoencoder).from_pretrained(tmp_path)
+        assert torch.equal(loaded.encode_latents(volumes), latents)
+        larger = torch.rand(1, 1, 32, 16, 16)
+        moved = loaded.encode_latents(larger)
+        loaded.set_latent_statistics(mean, std)
+        assert loaded.latents_atlas is None and not torch.allclose(moved, loaded.encode_latents(larger))
+        loaded.save_pretrained(tmp_path)
+        assert type(autoencoder).from_pretrained(tmp_path).latents_atlas is None
+    with pytest.raises(ValueError, match=r"atlas must be finite, \(4, x, y, z\); got \(3, 4, 4, 4\)"):
+        autoencoder.set_latent_statistics(mean, std, torch.zeros(3, 4, 4, 4))
+
+
 def test_latent_statistics_travel_in_the_config(autoencoder, tmp_path):
     autoencoder.set_latent_statistics(torch.arange(4.0), torch.arange(1.0, 5.0))
     autoencoder.save_pretrained(tmp_path)
@@ -307,6 +329,50 @@ def test_the_sample_gate_adds_the_noisy_latent_scaled_by_channel_and_place(tmp_p
     gated.save_pretrained(tmp_path)
     loaded = DiffusionUNet3D.from_pretrained(tmp_path)
     assert torch.equal(loaded(sample, 5, labels).sample, gated(sample, 5, labels).sample)
+
+
+def test_modes_are_principal_components_and_show_the_network_a_whole_subject(tmp_path):
+    arguments = {"in_channels": 2, "out_channels": 2, "channels": (8, 16), "num_res_blocks": 1, "norm_num_groups": 4}
+    arguments |= {"attention_levels": (False, False), "num_head_channels": 4, "sample_skip": True, "sample_gate": True}
+    unet = DiffusionUNet3D(**arguments, num_modes=3, mode_shape=(4, 4, 4))
+    latents = torch.randn(9, 2, 4, 4, 4)
+    unet.set_modes(latents)
+    expected = torch.linalg.svd(latents.flatten(1)).Vh[:3]
+    overlap = unet.modes.flatten(1) @ expected.T
+    torch.testing.assert_close(overlap.abs(), torch.eye(3), atol=1e-4, rtol=0)
+
+    torch.nn.init.ones_(unet.mode_scale.bias)
+    seen = []
+    unet.conv_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    unet(latents, 5)
+    projected = (latents.flatten(1) @ expected.T @ expected).view_as(latents)
+    torch.testing.assert_close(seen[0], torch.cat([latents, projected], dim=1), atol=1e-4, rtol=1e-4)
+
+    # Skip and gate pass on both halves: one factor each
+    torch.nn.init.zeros_(unet.out[-1].conv.weight)
+    torch.nn.init.zeros_(unet.out[-1].conv.bias)
+    unet.skip_scale.bias.data = torch.tensor([0.0, 0.0, 1.0, 0.0])
+    unet.place_scale.bias.data = torch.tensor([2.0, 0.0, 0.0, 0.0])
+    prediction = unet(latents, 5).sample
+    torch.testing.assert_close(prediction[:, 0], 2 * latents[:, 0] + projected[:, 0], atol=1e-4, rtol=1e-4)
+    assert prediction[:, 1].abs().max() < 1e-6
+
+    unet.save_pretrained(tmp_path)
+    assert torch.equal(DiffusionUNet3D.from_pretrained(tmp_path)(latents, 5).sample, prediction)
+    unet.set_modes(latents[:2])  # fewer than asked for
+    assert not unet.modes[2].any() and unet.modes[1].any()
+
+
+def test_modes_refuse_other_sizes():
+    arguments = {"in_channels": 2, "out_channels": 2, "channels": (8,), "num_res_blocks": 1, "norm_num_groups": 4}
+    arguments |= {"attention_levels": (False,), "num_head_channels": 4}
+    with pytest.raises(ValueError, match="num_modes=3 needs mode_shape"):
+        DiffusionUNet3D(**arguments, num_modes=3)
+    unet = DiffusionUNet3D(**arguments, num_modes=3, mode_shape=(4, 4, 4))
+    with pytest.raises(ValueError, match=r"of size \(4, 4, 4\) and takes no other, got \(8, 4, 4\)"):
+        unet(torch.zeros(1, 2, 8, 4, 4), 5)
+    with pytest.raises(ValueError, match=r"latents must be \(N, \*\(2, 4, 4, 4\)\)"):
+        unet.set_modes(torch.zeros(5, 2, 8, 4, 4))
 
 
 @pytest.mark.parametrize("option", ["sample_skip", "sample_gate"])
