@@ -70,7 +70,7 @@ class ModelArguments:
         metadata={"help": "The same once more, by a factor that the network also makes differ from place to place."},
     )
     num_modes: int = field(
-        default=48,
+        default=16,
         metadata={
             "help": "Principal components of the training latents that the network knows; 0 for scans that do not lie "
             "in one frame or differ in size."
