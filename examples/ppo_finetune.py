@@ -210,6 +210,7 @@ def main() -> None:
     seconds["evaluation after"] = time.perf_counter() - start
 
     trainer.save_model()
+    trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return
     results = compare(trainer, before, after, seconds)

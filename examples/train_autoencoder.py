@@ -91,6 +91,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     print(trainer.evaluate())
     trainer.save_model()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ def main() -> None:
         series[name] = ([step for step, _ in points], [value for _, value in points])
     if series["eval_kid"][0]:
         trainer.log_figure("validation", curves(series))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

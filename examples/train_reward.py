@@ -108,6 +108,7 @@ def main() -> None:
     results = trainer.evaluate()
     trainer.save_model()
     print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
