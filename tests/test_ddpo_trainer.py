@@ -196,7 +196,7 @@ def test_the_kl_is_zero_at_the_start_and_grows(tiny_pipeline, tmp_path):
     honest, expected = trainer.compute_loss, []
 
     def record(model, inputs):
-        t, states, labels = inputs["timestep"], inputs["states"], inputs["labels"]
+        t, states, labels = inputs["timestep"], inputs["states"], inputs["conditions"].class_labels
         with torch.no_grad():
             policy, reference = (
                 transition(trainer.scheduler, unet(states, t, labels).sample, t, states)
@@ -270,7 +270,10 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_all_samples_and_trained
         for w, index in enumerate(path.steps):
             t = int(trainer.scheduler.timesteps[index])
             step = transition(
-                trainer.scheduler, trainer.model(path.states[w], t, chunk.labels).sample, t, path.states[w]
+                trainer.scheduler,
+                trainer.model(path.states[w], t, chunk.conditions.class_labels).sample,
+                t,
+                path.states[w],
             )
             new = log_prob(path.next_states[w], step)
             losses.append(clipped_loss(new, path.log_probs[w], chunk.advantages, trainer.args.epsilon)[0])
