@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_med3d import DDPOConfig, DDPOTrainer, DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.lora import LORA_FILE, lora_layers, write_lora
 from diffusers_med3d.rl import transition
+from diffusers_med3d.trainers.conditions import Conditions
 from diffusers_med3d.trainers.lora import add_lora
 
 NOISE = torch.randn(2, 4, 4, 4, 4, generator=torch.Generator().manual_seed(7))
@@ -318,7 +319,7 @@ def test_the_reference_policy_is_the_network_with_the_adapter_off_and_no_second_
     trainer.train()
     assert trainer.reference is None and networks() == before
     states, labels, t = NOISE, torch.tensor([0, 2]), int(trainer.scheduler.timesteps[1])
-    reference = trainer._reference_transition(states, t, labels)
+    reference = trainer._reference_transition(states, t, Conditions(labels, None))
     with torch.no_grad():
         output = base(states, t, labels).sample
         policy = trainer.model(states, t, labels).sample
