@@ -56,6 +56,9 @@ class Arguments(DDPOConfig):
     steps_per_generation: int | None = field(
         default=3, metadata={"help": "Batches that one rollout holds per process."}
     )
+    epsilon: float = field(
+        default=3e-5, metadata={"help": "Clip range of the probability ratio; suits this learning rate."}
+    )
     weights_license: str = field(
         default="cc-by-sa-3.0", metadata={"help": "Licence for the card: that of the generator's weights."}
     )
