@@ -16,12 +16,7 @@ from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
 from safetensors.torch import save_file
 
 from conftest import awaken
-from diffusers_med3d import (
-    AutoencoderKLMaisi3D,
-    DiffusionUNet3D,
-    DiffusionUNetMaisi3D,
-    MedDiffusion3DPipeline,
-)
+from diffusers_med3d import AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, MedDiffusion3DPipeline
 from diffusers_med3d.conversion import (
     Definition,
     convert_bundle,

@@ -294,10 +294,14 @@ def test_gradient_checkpointing_keeps_much_less_and_changes_no_gradient(model):
     assert saved_for_backward(model)[0] == plain
 
 
+TWO_LEVELS = {
+    "in_channels": 2, "out_channels": 2, "channels": (8, 16), "num_res_blocks": 1, "norm_num_groups": 4,
+    "attention_levels": (False, False), "num_class_embeds": 3, "num_head_channels": 4,
+}  # fmt: skip
+
+
 def test_the_sample_skip_adds_the_noisy_latent_scaled_by_channel_and_timestep(tmp_path):
-    arguments = {"in_channels": 2, "out_channels": 2, "channels": (8, 16), "num_res_blocks": 1, "norm_num_groups": 4}
-    arguments |= {"attention_levels": (False, False), "num_class_embeds": 3, "num_head_channels": 4}
-    with_skip, without = DiffusionUNet3D(**arguments, sample_skip=True), DiffusionUNet3D(**arguments)
+    with_skip, without = DiffusionUNet3D(**TWO_LEVELS, sample_skip=True), DiffusionUNet3D(**TWO_LEVELS)
     without.load_state_dict(with_skip.state_dict(), strict=False)
     sample, labels = torch.randn(2, 2, 4, 4, 4), torch.tensor([0, 2])
     assert torch.equal(with_skip(sample, 5, labels).sample, without(sample, 5, labels).sample)  # starts as no skip
@@ -315,9 +319,7 @@ def test_the_sample_skip_adds_the_noisy_latent_scaled_by_channel_and_timestep(tm
 
 
 def test_the_sample_gate_adds_the_noisy_latent_scaled_by_channel_and_place(tmp_path):
-    arguments = {"in_channels": 2, "out_channels": 2, "channels": (8, 16), "num_res_blocks": 1, "norm_num_groups": 4}
-    arguments |= {"attention_levels": (False, False), "num_class_embeds": 3, "num_head_channels": 4}
-    gated, without = DiffusionUNet3D(**arguments, sample_gate=True), DiffusionUNet3D(**arguments)
+    gated, without = DiffusionUNet3D(**TWO_LEVELS, sample_gate=True), DiffusionUNet3D(**TWO_LEVELS)
     without.load_state_dict(gated.state_dict(), strict=False)
     sample, labels = torch.randn(2, 2, 4, 4, 4), torch.tensor([0, 2])
     assert torch.equal(gated(sample, 5, labels).sample, without(sample, 5, labels).sample)  # starts as no gate

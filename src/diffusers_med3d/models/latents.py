@@ -56,9 +56,7 @@ class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
                 raise ValueError(f"{type(self).__name__} has no atlas of its latents.")
             if atlas.ndim != 4 or len(atlas) != self.latent_channels or not torch.isfinite(atlas).all():
                 raise ValueError(f"atlas must be finite, ({self.latent_channels}, x, y, z); got {tuple(atlas.shape)}.")
-            self.latents_atlas = atlas.to(self.device, self.dtype)
-        elif self.latents_atlas is not None:
-            self.latents_atlas = None
+        self.latents_atlas = None if atlas is None else atlas.to(self.device, self.dtype)
         if "atlas_shape" in self.config:
             self.register_to_config(atlas_shape=None if atlas is None else list(atlas.shape[1:]))
         self.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
