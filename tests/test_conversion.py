@@ -305,9 +305,9 @@ def test_splitting_convolutions_changes_nothing_and_sizes_that_do_not_split_are_
     assert vae.to(torch.bfloat16).decode_latents(torch.randn(1, 4, 4, 4, 4)).isfinite().all()
 
 
-def scheduler_of(tmp_path: Path, definition: dict[str, Any], **kwargs: Any) -> Any:
-    config = {**small("brats"), "noise_scheduler": definition}
-    return build_scheduler(read_bundle([write_config(tmp_path, config)]).scheduler, (8, 8, 8), **kwargs)
+def scheduler_of(tmp_path: Path, definition: dict[str, Any], **entries: Any) -> Any:
+    config = read_bundle([write_config(tmp_path, {**small("brats"), **entries, "noise_scheduler": definition})])
+    return build_scheduler(config.scheduler, (8, 8, 8), config.timestep_spacing, config.zero_terminal_snr)
 
 
 def monai_target(name: str, **arguments: Any) -> dict[str, Any]:
@@ -344,8 +344,7 @@ def test_every_noise_schedule_prediction_type_and_clipping_samples_as_in_monai(t
 
 def test_bundles_of_monai_before_1_6_keep_the_timesteps_they_were_published_with(tmp_path):
     definition = PUBLISHED["brats"]["noise_scheduler"]
-    old = scheduler_of(tmp_path, definition, monai_version=(1, 4))
-    new = scheduler_of(tmp_path, definition, monai_version=(1, 6))
+    old, new = (scheduler_of(tmp_path, definition, monai_version=version) for version in ("1.4.0", "1.6.1"))
     for scheduler in (old, new):
         scheduler.set_timesteps(50)
     assert old.timesteps.tolist() == [20 * i for i in reversed(range(50))]

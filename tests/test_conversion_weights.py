@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi
 from monai.bundle import ConfigParser
 from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
@@ -29,6 +29,7 @@ from diffusers_med3d.conversion import (
 )
 from diffusers_med3d.conversion.convert import negate_prediction_
 from diffusers_med3d.conversion.networks import build_autoencoder, build_unet
+from diffusers_med3d.conversion.to_monai import scheduler_definition, scheduler_lines
 from diffusers_med3d.conversion.weights import attention_without_fc, load_exactly
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "convert_monai_bundle.py"
@@ -237,7 +238,8 @@ def test_the_scale_factor_is_estimated_over_all_volumes_with_the_posteriors_nois
 
 @torch.no_grad()
 def test_a_pipeline_goes_to_monais_classes_and_back_with_equal_volumes(tiny_pipeline, tmp_path):
-    folder = save_monai_bundle(tiny_pipeline, tmp_path / "monai")
+    with pytest.warns(UserWarning, match="scheduler.timesteps = "):
+        folder = save_monai_bundle(tiny_pipeline, tmp_path / "monai")
     config = json.loads((folder / "configs" / "inference.json").read_text())
     parser = ConfigParser(config)
     autoencoder, unet = (parser.get_parsed_content(name) for name in ("autoencoder_def", "network_def"))
@@ -267,6 +269,63 @@ def test_a_pipeline_goes_to_monais_classes_and_back_with_equal_volumes(tiny_pipe
     torch.testing.assert_close(*runs, atol=1e-5, rtol=1e-5)
     with pytest.raises(FileExistsError, match="exists already"):
         save_monai_bundle(tiny_pipeline, folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("spacing", "zero_snr", "lines"), [("trailing", True, 2), ("leading", False, 1)])
+def test_what_a_config_cannot_say_of_a_scheduler_is_warned_of_and_the_lines_given_make_monai_sample_the_same(
+    tiny_pipeline, tmp_path, spacing, zero_snr, lines
+):
+    options = {"timestep_spacing": spacing, "rescale_betas_zero_snr": zero_snr, "steps_offset": 1}
+    tiny_pipeline.scheduler = DDIMScheduler.from_config(tiny_pipeline.scheduler.config, **options)
+    with pytest.warns(UserWarning, match="it would give other volumes"):
+        folder = save_monai_bundle(tiny_pipeline, tmp_path / "monai")
+    config = json.loads((folder / "configs" / "inference.json").read_text())
+    assert len(config["scheduler_lines"]) == lines
+    files = [folder / "models" / f"{name}.safetensors" for name in ("autoencoder", "diffusion")]
+    unet = ConfigParser(config).get_parsed_content("network_def").eval()
+    unet.load_state_dict(read_weights(files[1])[0])
+    noise = torch.randn(1, 4, 4, 4, 4)
+
+    def sample(lines: list[str]) -> torch.Tensor:
+        scheduler, image = ConfigParser(config).get_parsed_content("noise_scheduler"), noise
+        scheduler.set_timesteps(6)
+        for line in lines:
+            exec(line, {"torch": torch, "scheduler": scheduler, "N": 6, "T": scheduler.num_train_timesteps})
+        for t in scheduler.timesteps:
+            prediction = unet(image, t[None], class_labels=torch.tensor([1]))
+            image, _ = scheduler.step(prediction, t, image)
+        return image
+
+    arguments = {"class_labels": 1, "latents": noise, "num_inference_steps": 6, "output_type": "latent"}
+    latents = tiny_pipeline(**arguments).volumes
+    torch.testing.assert_close(sample(config["scheduler_lines"]), latents, atol=1e-5, rtol=1e-5)
+    assert (sample([]) - latents).abs().max() > 1e-2
+    back, _ = convert_bundle(read_bundle([folder / "configs" / "inference.json"]), *files)
+    back.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(back(**arguments).volumes, latents, atol=1e-5, rtol=1e-5)
+
+
+def test_a_scheduler_that_a_config_says_in_full_needs_no_lines(tiny_scheduler):
+    spread = DDIMScheduler.from_config(tiny_scheduler.config, timestep_spacing="linspace", steps_offset=1)
+    assert scheduler_definition(spread, (4, 4, 4))["steps_offset"] == 0  # diffusers uses it for "leading" alone
+    assert scheduler_lines(spread) == scheduler_lines(FlowMatchEulerDiscreteScheduler()) == []
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (DDIMScheduler(trained_betas=[0.1, 0.2]), "trained_betas"),
+        (DDIMScheduler(thresholding=True), "'thresholding': True"),
+        (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), "squaredcos_cap_v2"),
+        (DDPMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True .*; set a DDIMScheduler"),
+        (DDPMScheduler(variance_type="fixed_small_log"), "fixed_small_log"),
+        (FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), "'shift_terminal': 0.1"),
+    ],
+)
+def test_schedulers_that_monai_does_not_have_are_refused_on_the_way_back(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        scheduler_definition(scheduler, (4, 4, 4))
 
 
 @torch.no_grad()
@@ -344,7 +403,8 @@ def test_the_script_converts_a_bundle_folder_both_ways(bundle, brains_folder, ex
     with pytest.raises(FileExistsError, match="exists already"):
         run(bundle=str(bundle), scale_factor=1.0, output_dir=ours)
 
-    run(to_monai=ours, output_dir=str(tmp_path / "monai"))
+    with pytest.warns(UserWarning, match="scheduler.timesteps = "):
+        run(to_monai=ours, output_dir=str(tmp_path / "monai"))
     run(bundle=str(tmp_path / "monai"), output_dir=str(tmp_path / "again"))
     again = MedDiffusion3DPipeline.from_pretrained(tmp_path / "again")
     assert again.vae.config.latents_std == pytest.approx(pipeline.vae.config.latents_std)

@@ -125,7 +125,9 @@ def convert_bundle(
         raise ValueError(f"the scale factor must be a positive number, got {scale_factor}.")
     vae.set_latent_statistics(torch.zeros(vae.latent_channels), torch.full((vae.latent_channels,), 1 / scale_factor))
 
-    scheduler = build_scheduler(config.scheduler, vae.latent_shape(volume_shape), config.monai_version)
+    scheduler = build_scheduler(
+        config.scheduler, vae.latent_shape(volume_shape), config.timestep_spacing, config.zero_terminal_snr
+    )
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         negate_prediction_(unet)
     pipeline = MedDiffusion3DPipeline(

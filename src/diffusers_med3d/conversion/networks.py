@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
 from monai.apps.generation.maisi.networks.diffusion_model_unet_maisi import DiffusionModelUNetMaisi
 from monai.networks import schedulers as monai_schedulers
@@ -153,15 +154,16 @@ def flow_shift(arguments: dict, latent_shape: Sequence[int]) -> float:
 
 
 def build_scheduler(
-    definition: Definition, latent_shape: Sequence[int], monai_version: tuple[int, int] | None = None
+    definition: Definition,
+    latent_shape: Sequence[int],
+    timestep_spacing: str = "linspace",
+    zero_terminal_snr: bool = False,
 ) -> Scheduler:
     """diffusers' scheduler with the same noise schedule, prediction type, clipping and timesteps.
 
     Args:
         latent_shape: (x, y, z) that a rectified flow's shift is for.
-        monai_version: (major, minor) that the bundle was written for. MONAI took every ``T // N``-th timestep from 0 up
-            to and including 1.5 ("leading"), and spreads them from T - 1 to 0 since 1.6 ("linspace"), also taken if the
-            version is not known.
+        timestep_spacing, zero_terminal_snr: of a diffusion, as `BundleConfig` has them.
 
     Raises:
         ValueError: options that diffusers does not have.
@@ -182,13 +184,13 @@ def build_scheduler(
             "around 0."
         )
     reference = getattr(monai_schedulers, definition.name)(**a)
-    spacing = "leading" if monai_version is not None and monai_version < (1, 6) else "linspace"
     options = {
         "num_train_timesteps": a["num_train_timesteps"],
         "prediction_type": str(a["prediction_type"]),
         "clip_sample": a["clip_sample"],
         "clip_sample_range": float(a["clip_sample_max"]),
-        "timestep_spacing": spacing,
+        "timestep_spacing": timestep_spacing,
+        "rescale_betas_zero_snr": zero_terminal_snr,
     }
     if a["schedule"] in BETA_SCHEDULES:
         options["beta_schedule"] = BETA_SCHEDULES[a["schedule"]]
@@ -196,7 +198,7 @@ def build_scheduler(
     else:
         options["trained_betas"] = reference.betas.tolist()
     if definition.name == "DDIMScheduler":
-        if a["steps_offset"] and spacing == "linspace":
+        if a["steps_offset"] and timestep_spacing == "linspace":
             raise ValueError(f"steps_offset={a['steps_offset']} of MONAI 1.6 cannot be converted; expected 0.")
         scheduler: Scheduler = DDIMScheduler(
             **options, set_alpha_to_one=a["set_alpha_to_one"], steps_offset=a["steps_offset"]
@@ -205,6 +207,7 @@ def build_scheduler(
         if str(a["variance_type"]) not in ("fixed_small", "fixed_large"):
             raise ValueError(f"variance_type={a['variance_type']!r} cannot be converted; expected a fixed one.")
         scheduler = DDPMScheduler(**options, variance_type=str(a["variance_type"]))
-    if not torch.allclose(scheduler.alphas_cumprod, reference.alphas_cumprod, atol=1e-6):
+    betas = rescale_zero_terminal_snr(reference.betas) if zero_terminal_snr else reference.betas
+    if not torch.allclose(scheduler.alphas_cumprod, (1 - betas).cumprod(0), atol=1e-6):
         raise ValueError(f"the noise schedule {a['schedule']!r} comes out differently in diffusers.")
     return scheduler

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,23 @@ from .convert import LAST_LAYER
 from .networks import BETA_SCHEDULES, Autoencoder, Scheduler, UNet
 
 MAISI_NETWORKS = "monai.apps.generation.maisi.networks"
+
+ZERO_TERMINAL_SNR = (
+    "a = scheduler.alphas_cumprod.sqrt(); scheduler.alphas_cumprod = ((a - a[-1]) * a[0] / (a[0] - a[-1])) ** 2"
+)
+"""How MONAI's DDIMScheduler gets a schedule that ends in pure noise: Lin et al. 2023, arXiv 2305.08891, algorithm 1."""
+
+TIMESTEPS = {
+    "trailing": "scheduler.timesteps = (T - torch.arange(N) * T / N).round().long() - 1",
+    "leading": "scheduler.timesteps = torch.arange(N).flip(0) * (T // N) + scheduler.steps_offset",
+}
+"""How it gets N of T timesteps as diffusers spaces them, after `set_timesteps(N)`."""
+
+UNKNOWN_TO_MONAI = (
+    "trained_betas", "thresholding",
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "shift_terminal", "stochastic_sampling",
+)  # fmt: skip
+"""Options of diffusers' schedulers for a diffusion (first line) and a flow (second)."""
 
 
 def to_monai_state_dict(model: Autoencoder | UNet, flow: bool = False) -> dict[str, Tensor]:
@@ -77,12 +95,16 @@ def to_monai_definition(model: Autoencoder | UNet) -> dict[str, Any]:
 
 
 def scheduler_definition(scheduler: Scheduler, latent_shape: tuple[int, ...]) -> dict[str, Any]:
-    """MONAI's scheduler for a pipeline's, with the same noise schedule, prediction type and clipping.
+    """MONAI's scheduler for a pipeline's, with the same noise schedule, prediction type and clipping, but for what
+    `scheduler_lines` says.
 
     Raises:
         ValueError: a scheduler or an option that MONAI does not have.
     """
     config = scheduler.config
+    unknown = {name: config[name] for name in UNKNOWN_TO_MONAI if config.get(name)}
+    if unknown:
+        raise ValueError(f"MONAI's schedulers have nothing like {unknown} of {type(scheduler).__name__}.")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         definition = {"num_train_timesteps": config.num_train_timesteps, "use_discrete_timesteps": False}
         if config.shift != 1:  # for MONAI the shift is a ratio of sides, here to those of this base size
@@ -92,7 +114,7 @@ def scheduler_definition(scheduler: Scheduler, latent_shape: tuple[int, ...]) ->
     if not isinstance(scheduler, DDIMScheduler | DDPMScheduler):
         raise ValueError(f"{type(scheduler).__name__} has no counterpart in MONAI; set DDIM, DDPM or flow matching.")
     names = {ours: theirs for theirs, ours in BETA_SCHEDULES.items()}
-    if config.trained_betas is not None or config.beta_schedule not in names:
+    if config.beta_schedule not in names:
         raise ValueError(f"the noise schedule {config.beta_schedule!r} has no counterpart in MONAI's configs.")
     definition = {
         "num_train_timesteps": config.num_train_timesteps,
@@ -105,17 +127,32 @@ def scheduler_definition(scheduler: Scheduler, latent_shape: tuple[int, ...]) ->
         "clip_sample_max": config.clip_sample_range,
     }
     if isinstance(scheduler, DDIMScheduler):
-        definition |= {"set_alpha_to_one": config.set_alpha_to_one, "steps_offset": config.steps_offset}
+        offset = config.steps_offset if config.timestep_spacing == "leading" else 0  # else diffusers does not use it
+        definition |= {"set_alpha_to_one": config.set_alpha_to_one, "steps_offset": offset}
         return {"_target_": "monai.networks.schedulers.DDIMScheduler", **definition}
+    if config.variance_type not in ("fixed_small", "fixed_large") or config.rescale_betas_zero_snr:
+        raise ValueError(
+            f"a DDPMScheduler with variance_type={config.variance_type!r}, rescale_betas_zero_snr="
+            f"{config.rescale_betas_zero_snr} has no counterpart in MONAI; set a DDIMScheduler."
+        )
     return {"_target_": "monai.networks.schedulers.DDPMScheduler", **definition, "variance_type": config.variance_type}
+
+
+def scheduler_lines(scheduler: Scheduler) -> list[str]:
+    """Python that makes of MONAI's DDIMScheduler what a config cannot say: schedule and timesteps of this one."""
+    if not isinstance(scheduler, DDIMScheduler):
+        return []
+    schedule = [ZERO_TERMINAL_SNR] if scheduler.config.rescale_betas_zero_snr else []
+    spacing = scheduler.config.timestep_spacing
+    return schedule + ([TIMESTEPS[spacing]] if spacing in TIMESTEPS else [])
 
 
 def save_monai_bundle(pipeline: MedDiffusion3DPipeline, folder: str | os.PathLike) -> Path:
     """Write ``configs/inference.json`` and ``models/*.safetensors``, which `read_bundle` and MONAI's classes take.
 
     MONAI multiplies latents by one ``scale_factor``. Where the pipeline has statistics per channel they go into the
-    first and last 1x1x1 convolutions around the latent, which changes no volume, and the factor becomes 1. Which
-    timesteps are sampled is MONAI's business: "trailing" spacing is not in its configs.
+    first and last 1x1x1 convolutions around the latent, which changes no volume, and the factor becomes 1. Warns where
+    MONAI's scheduler, as a config makes it, would give other volumes.
 
     Raises:
         ValueError: something that MONAI does not have.
@@ -144,8 +181,17 @@ def save_monai_bundle(pipeline: MedDiffusion3DPipeline, folder: str | os.PathLik
     }
     if pipeline.unet.config.get("context_names"):
         config["conditioning"] = ", ".join(f"@{name}" for name in pipeline.unet.config.context_names)
-    if pipeline.scheduler.config.get("timestep_spacing") == "leading":
-        config["monai_version"] = "1.5.0"  # whose schedulers took these timesteps
+    if not flow:
+        for name in ("timestep_spacing", "rescale_betas_zero_snr"):
+            config[name] = pipeline.scheduler.config[name]
+    lines = scheduler_lines(pipeline.scheduler)
+    if lines:
+        config["scheduler_lines"] = lines
+        warnings.warn(
+            "MONAI's configs cannot say all of this pipeline's scheduler, so that it would give other volumes. After "
+            "scheduler.set_timesteps(N), T being scheduler.num_train_timesteps, write: " + "; ".join(lines),
+            stacklevel=2,
+        )
     with whole_folder(folder) as written:
         (written / "configs").mkdir(parents=True)
         (written / "models").mkdir()
