@@ -227,7 +227,7 @@ def evaluate(
         add("noise level", "scans", {name: noise_level(one.volumes) for name, one in sets.all.items()})
         detail = {name: interior_detail(one.volumes) for name, one in sets.all.items()}
         scale = sets.mean(REFERENCE, detail[REFERENCE])[0]
-        add("high-frequency power, scans = 1", "scans", {name: own / scale for name, own in detail.items()})
+        add("high-frequency power less noise, scans = 1", "scans", {name: own / scale for name, own in detail.items()})
         spectrum_figure, spectra = _spectrum_figures(sets, bins=min(16, min(reference.volumes.shape[2:]) // 2))
         figures.append(spectrum_figure)
         add("left-right symmetry", "scans", {name: left_right_symmetry(one.volumes) for name, one in sets.all.items()})

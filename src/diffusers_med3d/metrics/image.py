@@ -190,17 +190,20 @@ def interior_spectrum(volumes: Tensor, bins: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def interior_detail(volumes: Tensor) -> Tensor:
-    """Mean power of a volume's inside above half Nyquist (0.25 to 0.5 cycles per voxel), see `interior_spectrum`.
+    """Fine detail of a volume's inside: mean power from half Nyquist to Nyquist (0.25 to 0.5 cycles per voxel) less the
+    mean power beyond, see `interior_spectrum`.
 
-    The absolute amount of fine detail, to be divided by that of scans. Noise raises it: read it beside `noise_level`.
+    The absolute amount, to be divided by that of scans. White noise adds equally to every coefficient, so what stands
+    in the corners of frequency space, where a volume has little structure, is taken away as noise: noise adds nothing
+    on average (plain power makes up with 5 % noise a third of what a blur of 0.6 voxel took). Noise that is not white
+    still counts: read it beside `noise_level`.
 
     Returns:
-        (B,); NaN for a volume without an inside.
+        (B,); negative where there is less than in the corners; NaN for a volume without an inside.
     """
     volumes = _check(volumes)
     mask = _interior(volumes)
     radius, power = _power(volumes, mask)
-    shell = (radius > HALF_NYQUIST) & (radius <= 0.5)
+    fine, corners = power[:, (radius > HALF_NYQUIST) & (radius <= 0.5)], power[:, radius > 0.5]
     weight = _taper(mask).square().flatten(1).mean(1)
-    mean = power[:, shell].mean(1) / radius.numel()
-    return torch.where(weight > 0, mean / weight, float("nan"))
+    return torch.where(weight > 0, (fine.mean(1) - corners.mean(1)) / radius.numel() / weight, float("nan"))
