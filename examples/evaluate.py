@@ -6,7 +6,8 @@
     accelerate launch examples/evaluate.py --model brain-t1 --data_dir DATA --split_file split.json --gate
 
 Every generator is sampled from the same seeds with the class mix of the reference, and samples go through the loader of
-the scans. Prints one table; writes report.json, report.md and pictures to --output_dir, where samples are kept, so a
+the scans. What a network takes besides class and spacing (MAISI) comes from columns of that name in the reference's
+metadata. Prints one table; writes report.json, report.md and pictures to --output_dir, where samples are kept, so a
 killed run goes on. With --gate the first model's spectrum is judged instead (is there a gap that fine-tuning could
 close?), into gate.json and gate.md. Test subjects are read only with --reference_part test. See docs/evaluation.md.
 """
@@ -162,7 +163,8 @@ def main() -> None:
     else:
         part = "folder"
         reference, train = read_folder(data.reference, data), read_folder(data.train, data)
-    reference, train = (evaluation.volume_set(one, args.background) for one in (reference, train))
+    scans, train = reference, evaluation.volume_set(train, args.background)
+    reference = evaluation.volume_set(scans, args.background)
     settings = {
         "reference": part,
         "num_inference_steps": args.num_inference_steps,
@@ -186,6 +188,7 @@ def main() -> None:
             versions = evaluation.gate_versions(
                 pipeline, reference, output / "gate", data, severity=args.severity, seed=args.seeds[0],
                 num_inference_steps=args.num_inference_steps, batch_size=args.batch_size, background=args.background,
+                like=scans,
             )  # fmt: skip
             report, verdicts = evaluation.gate(versions, reference, train, extractors, data.spacing, **measures)
             settings |= {"model": names[args.model[0]], "severity": args.severity}
@@ -206,7 +209,7 @@ def main() -> None:
         pipeline = MedDiffusion3DPipeline.from_pretrained(model).to(state.device)
         samples[name] = evaluation.sample_volumes(
             pipeline, labels, output / "samples" / name, data, args.num_inference_steps, args.guidance_scale,
-            args.seeds, args.batch_size, args.background,
+            args.seeds, args.batch_size, args.background, like=scans,
         )  # fmt: skip
         del pipeline
     if not state.is_main_process:

@@ -38,8 +38,18 @@ class ScriptArguments:
     pipeline: str = field(default="brain-t1", metadata={"help": "Bundled name, folder or Hub id of the generator."})
     volume_reward: str = field(default="brain-t1-reward-3d", metadata={"help": "3D reward; empty leaves it out."})
     slice_reward: str = field(default="brain-t1-reward-2d", metadata={"help": "2D reward; empty leaves it out."})
+    conditions: str | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON file of columns, such as {"class_label": ["ct", "mri"], "age": [0.2, 0.7]}: one row per '
+            "condition to fine-tune under, with all that the network takes but the spacing, which is the pipeline's. "
+            "One row per class if not given."
+        },
+    )
     lora_rank: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 fine-tunes all weights."})
-    eval_volumes: int = field(default=16, metadata={"help": "Volumes per class in the comparison before/after."})
+    eval_volumes: int = field(
+        default=16, metadata={"help": "Volumes per class (or row of --conditions) in the comparison."}
+    )
     eval_seed: int = field(
         default=1_000_003, metadata={"help": "Seed of the comparison; training never uses its noise."}
     )
@@ -171,15 +181,15 @@ def show(trainer: DDPOTrainer, pipeline: MedDiffusion3DPipeline, before: Scored,
     }
     if series:
         trainer.log_figure("reward_curve", curves(series, "optimizer step", "mean reward of the rollout"))
-    names = pipeline.config.class_names or ["sample"]
     rows = {}
-    for c, name in enumerate(names):
+    names = pipeline.config.class_names or []
+    names = names if isinstance(names, dict) else {name: index for index, name in enumerate(names)}
+    names = {index: name for name, index in names.items()}
+    labels = torch.zeros(len(before.volumes)) if before.labels is None else before.labels.cpu()
+    for c in labels.unique().tolist():
+        name = "sample" if before.labels is None else names.get(c, f"class {c}")
         for state, scored in (("before", before), ("after", after)):
-            of_class = (
-                torch.ones(len(scored.volumes), dtype=torch.bool) if scored.labels is None else scored.labels.cpu() == c
-            )
-            if of_class.any():
-                rows[f"{name}, {state}"] = scored.volumes[of_class][:PICTURED_PER_CLASS, :1]
+            rows[f"{name}, {state}"] = scored.volumes[labels == c][:PICTURED_PER_CLASS, :1]
     trainer.log_figure("before_after", orthogonal_views(rows, pipeline.config.spacing))
 
 
@@ -189,7 +199,10 @@ def main() -> None:
     rewards = [VolumeReward.from_pretrained(script.volume_reward)] if script.volume_reward else []
     rewards += [SliceReward.from_pretrained(script.slice_reward)] if script.slice_reward else []
     class_names = list(pipeline.config.class_names or [])
-    conditions = datasets.Dataset.from_dict({"class_label": class_names} if class_names else {"sample": [0]})
+    columns = {"class_label": class_names} if class_names else {"sample": [0]}
+    if script.conditions:
+        columns = json.loads(Path(script.conditions).read_text())
+    conditions = datasets.Dataset.from_dict(columns)
 
     trainer = DDPOTrainer(
         model=pipeline,

@@ -9,10 +9,16 @@ import torch
 from peft import LoraConfig
 
 from conftest import SPACING, VOLUME_SHAPE, awaken, run_example
-from diffusers_med3d import DDPOConfig, DDPOTrainer, DiffusionUNetMaisi3D, MedDiffusion3DPipeline
+from diffusers_med3d import (
+    DDPOConfig,
+    DDPOTrainer,
+    DiffusionUNetMaisi3D,
+    MedDiffusion3DPipeline,
+    VolumeRewardModel,
+    evaluation,
+)
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.reading import read_scans
-from diffusers_med3d.evaluation import check_pipeline
 from diffusers_med3d.flow import flow_scheduler
 from diffusers_med3d.trainers.conditions import call_arguments, encode_rows
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer
@@ -294,10 +300,74 @@ def test_the_script_goes_on_from_a_maisi_pipeline(tiny_vae, brains_folder, tmp_p
     assert subjects == ["somebody else", "sub-01", "sub-06"]
 
 
-def test_a_generator_that_takes_more_than_a_class_is_refused_by_the_evaluation(tiny_maisi):
-    data = DataArguments("", "", volume_shape=list(VOLUME_SHAPE), spacing=list(SPACING))
-    with pytest.raises(ValueError, match=r"also takes \['top_region', 'bottom_region', 'age'\]"):
-        check_pipeline(tiny_maisi, data)
+# --- evaluation and the scripts ---
+
+
+def data_of(scans: VolumeDataset) -> DataArguments:
+    return DataArguments("", "", list(VOLUME_SHAPE), list(SPACING), class_names=scans.class_names)
+
+
+def test_samples_of_an_evaluation_take_the_conditions_of_the_scans_of_their_class_in_turn(
+    with_other, scans, seen, tmp_path
+):
+    def sample(labels, like=scans):
+        return evaluation.sample_volumes(with_other, labels, tmp_path, data_of(scans), 1, batch_size=5, like=like)
+
+    made = sample([0, 0, 0, 1, 2])
+    assert seen == [of_scans([0, 1, 0, 2, 3])] and made.labels == [0, 0, 0, 1, 2]
+    sample([0, 0, 0, 0, 1, 2])  # only what is new
+    assert seen[1:] == [of_scans([1])]
+    with pytest.raises(
+        ValueError, match=r"takes \['top_region', 'bottom_region', 'age'\] besides the class; give scans"
+    ):
+        sample([0], like=None)
+    with pytest.raises(ValueError, match=r"no scan of class \[3\] to take"):
+        sample([0, 3])
+    other = copy.copy(scans)
+    other.metadata = scans.metadata.remove_columns("age").add_column("age", [22.5, 23.0, 45.0, 62.0])
+    with pytest.raises(ValueError, match="other settings .*like"):
+        sample([0], like=other)
+
+
+def test_the_gate_denoises_every_scan_under_its_own_conditions(with_other, scans, seen, tmp_path):
+    reference = evaluation.volume_set(scans)
+
+    def make(like):
+        return evaluation.gate_versions(with_other, reference, tmp_path, data_of(scans), (0.5,), 0.5, 2, like=like)
+
+    made = make(scans)
+    # one step of the half noisings, two of the full samples
+    assert seen == [of_scans([0, 1, 2, 3])] * 3 and len(made["round_trip"]) == 4
+    other = copy.copy(scans)
+    other.items = scans.items[::-1]
+    with pytest.raises(ValueError, match="must be the scans that the set was made of"):
+        make(other)
+
+
+def test_scans_of_a_class_that_the_generator_does_not_know_are_refused(tiny_maisi, scans):
+    known = data_of(scans)
+    known.class_names = ["mri"]  # of its two; by name, so in any order
+    evaluation.check_pipeline(tiny_maisi, known)
+    with pytest.raises(ValueError, match=r"classes are \['ct', 'mri'\], the scans' \['ct', 'other', 'mri'\]"):
+        evaluation.check_pipeline(tiny_maisi, data_of(scans))
+
+
+def test_the_fine_tuning_script_takes_the_conditions_from_a_file(tiny_maisi, tmp_path, monkeypatch):
+    tiny_maisi.save_pretrained(tmp_path / "start")
+    VolumeRewardModel(channels=(8, 8), norm_num_groups=4, num_members=1).save_pretrained(tmp_path / "reward")
+    (tmp_path / "table.json").write_text(json.dumps(ROWS))
+    flags = ["--pipeline", tmp_path / "start", "--volume_reward", tmp_path / "reward", "--slice_reward", ""]
+    flags += ["--per_device_train_batch_size", 6, "--steps_per_generation", 2, "--num_generations", 4, "--max_steps", 1]
+    flags += ["--num_inference_steps", 4, "--sde_window_size", 2, "--eval_num_inference_steps", 2, "--bf16", "false"]
+    flags += ["--eval_volumes", 2, "--report_to", "none", "--output_dir", tmp_path / "out"]
+    with pytest.raises(ValueError, match="no column 'top_region'"):
+        run_example(monkeypatch, "ppo_finetune.py", *flags)
+    run_example(monkeypatch, "ppo_finetune.py", *flags, "--conditions", tmp_path / "table.json")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["volumes"] == 6
+    trained = MedDiffusion3DPipeline.from_pretrained(tmp_path / "out")
+    assert any(
+        not torch.equal(p, q) for p, q in zip(trained.unet.parameters(), tiny_maisi.unet.parameters(), strict=True)
+    )
 
 
 # --- at the door ---

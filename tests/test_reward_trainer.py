@@ -122,8 +122,10 @@ def test_a_generator_never_makes_the_spectrum_of_a_subject_it_was_trained_on(tin
 
 
 def test_a_generator_that_does_not_say_what_it_was_trained_on_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=TRAINING_SUBJECTS):
+    with pytest.raises(FileNotFoundError, match=TRAINING_SUBJECTS) as refusal:
         read_training_subjects(tmp_path)
+    subprocess.run(str(refusal.value).partition("if there are none, ")[2], shell=True, check=True)
+    assert read_training_subjects(tmp_path) == set()
     (tmp_path / TRAINING_SUBJECTS).write_text('["sub-01"]')
     assert read_training_subjects(tmp_path) == {"sub-01"}
 

@@ -23,7 +23,14 @@ from .files import write_json, write_whole
 from .metrics import Extractor, Interval, Report, VolumeSet, bootstrap_interval, evaluate
 from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
 from .spectrum import DAMAGES, FULL_SAMPLE, HALF_SWAP, HALF_SWAP_SEVERITY, ROUND_TRIP, damage, partial_noising
-from .trainers.conditions import condition_names, labels_of_scans
+from .trainers.conditions import (
+    LABEL_COLUMN,
+    call_arguments,
+    condition_names,
+    encode_rows,
+    labels_of_scans,
+    scan_rows,
+)
 from .trainers.spectrum_data import fingerprint, level_name, seeded
 
 SETTINGS = "settings.json"
@@ -145,22 +152,57 @@ def reload_volumes(
 
 
 def check_pipeline(pipeline: MedDiffusion3DPipeline, data: DataArguments) -> None:
-    """Refuses a generator whose grid or classes are not those that the scans are read with, or that takes more
-    conditions than class and spacing, which a `VolumeSet` does not have.
+    """Refuses a generator whose grid is not that of the scans, or that lacks one of their classes.
 
     Raises:
         ValueError: with both; another grid would need resampling, which alone moves scans from themselves.
     """
-    others = condition_names(pipeline)
-    if others:
-        raise ValueError(f"volumes are evaluated by class; this generator also takes {others}, which no set carries.")
     for name, flag in (("volume_shape", "--volume_shape"), ("spacing", "--spacing")):
         made, read = [float(v) for v in pipeline.config[name]], [float(v) for v in getattr(data, name)]
         if made != read:
             raise ValueError(f"the generator makes {name} {made}, the scans are read at {read}; pass {flag} to match.")
     names = pipeline.config.class_names
-    if pipeline.unet.null_class is not None and names is not None and list(names) != list(data.class_names):
+    if pipeline.unet.null_class is not None and names is not None and not set(data.class_names) <= set(names):
         raise ValueError(f"the generator's classes are {list(names)}, the scans' {list(data.class_names)}.")
+
+
+def _within_class(labels: Sequence[int]) -> list[int]:
+    """Number of each sample within its class, from 0."""
+    return [list(labels[:i]).count(label) for i, label in enumerate(labels)]
+
+
+def asked_for(
+    pipeline: MedDiffusion3DPipeline,
+    labels: Sequence[int],
+    data: DataArguments,
+    like: VolumeDataset | None,
+) -> Dataset:
+    """Table of what samples are asked for, one row each: the class, and what else the network takes: for sample n of a
+    class what the metadata of the class's scan n say (`scan_rows`), round and round where there are fewer scans.
+
+    Args:
+        labels: class of each sample.
+        like: the scans; only needed for a network that takes more than class and spacing.
+
+    Raises:
+        ValueError: no scans, or none of a class; a condition that they do not have or that the network cannot take.
+    """
+    columns = {LABEL_COLUMN: labels_of_scans(pipeline, labels, data.class_names)}
+    names = condition_names(pipeline)
+    if names:
+        if like is None:
+            raise ValueError(f"this generator takes {names} besides the class; give scans to take them from (like=).")
+        scans, members = scan_rows(pipeline, like), {}
+        for row, item in enumerate(like):
+            members.setdefault(item["class_label"], []).append(row)
+        absent = sorted(set(labels) - set(members))
+        if absent:
+            raise ValueError(f"there is no scan of class {absent} to take {names} from.")
+        rows = [members[c][n % len(members[c])] for c, n in zip(labels, _within_class(labels), strict=True)]
+        columns |= {name: [scans[name][row] for row in rows] for name in names}
+    asked = Dataset.from_dict(columns)
+    encode_rows(pipeline, asked)  # refuses now what could not be sampled later
+    return asked
 
 
 def sample_volumes(
@@ -173,12 +215,13 @@ def sample_volumes(
     seeds: Sequence[int] = (0,),
     batch_size: int = 8,
     background: float = FOREGROUND_THRESHOLD,
+    like: VolumeDataset | None = None,
 ) -> VolumeSet:
     """Samples of a generator as a set, through the loader of the scans. Goes on where a killed run stopped.
 
     A sample is named by seed, class and its number within the class and depends on these alone (to rounding, not on its
-    batch): two generators give paired sets, and more samples or seeds only add to those that are there. With several
-    processes each makes its share.
+    batch) and on the scan that it is to be like: two generators give paired sets, and more samples or seeds only add to
+    those that are there. With several processes each makes its share.
 
     Args:
         pipeline: the generator.
@@ -188,9 +231,11 @@ def sample_volumes(
         seeds: every one gives `len(labels)` samples.
         batch_size: samples at once.
         background: voxels below become 0 before saving.
+        like: scans whose metadata hold what the network takes besides class and spacing; see `asked_for`.
 
     Raises:
-        ValueError: another grid or other classes than the scans', or a folder of other samples.
+        ValueError: another grid or other classes than the scans', conditions that are missing, or a folder of other
+            samples.
     """
     check_pipeline(pipeline, data)
     folder, state = Path(folder), PartialState()
@@ -200,14 +245,16 @@ def sample_volumes(
         "guidance_scale": guidance_scale,
         "background": background,
     }
+    asked = asked_for(pipeline, labels, data, like)
+    if condition_names(pipeline):
+        settings["like"] = scan_rows(pipeline, like).to_dict()
     with state.main_process_first():
         _check_settings(folder, settings)
-    wanted: list[tuple[str, int, int, int]] = []
-    for seed in seeds:
-        counts: dict[int, int] = {}
-        for label in labels:
-            number = counts[label] = counts.get(label, -1) + 1
-            wanted.append((f"seed{seed}-class{label}-{number:04d}", seed, label, number))
+    wanted = [
+        (f"seed{seed}-class{label}-{number:04d}", seed, label, number, row)
+        for seed in seeds
+        for row, (label, number) in enumerate(zip(labels, _within_class(labels), strict=True))
+    ]
     missing = [one for one in wanted if not _file(folder, one[0]).is_file()]
     state.wait_for_everyone()
     mine = missing[state.process_index :: state.num_processes]
@@ -216,16 +263,16 @@ def sample_volumes(
         for start in range(0, len(mine), batch_size):
             chunk = mine[start : start + batch_size]
             output = pipeline(
-                class_labels=labels_of_scans(pipeline, [label for _, _, label, _ in chunk], data.class_names),
+                **call_arguments(pipeline, asked.select([row for *_, row in chunk])),
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
-                generator=[seeded("evaluation", seed, label, number) for _, seed, label, number in chunk],
+                generator=[seeded("evaluation", seed, label, number) for _, seed, label, number, _ in chunk],
             )
             for volume, (name, *_) in zip(clear_background(output.volumes.cpu(), background), chunk, strict=True):
                 _save(volume, name, folder, output.affine, data.spacing)
             progress.update(len(chunk))
     state.wait_for_everyone()
-    return _read([name for name, *_ in wanted], [label for _, _, label, _ in wanted], folder, data, background)
+    return _read([name for name, *_ in wanted], [one[2] for one in wanted], folder, data, background)
 
 
 # ---------------------------------------------------------------------------------------------------------------- gate
@@ -242,6 +289,7 @@ def gate_versions(
     seed: int = 0,
     batch_size: int = 8,
     background: float = FOREGROUND_THRESHOLD,
+    like: VolumeDataset | None = None,
 ) -> dict[str, VolumeSet]:
     """The spectrum of unseen scans as sets: round-trip, partial noisings, full samples of their classes, every damage.
 
@@ -258,25 +306,30 @@ def gate_versions(
         num_inference_steps: of a full sample.
         seed: of noise and damage.
         batch_size: volumes at once.
+        like: what `scans` were made of, if the network takes more than class and spacing: each is denoised as its
+            metadata say.
 
     Returns:
         name -> set; "round_trip" first, "full_sample" after the noisings, then the damages.
 
     Raises:
-        ValueError: see `sample_volumes` and `damage`.
+        ValueError: see `sample_volumes` and `damage`; scans other than the set's.
     """
     check_pipeline(pipeline, data)
+    if like is not None and [item["subject"] for item in like] != scans.subjects:
+        raise ValueError("like= must be the scans that the set was made of, in their order.")
+    asked = asked_for(pipeline, scans.labels, data, like)
     folder = Path(folder)
-    _check_settings(
-        folder,
-        {
-            "generator": fingerprint(pipeline),
-            "num_inference_steps": num_inference_steps,
-            "severity": severity,
-            "seed": seed,
-            "background": background,
-        },
-    )
+    settings = {
+        "generator": fingerprint(pipeline),
+        "num_inference_steps": num_inference_steps,
+        "severity": severity,
+        "seed": seed,
+        "background": background,
+    }
+    if condition_names(pipeline):
+        settings["like"] = asked.to_dict()
+    _check_settings(folder, settings)
     levels = {level_name(strength): strength for strength in (ROUND_TRIP, *sorted(strengths), FULL_SAMPLE)}
     versions = {}
     pipeline.set_progress_bar_config(disable=True)
@@ -293,10 +346,10 @@ def gate_versions(
                     made = partial_noising(
                         pipeline,
                         scans.volumes[rows],
-                        labels_of_scans(pipeline, [scans.labels[i] for i in rows], data.class_names),
-                        levels[name],
-                        num_inference_steps,
-                        [seeded("gate", seed, scan_names[i], levels[name]) for i in rows],
+                        strength=levels[name],
+                        num_inference_steps=num_inference_steps,
+                        generators=[seeded("gate", seed, scan_names[i], levels[name]) for i in rows],
+                        **call_arguments(pipeline, asked.select(rows)),
                     )
                 else:
                     made = torch.stack([_damaged(scans, i, name, severity, seed) for i in rows])

@@ -51,7 +51,9 @@ def read_training_subjects(generator_folder: str | Path) -> set[str]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.parent} has no {TRAINING_SUBJECTS} (a JSON list of subject ids), so nobody can tell which subjects "
-            "its spectrum may be made of; examples/train_diffusion.py writes it."
+            "it has seen; examples/train_diffusion.py writes it. For a generator from elsewhere (a converted one, say) "
+            "write it yourself: the ids that your metadata give to subjects it was trained on, or, if there are none, "
+            f"echo '[]' > {path}"
         )
     return set(json.loads(path.read_text()))
 
