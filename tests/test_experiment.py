@@ -9,6 +9,7 @@ import torch
 
 from diffusers_med3d.experiment import (
     PHASES,
+    at_most,
     below_zero,
     best_of,
     claim_table,
@@ -19,7 +20,9 @@ from diffusers_med3d.experiment import (
     measure,
     open_test,
     over_seeds,
+    refuse_seen,
     selection_score,
+    weights_hash,
 )
 from diffusers_med3d.metrics import Figure, Interval, Report, VolumeSet, kid
 
@@ -88,6 +91,26 @@ def test_the_better_candidate_by_rewards_of_equal_weight_is_kept():
     assert best_of(rewards * torch.tensor([100.0, 1.0])).tolist() == [1, 0, 1]
 
 
+def test_a_reward_that_differs_between_classes_weighs_no_less_within_them():
+    rewards = torch.tensor([[[0.0, 1.0], [1.0, 0.5]], [[0.0, 1.0], [1.0, 0.5]], [[0.0, 1.0], [0.4, 0.0]]])
+    of_classes = torch.tensor([[50.0, 0.0], [0.0, 0.0], [-50.0, 0.0]])[:, None]
+    assert best_of(rewards + of_classes).tolist() == best_of(rewards).tolist() == [1, 1, 0]
+
+
+def test_a_base_that_saw_a_subject_that_judges_it_is_refused():
+    refuse_seen(["sub-3", "sub-4"], ["sub-1", "sub-2"])
+    with pytest.raises(ValueError, match="2 validation or test subjects .* the first is 'sub-2'"):
+        refuse_seen(["sub-3", "sub-2"], ["sub-3", "sub-1", "sub-2"])
+
+
+def test_networks_of_other_weights_have_other_hashes():
+    network = torch.nn.Linear(2, 2)
+    before = weights_hash(network)
+    assert before == weights_hash(network)
+    network.bias.data[0] += 1
+    assert before != weights_hash(network)
+
+
 def test_the_test_subjects_are_opened_for_one_protocol_only(tmp_path):
     marker = tmp_path / "opened.json"
     open_test(marker, {"seeds": [0, 1], "learning_rate": 1e-5})
@@ -113,27 +136,36 @@ def test_the_answer_is_yes_only_where_the_interval_is_clear_of_zero():
     assert below_zero(Interval(-1)) == "not shown"
 
 
-def report(after: list[float], alone: float, similarity: float = 0.8, copies: float = 0.05) -> Report:
+def test_a_limit_is_kept_only_where_the_interval_is_within_it():
+    assert at_most(Interval(0.01, 0.0, 0.02), 0.02) == "yes"
+    assert at_most(Interval(0.01, 0.0, 0.03), 0.02) == "not shown"
+    assert at_most(Interval(0.04, 0.03, 0.05), 0.02) == "no"
+    assert at_most(Interval(0.01), 0.02) == "not shown"
+
+
+def report(
+    after: list[float], alone: float, similarity: float = 0.79, copies: float = 0.04, detail: float = 0.7
+) -> Report:
     """Figures of known value; all sets of a figure move together from resample to resample, as paired ones do."""
     common = np.concatenate([[0.0], 0.05 * np.random.default_rng(0).standard_normal(500)])
     spread = np.concatenate([[0.0], 0.01 * np.random.default_rng(1).standard_normal(500)])
 
-    def figure(name: str, extractor: str, values: dict[str, float]) -> Figure:
-        draws = {one: value + common + i * spread for i, (one, value) in enumerate(values.items())}
+    def figure(name: str, extractor: str, values: dict[str, float], size: float = 1.0) -> Figure:
+        draws = {one: value + common + i * size * spread for i, (one, value) in enumerate(values.items())}
         return Figure(name, extractor, "lower", "floor", {}, {}, {}, draws)
 
     runs = {f"run {i}": value for i, value in enumerate(after)}
     scans = {"reference": 0.0, "floor": 0.0}
     distances = scans | {"base": 1.0, **runs, "3D only": alone, "best of 2": 0.95, "round-trip": 0.1}
-    detail = {"reference": 1.0, "base": 0.4, **dict.fromkeys(runs, 0.7), "round-trip": 0.8}
+    fine = {"reference": 1.0, "base": 0.4, **dict.fromkeys(runs, detail), "round-trip": 0.8}
     alike = {"reference": 0.75, "base": 0.79, **dict.fromkeys(runs, similarity)}
     flagged = {"reference": 0.05, "base": 0.05, **dict.fromkeys(runs, copies)}
     figures = [
         figure("KID tri-planar", "net-2d, 8 slices", distances),
         figure("KID axial", "net-2d, 8 slices", dict.fromkeys(distances, 9.0)),  # a part, not the mean: never judged
-        figure("high-frequency power, scans = 1", "", detail),
-        figure("MS-SSIM, mean of pairs", "", alike),
-        figure("copies flagged", "", flagged),
+        figure("high-frequency power less noise, scans = 1", "", fine),
+        figure("MS-SSIM, mean of pairs", "", alike, 0.1),
+        figure("copies flagged", "", flagged, 0.1),
     ]
     return Report(figures, {}, [], {}, {}, ["base", *runs])
 
@@ -165,6 +197,24 @@ def test_claims_fail_where_the_figures_do():
     found = answers(claims(narrow, "base", names, [], [], "round-trip"))
     assert found["no more samples flagged as copies than unseen scans"] == "no"
     assert found["MS-SSIM between samples at most 0.02 further from that between scans than before"] == "no"
+
+
+def test_detail_counts_as_distance_to_that_of_scans_and_only_where_the_decoder_leaves_a_gap():
+    wanted = "at least half of the attainable gap in high-frequency power closed"
+
+    def closed(detail: float, ceiling: str = "round-trip") -> str:
+        return answers(claims(report([0.5], 0.7, detail=detail), "base", ["run 0"], [], [], ceiling))[wanted]
+
+    assert closed(0.7) == "yes" and closed(0.5) == "no"
+    assert closed(1.5) == "no"  # more than the scans have by nearly as much as the base had less
+    assert closed(0.7, ceiling="base") == "nothing to close"
+
+
+def test_what_was_not_run_is_said_to_be_missing():
+    found = claims(report([0.5], alone=0.7), "base", ["run 0"], ["3D only", "2D only"], ["best of 2"], "round-trip")
+    assert answers(found)["KID tri-planar (net-2d): both rewards below 2D only"] == "not run"
+    assert answers(found)["KID tri-planar (net-2d): both rewards below 3D only"] == "yes"
+    assert "| KID tri-planar (net-2d): both rewards below 2D only |  | not run |" in claim_table(found)
 
 
 def test_the_classifier_is_judged_on_log_loss_at_ten_scans_per_class():

@@ -59,6 +59,10 @@ def test_resamples_that_are_biased_or_failed_do_not_move_the_interval():
     assert str(metrics.bootstrap_interval([2.0])) == "2"
 
 
+def test_a_figure_that_is_missing_does_not_read_as_zero():
+    assert str(metrics.Interval(float("nan"))) == "nan" and str(metrics.Interval(-1e-15, -1e-15, 1.0)) == "0 [0, 1]"
+
+
 def test_a_weighted_mean_counts_every_class_its_share_and_leaves_out_nan():
     values, labels = [1.0, 3.0, 10.0, float("nan")], [0, 0, 1, 1]
     weights = np.array([[1.0, 1, 1, 1], [3, 1, 2, 5]])

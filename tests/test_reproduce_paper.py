@@ -1,4 +1,4 @@
-"""examples/reproduce_paper.py with tiny components: every step once, its trainings as processes of two steps."""
+"""examples/reproduce_paper.py with tiny components, its trainings as processes of two steps."""
 
 import csv
 import json
@@ -9,10 +9,12 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 
 from conftest import CLASS_NAMES, synthetic_brain
 from diffusers_med3d import MedDiffusion3DPipeline, SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.cards import missing
+from diffusers_med3d.flow import flow_scheduler
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "reproduce_paper.py"
 SIDE, SPACING = 32, 6.0  # the 3D features need 32 voxels a side
@@ -54,69 +56,126 @@ def command(tiny_pipeline, tmp_path) -> list[str]:
     return [str(EXAMPLE), *words.split(), f"--rl_flags={rl}"]
 
 
-def test_the_experiment_runs_goes_on_where_it_stopped_and_opens_the_test_subjects_once(
-    command, tmp_path, monkeypatch, capfd
-):
-    def launch(*flags: str) -> str:
+@pytest.fixture
+def launch(command, monkeypatch, capfd):
+    """The script with further flags; gives what it printed."""
+
+    def run(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", [*command, *flags])
         runpy.run_path(str(EXAMPLE), run_name="__main__")
         return capfd.readouterr().out
 
-    out = tmp_path / "out"
-    with pytest.raises(FileNotFoundError, match="frozen.json is missing"):
-        launch("--steps", "arms")
-    with pytest.raises(ValueError, match=r"Unknown steps \['sweeep'\]"):
-        launch("--steps", "sweeep")
+    return run
 
-    printed = launch()
-    assert printed.count("ppo_finetune.py") == 4 and printed.count("train_diffusion.py") == 1
-    gate = json.loads((out / "gate.json").read_text())
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_subjects_are_opened_once(
+    launch, tmp_path
+):
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="frozen.json is missing: run the sweep, or freeze by hand"):
+        launch("--steps", "arms", "--learning_rates", "1e-5", "2e-5")
+    for flag in ("steps", "arms"):
+        with pytest.raises(ValueError, match=rf"Unknown {flag} \['sweeep'\]"):
+            launch(f"--{flag}", "sweeep")
+    with pytest.raises(FileNotFoundError, match="both-0 holds no finished training"):
+        launch("--steps", "continued")
+
+    # one arm, with settings frozen by hand
+    assert launch("--steps", "sweep", "arms", "--arms", "both").count("ppo_finetune.py") == 1
+    frozen = (out / "frozen.json").read_text()
+    assert json.loads(frozen)["setting"] == {"learning_rate": 1e-5, "beta": 0.01, "window": 2, "group_size": 2}
+    assert not list(out.rglob("checkpoint-*"))
+    with pytest.raises(ValueError, match=r"frozen.json was made with other settings.*'rl_steps': \(2, 3\)"):
+        launch("--steps", "arms", "--rl_steps", "3")
+    with pytest.raises(ValueError, match=r"'learning_rate': \(1e-05, 2e-05\)"):
+        launch("--steps", "arms", "--learning_rates", "2e-5")
+    with pytest.raises(ValueError, match=r"an experiment with other settings.*'antialias': \(False, True\)"):
+        launch("--steps", "report", "--antialias", "true")
+    printed = launch("--steps", "evaluate", "report")
+    assert "both rewards below 3D reward alone |  | not run |" in printed
+    assert "Not run: 3D reward alone; 2D reward alone; gate; continued; sampler; downstream-validation." in printed
+    assert "Not swept: frozen by hand." in printed and "ppo_finetune.py" not in printed
+
+    # further ones later; what was begun with another setting is not gone on with
+    begun = out / "arms" / "3d" / "setting.json"
+    begun.parent.mkdir()
+    begun.write_text(json.dumps(read(out / "arms" / "both-0" / "setting.json") | {"beta": 0.04}))
+    with pytest.raises(ValueError, match=r"3d was begun with other settings .*'beta': \(0.04, 0.01\)"):
+        launch("--steps", "arms", "--arms", "3d")
+    begun.unlink()
+    assert launch("--steps", "arms", "--arms", "both", "3d", "--seeds", "1", "0").count("ppo_finetune.py") == 2
+    assert (out / "frozen.json").read_text() == frozen  # the seed that is carried on is still the very first
+    assert list(read(out / "arms" / "3d" / "results.json")["rewards"]) == ["VolumeReward"]
+    weights = [
+        MedDiffusion3DPipeline.from_pretrained(out / "arms" / f"both-{seed}").unet.out[2].conv.weight for seed in (0, 1)
+    ]
+    assert not torch.equal(*weights)
+
+    printed = launch(
+        "--steps", "gate", "arms", "continued", "sampler", "evaluate", "downstream", "report", "--arms", "3d"
+    )
+    assert printed.count("train_diffusion.py") == 1 and "ppo_finetune.py" not in printed
+    gate = read(out / "gate.json")["found"]
     assert {"round_trip", "strength_0.5", "full_sample", "blur"} <= {
-        path.name for path in (out / "gate" / "volumes").iterdir() if path.is_dir()
+        path.name for path in (out / "gate" / "volumes-s10").iterdir() if path.is_dir()
     }
     assert gate["verdict"][0]["figure"].startswith("KID")
-    frozen = json.loads((out / "frozen.json").read_text())
-    assert frozen["setting"] == {"learning_rate": 1e-5, "beta": 0.01, "window": 2, "group_size": 2}
-    arms = json.loads((out / "arms.json").read_text())
-    assert list(arms) == ["both rewards, seed 0", "3D reward alone", "2D reward alone"]
-    assert not list(out.rglob("checkpoint-*"))
-    only_3d = json.loads((Path(arms["3D reward alone"]) / "results.json").read_text())
-    assert list(only_3d["rewards"]) == ["VolumeReward"]
-    continued = json.loads((out / "controls.json").read_text())
-    assert continued["continued_steps"] >= 1 and continued["num_inference_steps"] in (5, 10)
-    assert MedDiffusion3DPipeline.from_pretrained(continued["continued"]).unet.config.num_class_embeds == 4
+    continued = out / read(out / "continued.json")["found"]["best"]
+    assert MedDiffusion3DPipeline.from_pretrained(continued).unet.config.num_class_embeds == 4
+    assert read(continued / "setting.json")["max_steps"] >= 1
+    assert read(out / "sampler.json")["found"]["best"]["num_inference_steps"] in (5, 10)
 
-    judged = json.loads((out / "evaluate-validation.json").read_text())
-    for name in (
-        "pre-trained",
-        "continued pre-training",
-        "best of 2 by reward",
-        "best guidance and steps",
-        "round-trip",
-    ):
-        assert name in judged["figures"][0]["sets"]
+    judged = read(out / "evaluate-validation.json")["found"]
+    assert {
+        *("pre-trained", "both rewards, seed 0", "both rewards, seed 1", "3D reward alone", "continued pre-training"),
+        *("best of 2 by reward", "best guidance and steps", "round-trip"),
+    } <= set(judged["figures"][0]["sets"])
     text = (out / "report.md").read_text()
     for heading in ("What was wanted", "Gate before RL", "Sweep on validation", "All figures", "Classifier"):
         assert f"## {heading}" in text
+    assert "Not run: 2D reward alone." in text
     card = (out / "brain-t1-ppo.md").read_text()
     assert missing(card) == [] and "BraTS 2019" in card and str(tmp_path) not in card + text
     assert (out / "evaluate-validation" / "report-views.png").is_file()
     assert not list(out.rglob("*test*"))  # nobody looked at the test subjects
 
-    # a step that was not finished is done again from what is there, without training anything
+    # a result that was not finished is made again from what is there, without training anything
     (out / "evaluate-validation.json").unlink()
-    again = launch("--steps", "evaluate", "report")
-    assert "ppo_finetune.py" not in again
-    assert json.loads((out / "evaluate-validation.json").read_text()) == judged
-    with pytest.raises(ValueError, match="an experiment with other num_samples"):
-        launch("--num_samples", "10")
+    assert ".py" not in launch("--steps", "evaluate")
+    assert read(out / "evaluate-validation.json")["found"] == judged
 
     launch("--open_test", "--steps", "evaluate", "downstream", "report")
     opened = (out / "test-opened.json").read_text()
-    assert json.loads((out / "evaluate-test.json").read_text())["figures"] != judged["figures"]
+    assert read(out / "evaluate-test.json")["found"]["figures"] != judged["figures"]
     assert "Judged on the test subjects" in (out / "report.md").read_text()
-    (out / "evaluate-test.json").unlink()
-    (out / "frozen.json").write_text(json.dumps(frozen | {"setting": frozen["setting"] | {"beta": 0.04}}))
+    (out / "arms" / "3d" / "done").unlink()  # one arm less to compare
     with pytest.raises(ValueError, match="opened on .* with another configuration"):
         launch("--open_test", "--steps", "evaluate")
     assert (out / "test-opened.json").read_text() == opened
+
+
+def test_a_sweep_freezes_the_better_setting_of_a_flow_and_is_not_made_again(launch, tmp_path):
+    base = MedDiffusion3DPipeline.from_pretrained(tmp_path / "base")
+    parts = base.components | {"scheduler": flow_scheduler()}
+    MedDiffusion3DPipeline(
+        **parts, **{name: base.config[name] for name in ("volume_shape", "spacing", "class_names")}
+    ).save_pretrained(tmp_path / "base")
+    rates = ("--learning_rates", "1e-5", "2e-5")
+    assert launch("--steps", "sweep", *rates).count("ppo_finetune.py") == 2
+    frozen = read(tmp_path / "out" / "frozen.json")
+    scores = {row["learning_rate"]: row["score"] for row in frozen["tried"]}
+    assert set(scores) == {1e-5, 2e-5} and scores[frozen["setting"]["learning_rate"]] == min(scores.values())
+    printed = launch("--steps", "sweep", "report", *rates)
+    assert (
+        "ppo_finetune.py" not in printed and "Not swept" not in printed and "Not run: both rewards, seed 0;" in printed
+    )
+
+
+def test_a_base_that_was_trained_on_subjects_that_judge_is_refused(launch, tmp_path):
+    (tmp_path / "base" / "training_subjects.json").write_text(json.dumps(["sub-25", "sub-27"]))
+    with pytest.raises(ValueError, match="1 validation or test subjects .* the first is 'sub-27'"):
+        launch("--steps", "gate")

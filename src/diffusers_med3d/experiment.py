@@ -5,7 +5,7 @@ which sample of two is kept, when the test subjects may be opened, and what coun
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import cards
+from .data.latents import tensor_bytes
 from .files import once
 from .metrics import Extractor, Interval, Report, VolumeSet, bootstrap_interval, kid, ms_ssim_matrix
 from .metrics.report import FLOOR, REFERENCE
@@ -25,6 +26,8 @@ PHASES = ("rollout", "decode", "reward", "metrics", "update")
 
 NARROWING = 0.02
 """How much further from that of real scans the MS-SSIM between samples may lie after fine-tuning than before."""
+
+NOT_RUN = "not run"
 
 Setting = dict[str, float | int]
 
@@ -119,7 +122,8 @@ def equal_compute_steps(seconds: Mapping[str, float], transitions: int, batch_si
 
 
 def best_of(rewards: Tensor) -> Tensor:
-    """Which of several candidates has the highest sum of rewards, each reward scaled by its spread over all candidates.
+    """Which of several candidates has the highest sum of rewards, each scaled as in fine-tuning: by its spread about
+    the mean of the candidates, so that differences between classes or noises, of which none is chosen, do not weigh.
 
     Args:
         rewards: (N, K, R): N samples, K candidates of each, R rewards.
@@ -127,8 +131,27 @@ def best_of(rewards: Tensor) -> Tensor:
     Returns:
         (N,) in [0, K)
     """
-    scale = rewards.flatten(0, 1).std(0, correction=0).clamp_min(1e-8)
-    return (rewards / scale).sum(-1).argmax(1)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    scale = centred.flatten(0, 1).std(0, correction=0).clamp_min(1e-8)
+    return (centred / scale).sum(-1).argmax(1)
+
+
+def refuse_seen(judges: Collection[str], trained_on: Collection[str]) -> None:
+    """Refuse a generator that was trained on subjects that are to judge it (ValueError with the first of them)."""
+    seen = sorted(set(judges) & set(trained_on))
+    if seen:
+        raise ValueError(
+            f"{len(seen)} validation or test subjects were in the training set of the base, the first is {seen[0]!r}; "
+            "they cannot judge it."
+        )
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Hash of a network's weights: tells networks apart without a path."""
+    digest = hashlib.sha256()
+    for part in tensor_bytes(network.state_dict().items()):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def content_hash(description: Any) -> str:
@@ -160,7 +183,8 @@ def open_test(marker: str | Path, protocol: Mapping[str, Any]) -> None:
 
 
 class Claim(NamedTuple):
-    """What the issue of the experiment asks for, what was found, and whether that is enough: yes, no, or not shown."""
+    """What the issue of the experiment asks for, what was found, and whether that is enough: yes, no, not shown, or not
+    run."""
 
     wanted: str
     found: Interval
@@ -188,17 +212,24 @@ def below_zero(difference: Interval) -> str:
     return "yes" if difference.high < 0 else "no" if difference.low > 0 else "not shown"
 
 
+def at_most(difference: Interval, limit: float) -> str:
+    """Whether a figure stayed within a limit: "yes" and "no" only where the interval is clear of it."""
+    if not math.isfinite(difference.low):
+        return "not shown"
+    return "yes" if difference.high <= limit else "no" if difference.low > limit else "not shown"
+
+
 def claims(
     report: Report, base: str, runs: Sequence[str], alone: Sequence[str], controls: Sequence[str], ceiling: str
 ) -> list[Claim]:
     """What was wanted of fine-tuning with both rewards, against what a report found.
 
     Args:
-        report: of `metrics.evaluate`, with all the sets named below.
+        report: of `metrics.evaluate`, with base, runs and ceiling.
         base: the pre-trained model.
-        runs: both rewards, one run per seed.
-        alone: each reward alone.
-        controls: what must be beaten.
+        runs: both rewards, one run per seed, at least one.
+        alone: each reward alone; what the report lacks was not run.
+        controls: what must be beaten, likewise.
         ceiling: round-trips of the reference scans through the autoencoder.
     """
     found: list[Claim] = []
@@ -216,25 +247,34 @@ def claims(
             Claim(f"{name}: below {base} with every seed (the worst of {len(runs)})", worst, below_zero(worst))
         )
         for other in (*alone, *controls):
-            difference = bootstrap_interval(after - draws[other])
-            found.append(Claim(f"{name}: both rewards below {other}", difference, below_zero(difference)))
+            wanted = f"{name}: both rewards below {other}"
+            if other in draws:
+                difference = bootstrap_interval(after - draws[other])
+                found.append(Claim(wanted, difference, below_zero(difference)))
+            else:
+                found.append(Claim(wanted, Interval(math.nan), NOT_RUN))
 
+    # In distance to the scans, so that too much detail closes nothing
     detail = report.figure("high-frequency power").draws
-    closed = bootstrap_interval((over_seeds(detail, runs) - detail[base]) / (detail[ceiling] - detail[base]))
+    after, before, best = (
+        abs(one - detail[REFERENCE]) for one in (over_seeds(detail, runs), detail[base], detail[ceiling])
+    )
     attainable = "at least half of the attainable gap in high-frequency power closed"
-    found.append(Claim(attainable, closed, "yes" if closed.value >= 0.5 else "no"))
+    if before[0] > best[0]:
+        closed = bootstrap_interval((before - after) / (before - best))
+        found.append(Claim(attainable, closed, "yes" if closed.value >= 0.5 and closed.low > 0 else "no"))
+    else:
+        found.append(Claim(attainable, Interval(math.nan), "nothing to close"))
 
     alike = report.figure("MS-SSIM, mean").draws
     further = abs(over_seeds(alike, runs) - alike[REFERENCE]) - abs(alike[base] - alike[REFERENCE])
     narrowed = bootstrap_interval(further)
     diverse = f"MS-SSIM between samples at most {NARROWING} further from that between scans than before"
-    found.append(Claim(diverse, narrowed, "yes" if narrowed.value <= NARROWING else "no"))
+    found.append(Claim(diverse, narrowed, at_most(narrowed, NARROWING)))
 
     copies = report.figure("copies flagged").draws
     more = bootstrap_interval(over_seeds(copies, runs) - copies[REFERENCE])
-    found.append(
-        Claim("no more samples flagged as copies than unseen scans", more, "yes" if more.value < 1e-9 else "no")
-    )
+    found.append(Claim("no more samples flagged as copies than unseen scans", more, at_most(more, 1e-9)))
     return found
 
 
@@ -262,7 +302,16 @@ def downstream_claims(results: Mapping[str, Any], real_per_class: int = 10) -> l
 
 def claim_table(found: Sequence[Claim]) -> str:
     """Claims as a Markdown table."""
-    return table([{"wanted": one.wanted, "found [95 % interval]": one.found, "answer": one.answer} for one in found])
+    return table(
+        [
+            {
+                "wanted": one.wanted,
+                "found [95 % interval]": "" if math.isnan(one.found.value) else one.found,
+                "answer": one.answer,
+            }
+            for one in found
+        ]
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

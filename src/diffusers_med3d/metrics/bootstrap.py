@@ -25,7 +25,7 @@ class Interval:
 
     def __str__(self) -> str:
         value, low, high = (
-            f"{number if abs(number) > 1e-12 else 0.0:.3g}" for number in (self.value, self.low, self.high)
+            f"{0.0 if abs(number) <= 1e-12 else number:.3g}" for number in (self.value, self.low, self.high)
         )
         return value if np.isnan(self.low) else f"{value} [{low}, {high}]"
 
