@@ -17,7 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
-from conftest import run_example
+from conftest import awaken, run_example
 from diffusers_med3d import (
     AutoencoderKL3D,
     AutoencoderKLMaisi3D,
@@ -61,6 +61,7 @@ except ModuleNotFoundError:
 else:
     raise SystemExit("the package can be imported")
 
+import huggingface_hub
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
@@ -68,12 +69,18 @@ from safetensors.torch import save_file
 torch.set_num_threads(1)
 folder, target, *sources = sys.argv[1:]
 volumes = {}
+
+
+def call(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    return pipe(class_labels=["young", "old"], num_inference_steps=3, guidance_scale=2.0, generator=generator)
+
+
 for source in sources:
     place, _, revision = source.partition("@")
     pipe = DiffusionPipeline.from_pretrained(place, revision=revision or None, trust_remote_code=True)
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(5)
-    out = pipe(class_labels=["young", "old"], num_inference_steps=3, guidance_scale=2.0, generator=generator)
+    out = call(pipe)
     volumes[source] = out.volumes
     volumes[source + " again"] = pipe(volumes=out.volumes, strength=0.0, num_inference_steps=3).volumes
     out.save_nifti(folder)
@@ -86,6 +93,17 @@ for source in sources:
             raise SystemExit("an exported pipeline was saved")
     import shutil
     shutil.rmtree(folder)
+place, revision = sources[-1].split("@")
+huggingface_hub.snapshot_download(place, revision=revision)
+huggingface_hub.constants.HF_HUB_OFFLINE = True
+try:
+    DiffusionPipeline.from_pretrained(place, revision=revision, trust_remote_code=True)
+except huggingface_hub.errors.OfflineModeIsEnabled:
+    pass
+else:
+    raise SystemExit("diffusers loads code offline from the cache now; docs/publishing.md says that it does not")
+folder = huggingface_hub.snapshot_download(place, revision=revision)
+volumes["offline"] = call(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)).volumes
 try:
     DiffusionPipeline.from_pretrained(sources[0])
 except ValueError as refusal:
@@ -103,15 +121,45 @@ def volumes_of(pipeline: MedDiffusion3DPipeline) -> tuple[torch.Tensor, torch.Te
     return made.volumes, pipeline(volumes=made.volumes, strength=0.0, num_inference_steps=3).volumes
 
 
+@pytest.fixture
+def like_brain_t1(tiny_pipeline) -> MedDiffusion3DPipeline:
+    """With what the bundled generator has: atlas, principal components, skip and gate."""
+    vae = tiny_pipeline.vae
+    vae.set_latent_statistics(torch.zeros(4), torch.ones(4), torch.randn(4, 4, 4, 4))
+    config = {name: value for name, value in tiny_pipeline.unet.config.items() if not name.startswith("_")}
+    options = {"sample_skip": True, "sample_gate": True, "num_modes": 2, "mode_shape": (4, 4, 4)}
+    unet = awaken(DiffusionUNet3D(**config | options))
+    unet.set_modes(torch.randn(5, 4, 4, 4, 4))
+    tiny_pipeline.register_modules(unet=unet)
+    return tiny_pipeline
+
+
+@pytest.fixture
+def tiny_maisi(tiny_scheduler) -> MedDiffusion3DPipeline:
+    vae = AutoencoderKLMaisi3D(
+        channels=(4, 4, 4), latent_channels=4, num_res_blocks=(1, 1, 1), norm_num_groups=2, num_splits=2,
+        latents_mean=[0.0] * 4, latents_std=[0.9] * 4,
+    )  # fmt: skip
+    unet = DiffusionUNetMaisi3D(
+        channels=(8, 16), num_res_blocks=1, attention_levels=(False, True), num_head_channels=8, norm_num_groups=8,
+        num_class_embeds=4,
+    )  # fmt: skip
+    names = {"young": 1, "old": 3}
+    pipeline = MedDiffusion3DPipeline(awaken(vae), awaken(unet), tiny_scheduler, (16, 32, 16), class_names=names)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def test_an_exported_pipeline_gives_the_same_volumes_where_the_package_is_not_installed(
-    hub, tiny_pipeline, tiny_vq, tiny_unet, tmp_path, monkeypatch
+    hub, like_brain_t1, tiny_maisi, tiny_vq, tiny_unet, tmp_path, monkeypatch
 ):
-    """A DDIM pipeline with a KL autoencoder from a folder, a flow with a VQ autoencoder from a branch on the Hub."""
+    """From folders, and a flow with a VQ autoencoder from a branch on the Hub, which is then loaded offline too."""
     flow = MedDiffusion3DPipeline(
         tiny_vq, tiny_unet, FlowMatchEulerDiscreteScheduler(), (16, 16, 16), class_names=("young", "x", "old")
     )
     flow.set_progress_bar_config(disable=True)
-    export_standalone(tiny_pipeline, tmp_path / "kl", "org/kl")
+    export_standalone(like_brain_t1, tmp_path / "kl", "org/kl")
+    export_standalone(tiny_maisi, tmp_path / "maisi", "org/maisi")
     flow.save_pretrained(tmp_path / "flow")
     run_example(
         monkeypatch, "export_standalone.py", "--pipeline", tmp_path / "flow", "--output_dir", tmp_path / "exported",
@@ -124,7 +172,7 @@ def test_an_exported_pipeline_gives_the_same_volumes_where_the_package_is_not_in
     assert missing(card) == [] and 'revision="standalone"' in sections(card)["Use"]
 
     modules = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    sources = [str(tmp_path / "kl"), "org/flow@standalone"]
+    sources = [str(tmp_path / "kl"), str(tmp_path / "maisi"), "org/flow@standalone"]
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_PACKAGE, tmp_path / "nifti", tmp_path / "out.safetensors", *sources],
         env=os.environ | hub.environment | modules,
@@ -138,9 +186,10 @@ def test_an_exported_pipeline_gives_the_same_volumes_where_the_package_is_not_in
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for source, pipeline in zip(sources, (tiny_pipeline, flow), strict=True):
+        for source, pipeline in zip(sources, (like_brain_t1, tiny_maisi, flow), strict=True):
             for found, expected in zip((source, source + " again"), volumes_of(pipeline), strict=True):
                 assert torch.equal(there[found], expected), found
+        assert torch.equal(there["offline"], there["org/flow@standalone"])
     finally:
         torch.set_num_threads(threads)
     assert "Expected types" not in done.stderr
