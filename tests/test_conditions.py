@@ -163,7 +163,7 @@ def scan_folder(brains_folder) -> datasets.Dataset:
 
 
 def read(rows: datasets.Dataset, spacing=SPACING, class_names=("ct", "other", "mri")) -> VolumeDataset:
-    args = DataArguments("", "", volume_shape=list(VOLUME_SHAPE), spacing=list(spacing), class_names=list(class_names))
+    args = DataArguments("", "", list(VOLUME_SHAPE), list(spacing), class_names=list(class_names), class_edges=[35, 60])
     return VolumeDataset(rows, SUBJECTS, args)
 
 
@@ -286,10 +286,10 @@ def test_the_script_goes_on_from_a_maisi_pipeline(tiny_vae, brains_folder, tmp_p
     (tmp_path / "split.json").write_text(json.dumps(split))
     run_example(
         monkeypatch, "train_diffusion.py", "--data_dir", brains_folder, "--split_file", tmp_path / "split.json",
-        "--volume_shape", 16, 16, 16, "--spacing", 12, 12, 12, "--class_names", *names, "--init_from",
-        tmp_path / "start", "--autoencoder", tmp_path / "start" / "vae", "--output_dir", tmp_path / "out",
-        "--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_samples", 0, "--copies", 1, "--logging_steps", 1,
-        "--ema_decay", 0, "--report_to", "none",
+        "--volume_shape", 16, 16, 16, "--spacing", 12, 12, 12, "--class_names", *names, "--class_edges", 35, 60,
+        "--init_from", tmp_path / "start", "--autoencoder", tmp_path / "start" / "vae",
+        "--output_dir", tmp_path / "out", "--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_samples", 0,
+        "--copies", 1, "--logging_steps", 1, "--ema_decay", 0, "--report_to", "none",
     )  # fmt: skip
     trained = MedDiffusion3DPipeline.from_pretrained(tmp_path / "out")
     assert isinstance(trained.unet, DiffusionUNetMaisi3D) and trained.config.class_names == names

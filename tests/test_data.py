@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, Nifti, Value
 from scipy import ndimage
+from transformers import HfArgumentParser
 
 from diffusers_med3d.data import (
     DataArguments,
@@ -176,6 +177,17 @@ def test_labels_that_are_class_names_need_no_edges():
     assert [class_of(name, ["LGG", "HGG"], []) for name in ("HGG", "LGG", None)] == [1, 0, 2]
     with pytest.raises(ValueError, match="'hgg' is none of the classes"):
         class_of("hgg", ["LGG", "HGG"], [])
+
+
+@pytest.mark.parametrize(
+    ("flags", "edges"),
+    [([], [35, 60]), (["--class_names", "LGG", "HGG"], []), (["--class_names", "a", "b", "--class_edges", "50"], [50])],
+)
+def test_class_names_given_without_edges_are_those_in_the_label_column(flags, edges):
+    (args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(
+        ["--data_dir", "x", "--split_file", "y", *flags]
+    )
+    assert args.class_edges == edges
 
 
 def test_settings_that_cannot_be_meant_are_refused():

@@ -29,11 +29,12 @@ class DataArguments:
         default_factory=lambda: ["young", "middle", "old"],
         metadata={"help": "Names of the classes in order; the null class comes after them and is not named."},
     )
-    class_edges: list[float] = field(
-        default_factory=lambda: [35.0, 60.0],
+    class_edges: list[float] | None = field(
+        default=None,
         metadata={
             "help": "For a number in label_column: class 0 is <= the first edge, the last class is >= the last edge; "
-            "one edge alone belongs to class 0. Give no value (--class_edges) when label_column holds the class names."
+            "one edge alone belongs to class 0. 35 60 if no class_names are given either; class_names without edges "
+            "are those in label_column."
         },
     )
 
@@ -49,6 +50,8 @@ class DataArguments:
         for name, values in (("volume_shape", self.volume_shape), ("spacing", self.spacing)):
             if len(values) != 3 or any(value <= 0 for value in values):
                 raise ValueError(f"{name} must be three positive numbers (X, Y, Z), got {values}.")
+        if self.class_edges is None:
+            self.class_edges = [35.0, 60.0] if self.class_names == ["young", "middle", "old"] else []
         if self.class_edges and len(self.class_edges) != len(self.class_names) - 1:
             raise ValueError(
                 f"{len(self.class_names)} classes need {len(self.class_names) - 1} class_edges, got {self.class_edges}."
