@@ -162,7 +162,7 @@ def flags(values: Mapping[str, Any]) -> list[str]:
     """Values by name as command line flags."""
     words: list[str] = []
     for name, value in values.items():
-        words += [] if value is None else [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        words += [] if value in (None, []) else [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
