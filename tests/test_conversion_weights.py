@@ -152,6 +152,38 @@ def test_vqvae_of_a_plain_script_gives_equal_codes_and_volumes():
         build_autoencoder(Definition("VQVAE", {**arguments, "channels": [8, 8], "dropout": 0.1}))
 
 
+@torch.no_grad()
+def test_checkpoints_of_a_plain_script_with_a_vqvae_become_a_pipeline_that_samples_as_monai_does(tmp_path):
+    levels = {"downsample_parameters": [2, 4, 1, 1], "upsample_parameters": [2, 4, 1, 1, 0]}
+    autoencoder = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "channels": [8, 8], "num_res_layers": 1}
+    autoencoder |= {"num_res_channels": 8, "num_embeddings": 16, "embedding_dim": 2, **levels}
+    unet = {**UNET, "num_class_embeds": 3}
+    config = {
+        "autoencoder_def": {"_target_": "monai.networks.nets.VQVAE", **autoencoder},
+        "network_def": {"_target_": "monai.networks.nets.DiffusionModelUNet", **unet},
+        "noise_scheduler": {"_target_": "monai.networks.schedulers.DDIMScheduler", "clip_sample": False},
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    vqvae, network = VQVAE(**autoencoder).eval(), awaken(DiffusionModelUNet(**unet))
+    torch.save({"state_dict": vqvae.state_dict()}, tmp_path / "vqvae.pt")
+    torch.save(network.state_dict(), tmp_path / "unet.pt")
+    pipeline, _ = convert_bundle(
+        read_bundle([tmp_path / "mine.json"]), tmp_path / "vqvae.pt", tmp_path / "unet.pt", scale_factor=0.5,
+        volume_shape=(16, 16, 16), spacing=(2.0, 2.0, 2.0),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    image = noise = torch.randn(1, 2, 4, 4, 4)
+    scheduler = ConfigParser(config).get_parsed_content("noise_scheduler")
+    scheduler.set_timesteps(4)
+    for t in scheduler.timesteps:
+        image, _ = scheduler.step(network(image, t[None], class_labels=torch.tensor([1])), t, image)
+    arguments = {"class_labels": 1, "latents": noise, "num_inference_steps": 4}
+    latents = pipeline(**arguments, output_type="latent").volumes
+    torch.testing.assert_close(latents, image, atol=1e-5 * image.abs().max().item(), rtol=1e-5)
+    expected = vqvae.decode_stage_2_outputs(image / 0.5)
+    torch.testing.assert_close(pipeline(**arguments).volumes, expected.clamp(0, 1), atol=1e-5, rtol=1e-5)
+
+
 def test_checkpoints_are_unwrapped_and_never_unpickled(tmp_path):
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:

@@ -24,12 +24,15 @@ import test_reward_trainer as stage_3
 from conftest import SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d import (
     AutoencoderKL3D,
+    AutoencoderKLMaisi3D,
     DiffusionUNet3D,
+    DiffusionUNetMaisi3D,
     MedDiffusion3DPipeline,
     SliceReward,
     SliceRewardModel,
     VolumeReward,
     VolumeRewardModel,
+    VQModel3D,
 )
 from diffusers_med3d.cards import NOT_FOR_CLINICAL_USE, missing, sections
 from diffusers_med3d.data import DataArguments, VolumeDataset
@@ -140,7 +143,8 @@ def test_a_card_that_somebody_wrote_on_the_hub_is_kept_if_it_has_the_warning(hub
 def test_the_private_method_that_every_push_of_diffusers_ends_in_is_still_there():
     theirs = inspect.signature(PushToHubMixin._upload_folder).parameters
     assert list(theirs) == list(inspect.signature(PublishMixin._upload_folder).parameters)
-    for kind in (MedDiffusion3DPipeline, DiffusionUNet3D, AutoencoderKL3D, VolumeRewardModel):
+    networks = (DiffusionUNet3D, DiffusionUNetMaisi3D, AutoencoderKL3D, AutoencoderKLMaisi3D, VQModel3D)
+    for kind in (MedDiffusion3DPipeline, *networks, VolumeRewardModel, SliceRewardModel):
         assert kind._upload_folder is PublishMixin._upload_folder, kind
         assert kind.save_config is PublishMixin.save_config, kind
 
@@ -312,7 +316,10 @@ def test_the_trainer_of_every_stage_publishes_what_loads_and_its_card_alone(
     card = hub.read("tester/secret-place", "README.md").decode()
     assert missing(card) == [] and type(trainer).__name__ in sections(card)["Training command"]
     assert 'from_pretrained("tester/secret-place")' in sections(card)["Use"]
-    (AutoModel if expected == MODEL_FILES else DiffusionPipeline).from_pretrained("tester/secret-place")
+    loaded = (AutoModel if expected == MODEL_FILES else DiffusionPipeline).from_pretrained("tester/secret-place")
+    if stage == "fine-tuning with LoRA":
+        loaded.load_lora_weights("tester/secret-place", adapter_name="tuned")
+        assert loaded.get_active_adapters() == ["tuned"]
 
 
 def test_a_fine_tuned_pipeline_names_its_base(hub, tiny_pipeline, tiny_pipeline_folder, tmp_path):
