@@ -6,7 +6,6 @@ from .features import Extractor, NamedExtractor, PlanarFeatures, SliceFeatures
 from .features3d import ScatteringFeatures
 from .frechet import frechet, frechet_dimensions, principal_components
 from .image import (
-    high_frequency_power,
     high_frequency_ratio,
     interior_detail,
     interior_spectrum,
@@ -50,7 +49,6 @@ __all__ = [
     "extractor",
     "frechet",
     "frechet_dimensions",
-    "high_frequency_power",
     "high_frequency_ratio",
     "intensity_tissues",
     "interior_detail",
