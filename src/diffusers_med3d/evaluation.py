@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from . import figures
 from .data import FOREGROUND_THRESHOLD, DataArguments, VolumeDataset, to_meta_tensor, volume_transform
 from .files import write_json, write_whole
-from .metrics import Extractor, Interval, Report, VolumeSet, bootstrap_interval, evaluate
+from .metrics import Extractor, Report, VolumeSet, bootstrap_interval, evaluate
 from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
 from .spectrum import DAMAGES, FULL_SAMPLE, HALF_SWAP, HALF_SWAP_SEVERITY, ROUND_TRIP, damage, partial_noising
 from .trainers.conditions import (
@@ -413,19 +413,6 @@ def gate(
     """The figures of `evaluate` for every version of `gate_versions`, and the verdict on them."""
     report = evaluate(versions, reference, train, extractors, spacing, **kwargs)
     return report, gate_verdict(report)
-
-
-def gap_closed(report: Report, figure: str, base: str, after: str, ceiling: str, extractor: str = "") -> Interval:
-    """Share of the way from `base` to `ceiling` that `after` went in one figure: 0 = none, 1 = all of it.
-
-    Args:
-        figure, extractor: as `Report.figure` takes them.
-        base, after, ceiling: sets of the report, such as the model before, the model after, and "round_trip" or
-            "reference".
-    """
-    draws = report.figure(figure, extractor).draws
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return bootstrap_interval((draws[after] - draws[base]) / (draws[ceiling] - draws[base]))
 
 
 # -------------------------------------------------------------------------------------------------------------- report
