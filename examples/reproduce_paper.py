@@ -563,8 +563,8 @@ def report(e: Experiment) -> str:
         f"Judged on the {part} subjects; paired 95 % bootstrap intervals over subjects, samples and seeds. 'not shown' "
         "means that the interval does not decide.",
         *(one["claims"] for one in (judged, classified) if one),
-        "Controls: pre-training went on for as much compute as RL took; of two samples the rewards kept one; guidance "
-        "and steps of the base were chosen on validation.",
+        "Controls, as far as they were run: pre-training goes on for as much compute as RL took; of two samples the rewards "
+        "keep one; guidance and steps of the base are chosen on validation.",
     ]
     parts = {
         "What was wanted, and what was found": "\n\n".join(proof),
