@@ -114,9 +114,8 @@ def main() -> None:
     use_all_cores()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = Path(args.output_dir)
-    real_volumes, real_labels, real_subjects = two_classes(
-        volume_set(VolumeDataset.from_arguments(data, "train")), data
-    )
+    scans = VolumeDataset.from_arguments(data, "train")
+    real_volumes, real_labels, real_subjects = two_classes(volume_set(scans), data)
     unseen_volumes, unseen_labels, unseen_subjects = two_classes(
         volume_set(VolumeDataset.from_arguments(data, args.part)), data
     )
@@ -131,6 +130,7 @@ def main() -> None:
             args.num_inference_steps,
             args.guidance_scale,
             seeds=[SAMPLING_SEED],
+            like=scans,
         )
         volumes, labels, _ = two_classes(samples, data)
         synthetic[name], generators[name] = (prepare(volumes, settings), labels), fingerprint(pipeline)
