@@ -254,16 +254,15 @@ class Experiment:
             self._scans[part] = evaluation.volume_set(VolumeDataset.from_arguments(self.data, part))
         return self._scans[part]
 
-    def found(self, name: str) -> Any:
-        """What an earlier step found, None where it has not run."""
+    def found(self, name: str, what: str = "found") -> Any:
+        """What an earlier step found (or was "made from"), None where it has not run."""
         path = self.root / f"{name}.json"
-        return json.loads(path.read_text())["found"] if path.is_file() else None
+        return json.loads(path.read_text())[what] if path.is_file() else None
 
     def result(self, name: str, made_from: dict[str, Any], make: Callable[[], Any]) -> Any:
         """What `make()` finds, on disk; made again where it was made from something else."""
-        path = self.root / f"{name}.json"
-        if not path.is_file() or json.loads(path.read_text())["made from"] != made_from:
-            write_json(path, {"made from": made_from, "found": make()})
+        if self.found(name, "made from") != made_from:
+            write_json(self.root / f"{name}.json", {"made from": made_from, "found": make()})
         return self.found(name)
 
     def folder(self, name: str) -> str:
@@ -557,14 +556,16 @@ def report(e: Experiment) -> str:
     gated, went_on, sampled, judged, classified = (e.found(name) for name in names)
     missing = [name for name in (f"{BOTH}{frozen['first_seed']}", *ALONE) if name not in arms]
     missing += [name for name, one in zip(names, (gated, went_on, sampled, judged, classified), strict=True) if not one]
+    if judged and e.found(names[3], "made from")["compared"] != e.configuration()["compared"]:
+        missing.append("evaluate with all that is there now")
     chosen = ", ".join(f"{name} {value:g}" for name, value in frozen["setting"].items())
     swept = experiment.table(frozen["tried"]) if frozen["tried"] else "Not swept: frozen by hand."
     proof = [
         f"Judged on the {part} subjects; paired 95 % bootstrap intervals over subjects, samples and seeds. 'not shown' "
         "means that the interval does not decide.",
         *(one["claims"] for one in (judged, classified) if one),
-        "Controls, as far as they were run: pre-training goes on for as much compute as RL took; of two samples the rewards "
-        "keep one; guidance and steps of the base are chosen on validation.",
+        "Controls, as far as they were run: pre-training goes on for as much compute as RL took; of two samples the "
+        "rewards keep one; guidance and steps of the base are chosen on validation.",
     ]
     parts = {
         "What was wanted, and what was found": "\n\n".join(proof),

@@ -107,7 +107,8 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
     with pytest.raises(ValueError, match=r"3d was begun with other settings .*'beta': \(0.04, 0.01\)"):
         launch("--steps", "arms", "--arms", "3d")
     begun.unlink()
-    assert launch("--steps", "arms", "--arms", "both", "3d", "--seeds", "1", "0").count("ppo_finetune.py") == 2
+    printed = launch("--steps", "arms", "report", "--arms", "both", "3d", "--seeds", "1", "0")
+    assert printed.count("ppo_finetune.py") == 2 and "; evaluate with all that is there now." in printed
     assert (out / "frozen.json").read_text() == frozen  # the seed that is carried on is still the very first
     assert list(read(out / "arms" / "3d" / "results.json")["rewards"]) == ["VolumeReward"]
     weights = [
