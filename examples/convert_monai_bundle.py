@@ -4,7 +4,7 @@ python examples/convert_monai_bundle.py --bundle MONAI/brats_mri_generative_diff
     --output_dir brats
 python examples/convert_monai_bundle.py --config network.json scheduler.json --autoencoder_weights autoencoder.pt \\
     --unet_weights unet.pt --scale_factor 0.92 --volume_shape 64 64 64 --spacing 3 3 3 --output_dir mine
-python examples/convert_monai_bundle.py --to_monai brain-t1 --output_dir brain-t1-monai
+python examples/convert_monai_bundle.py --to_monai mine --output_dir mine-monai
 """
 
 import json
