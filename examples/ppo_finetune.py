@@ -61,7 +61,7 @@ class Arguments(DDPOConfig):
 
     output_dir: str = field(default="outputs/ppo_finetune", metadata={"help": "Where everything is written."})
     max_steps: int = field(default=72, metadata={"help": "Optimizer steps."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Samples per forward pass."})
     steps_per_generation: int | None = field(
         default=3, metadata={"help": "Batches that one rollout holds per process."}
