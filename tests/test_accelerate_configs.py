@@ -68,7 +68,7 @@ def test_the_fsdp_configuration_makes_an_fsdp2_plugin(monkeypatch):
 
 
 WORKER = """
-import runpy, sys
+import os, runpy, sys
 from pathlib import Path
 from accelerate import PartialState
 
@@ -77,7 +77,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 state = PartialState()
 out = Path(sys.argv[sys.argv.index("--output_dir") + 1])
 (out / f"rank-{state.process_index}").write_text(f"{state.num_processes} {state.backend} {state.local_process_index}")
-state.destroy_process_group()  # a process that exits with its process group alive may abort
+state.destroy_process_group()
+os._exit(0)  # while the interpreter shuts down, a thread of gloo that asks for the GIL would abort the process
 """
 
 

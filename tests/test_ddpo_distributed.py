@@ -61,7 +61,8 @@ if trainer.is_world_process_zero():
     (out / "result.json").write_text(json.dumps({
         "world": trainer.accelerator.num_processes, "history": history, "logs": logs, "weights": weights,
     }))
-trainer.accelerator.end_training()  # a process that exits with its process group alive may abort
+trainer.accelerator.end_training()
+os._exit(0)  # while the interpreter shuts down, a thread of gloo that asks for the GIL would abort the process
 """
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 WORKER = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -32,7 +32,8 @@ for checkpoint in (None, str(output / "checkpoint-2")):
     runs.append({"seen": trainer.seen, "weights": weights(trainer).tolist()})
 answer = {"world": dist.get_world_size(), "runs": runs}
 (output / f"rank-{dist.get_rank()}.json").write_text(json.dumps(answer))
-dist.destroy_process_group()  # a process that exits with its process group alive may abort
+dist.destroy_process_group()
+os._exit(0)  # while the interpreter shuts down, a thread of gloo that asks for the GIL would abort the process
 """
 
 
