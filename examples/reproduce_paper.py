@@ -49,6 +49,7 @@ from transformers import HfArgumentParser
 
 from diffusers_med3d import MedDiffusion3DPipeline, SliceReward, VolumeReward, evaluation, experiment, metrics
 from diffusers_med3d.data import DataArguments, VolumeDataset, load_split
+from diffusers_med3d.data.latents import tensor_hash
 from diffusers_med3d.experiment import Setting
 from diffusers_med3d.files import once, write_json, write_whole
 from diffusers_med3d.hub import resolve
@@ -185,7 +186,7 @@ class Experiment:
         experiment.refuse_seen(split["validation"] + split["test"], read_training_subjects(resolve(args.base)))
         setting = {name: value for name, value in asdict(data).items() if name not in ("data_dir", "split_file")}
         setting |= {"split": experiment.content_hash(split), "base": fingerprint(self.base)}
-        setting |= {reward.__name__: experiment.weights_hash(reward.model) for reward in self.rewards}
+        setting |= {reward.__name__: tensor_hash(reward.model.state_dict().items()) for reward in self.rewards}
         self.setting = once(self.root / "setting.json", lambda: setting)
         refuse_other(self.setting, setting, f"{self.root} holds an experiment")
 

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import cards
-from .data.latents import tensor_bytes
 from .files import once
 from .metrics import Extractor, Interval, Report, VolumeSet, bootstrap_interval, kid, ms_ssim_matrix
 from .metrics.report import FLOOR, REFERENCE
@@ -144,14 +143,6 @@ def refuse_seen(judges: Collection[str], trained_on: Collection[str]) -> None:
             f"{len(seen)} validation or test subjects were in the training set of the base, the first is {seen[0]!r}; "
             "they cannot judge it."
         )
-
-
-def weights_hash(network: nn.Module) -> str:
-    """Hash of a network's weights: tells networks apart without a path."""
-    digest = hashlib.sha256()
-    for part in tensor_bytes(network.state_dict().items()):
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def content_hash(description: Any) -> str:

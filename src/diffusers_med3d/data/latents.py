@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -94,21 +95,20 @@ class LatentDataset(TorchDataset):
         return self.autoencoder.normalize_latents(mean + sigma * torch.randn(mean.shape))
 
 
-def tensor_bytes(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes]:
-    """What a hash of named tensors is made of: name and float32 values, wherever they are and in whatever precision."""
+def tensor_hash(tensors: Iterable[tuple[str, Tensor]], first: bytes = b"") -> str:
+    """Hash of ``first``, then of names and float32 values of tensors, wherever they are and in whatever precision."""
+    digest = hashlib.sha256(first)
     for name, tensor in tensors:
-        yield name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes()
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(volumes: VolumeDataset, autoencoder: torch.nn.Module, *settings: int) -> str:
-    digest = hashlib.sha256(json.dumps([*settings, [item["subject"] for item in volumes]]).encode())
-    for item in volumes:
-        digest.update(item["volume"].as_tensor().contiguous().numpy().tobytes())
     state = autoencoder.state_dict()
     state.pop("latents_atlas", None)  # what is cached is raw
-    for part in tensor_bytes(sorted(state.items())):
-        digest.update(part)
-    return digest.hexdigest()
+    scans = (("", item["volume"].as_tensor()) for item in volumes)
+    first = json.dumps([*settings, [item["subject"] for item in volumes]])
+    return tensor_hash(chain(scans, sorted(state.items())), first.encode())
 
 
 @torch.no_grad()

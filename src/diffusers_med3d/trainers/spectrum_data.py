@@ -1,11 +1,11 @@
 """The spectrum on disk: made once per subject by a generator that never saw that subject, then read by training and
 evaluation of reward models."""
 
-import hashlib
 import json
 import random
 import zlib
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ..data import VolumeDataset
-from ..data.latents import tensor_bytes
+from ..data.latents import tensor_hash
 from ..files import whole_file
 from ..pipeline import MedDiffusion3DPipeline
 from ..spectrum import (
@@ -70,11 +70,8 @@ def refuse_seen_subjects(subjects: Collection[str], trained_on: Collection[str])
 
 def fingerprint(pipeline: MedDiffusion3DPipeline) -> str:
     """Hash of the weights and the scheduler: tells generators apart without a path."""
-    digest = hashlib.sha256(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
-    for module in (pipeline.vae, pipeline.unet):
-        for part in tensor_bytes(module.state_dict().items()):
-            digest.update(part)
-    return digest.hexdigest()
+    weights = chain(pipeline.vae.state_dict().items(), pipeline.unet.state_dict().items())
+    return tensor_hash(weights, json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str).encode())
 
 
 def subject_levels(subject: str, strengths: Sequence[float], levels_per_subject: int | None, seed: int) -> list[float]:
