@@ -3,18 +3,27 @@
     python examples/reward_report.py --data_dir DATA --split_file split.json --generator brain-t1 \
         --reward_3d brain-t1-reward-3d --reward_2d brain-t1-reward-2d --output_dir outputs/reward-report
 
-Prints a table; writes report.json, report.md, scores.png and spectrum.png. --part test is for the final proof only.
+Prints a table, and whether the rewards prefer the scans that they were trained on; writes report.json, report.md,
+scores.png and spectrum.png. --part test is for the final proof only.
 """
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import HfArgumentParser
 
 from diffusers_med3d import figures
 from diffusers_med3d.data import DataArguments, VolumeDataset, load_split
+from diffusers_med3d.files import write_json, write_whole
+from diffusers_med3d.metrics.bootstrap import (
+    Interval,
+    bootstrap_interval,
+    bootstrap_weights,
+    class_shares,
+    weighted_pair_mean,
+)
 from diffusers_med3d.pipeline import MedDiffusion3DPipeline
 from diffusers_med3d.rewards import SliceReward, VolumeReward
 from diffusers_med3d.spectrum import DAMAGE_NAMES, damage
@@ -67,6 +76,28 @@ def table(reports: dict[str, dict[str, float]], spread: dict[str, dict[str, floa
     return "\n".join(lines)
 
 
+def training_above_unseen(
+    training_scores: list[float], unseen_scores: list[float], training: VolumeDataset, unseen: VolumeDataset
+) -> Interval | None:
+    """Memorisation of a reward: share of pairs of one class in which the training scan scores above the unseen one.
+
+    0.5 by chance, 1 if the training scans are known by heart; a tie counts half. Of the classes that both sets have, as
+    the unseen scans have them (None if there are none); interval over the subjects of both.
+    """
+    difference = np.subtract.outer(training_scores, unseen_scores)
+    sets = []
+    for scans in (training, unseen):
+        labels = [item["class_label"] for item in scans]
+        sets.append((bootstrap_weights([item["subject"] for item in scans], labels, num_resamples=1000), labels))
+    shares = class_shares([label for label in sets[1][1] if label in sets[0][1]])
+    if not shares:
+        return None
+    wins = 0.5 + 0.5 * np.sign(difference)
+    return bootstrap_interval(
+        weighted_pair_mean(wins, np.ones_like(wins, dtype=bool), *sets[0], *sets[1], shares, within_class=True)
+    )
+
+
 def main() -> None:
     """Make the spectrum of the unseen subjects, damage their scans, score, write."""
     data, args = HfArgumentParser([DataArguments, ReportArguments]).parse_args_into_dataclasses()
@@ -95,12 +126,28 @@ def main() -> None:
         name: {f"score/{v}": torch.tensor([row[v] for row in scores]).std(unbiased=False).item() for v in scores[0]}
         for name, scores in rows.items()
     }
-    text = f"{len(scans)} scans of the {args.part} subjects\n\n{table(reports, spread)}\n"
+    seen = VolumeDataset.from_arguments(data, "train")
+    seen_scores = {name: reward(seen.stack()).tolist() for name, reward in rewards.items()}
+    memory = {
+        name: training_above_unseen(seen_scores[name], [row["real"] for row in scores], seen, scans)
+        for name, scores in rows.items()
+    }
+    text = f"{len(scans)} scans of the {args.part} subjects\n\n{table(reports, spread)}\n\n"
+    text += f"Memorisation: of {len(seen)} training scans, share above an unseen scan of their class (0.5 by chance): "
+    text += ", ".join(f"{name} {interval}" for name, interval in memory.items()) + "\n"
     print(text)
 
-    (output / "report.md").write_text(text)
-    (output / "report.json").write_text(
-        json.dumps({"part": args.part, "scans": len(scans), "report": reports, "scores": rows}, indent=1) + "\n"
+    write_whole(output / "report.md", text)
+    write_json(
+        output / "report.json",
+        {
+            "part": args.part,
+            "scans": len(scans),
+            "report": reports,
+            "scores": rows,
+            "training_scores": seen_scores,
+            "training_above_unseen": {name: interval and asdict(interval) for name, interval in memory.items()},
+        },
     )
     series = {
         name: (args.strengths, [report[f"score/{level_name(strength)}"] for strength in args.strengths])

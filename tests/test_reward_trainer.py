@@ -451,6 +451,7 @@ def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_argumen
     run_here("reward_report.py", report, monkeypatch)
     out = capsys.readouterr().out
     assert "2 scans of the validation subjects" in out and "| score/half_swap |" in out
+    assert "Memorisation: of 6 training scans" in out and "3d None, 2d None" in out  # no class on both sides
     written = json.loads((tmp_path / "report" / "report.json").read_text())
     assert set(written["report"]) == {"3d", "2d"} and len(written["scores"]["3d"]) == 2
     rewards = {
@@ -462,6 +463,17 @@ def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_argumen
         scores = [reward(spectrum[i]["real"][None]).item() for i in range(2)]
         assert [row["real"] for row in written["scores"][kind]] == pytest.approx(scores, abs=1e-4)
     assert {"report.md", "scores.png", "spectrum.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+
+
+def test_a_reward_that_knows_its_training_scans_is_found_out_within_each_class(data):
+    training_above_unseen = runpy.run_path(str(EXAMPLES / "reward_report.py"))["training_above_unseen"]
+    training = VolumeDataset(data.data_dir, ["sub-02", "sub-03", "sub-04"], data)  # young, young, middle
+    unseen = VolumeDataset(data.data_dir, ["sub-01", "sub-05", "sub-07"], data)  # two scans young, middle, old
+    interval = training_above_unseen([0.9, 0.4, 0.1], [0.5, 0.4, 0.6, 0.0], training, unseen)
+    # young: 0.9 wins twice, 0.4 loses once and ties once; middle: loses; old has no training scan
+    assert interval.value == pytest.approx(2 / 3 * 2.5 / 4 + 1 / 3 * 0)
+    assert interval.low < interval.value < interval.high
+    assert training_above_unseen([2.0, 2.0, 2.0], [1.0] * 4, training, unseen).value == 1
 
 
 def test_the_training_script_refuses_generators_of_the_wrong_fold(script_arguments, tmp_path, monkeypatch):
