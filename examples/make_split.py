@@ -26,7 +26,8 @@ def main() -> None:
     rows = read_scans(data.data_dir).remove_columns("nifti")
     check_columns(rows, data)
     classes = {
-        row[data.subject_column]: class_of(row[data.label_column], data.class_names, data.class_edges) for row in rows
+        str(row[data.subject_column]): class_of(row[data.label_column], data.class_names, data.class_edges)
+        for row in rows
     }
     split = make_split(classes, args.test, args.validation, args.seed)
     save_split(split, data.split_file)

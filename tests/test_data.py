@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -15,6 +16,7 @@ from datasets import Dataset, Features, Nifti, Value
 from scipy import ndimage
 from transformers import HfArgumentParser
 
+from conftest import run_example
 from diffusers_med3d.data import (
     DataArguments,
     VolumeDataset,
@@ -195,6 +197,8 @@ def test_settings_that_cannot_be_meant_are_refused():
         arguments("x", volume_shape=[64, 64])
     with pytest.raises(ValueError, match=r"3 classes need 2 class_edges, got \[35.0\]"):
         arguments("x", class_edges=[35.0])
+    with pytest.raises(ValueError, match=r"class_edges must rise, got \[60.0, 35.0\]"):
+        arguments("x", class_edges=[60.0, 35.0])
 
 
 # --- bad input: one clear message each ---
@@ -250,6 +254,22 @@ def flat_affine(path: Path) -> None:
     rewrite_header(path, srow_z=0)
 
 
+def unknown_voxels(path: Path) -> None:
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[70:72] = (999).to_bytes(2, "little")  # datatype
+    path.write_bytes(gzip.compress(content))
+
+
+def negative_side(path: Path) -> None:
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[42:44] = (-5).to_bytes(2, "little", signed=True)  # dim[1]
+    path.write_bytes(gzip.compress(content))
+
+
+def nothing_above_zero(path: Path) -> None:
+    rewrite(path, nibabel.load(path).get_fdata().astype(np.float32) - 2000)
+
+
 def rewrite(path: Path, array: np.ndarray) -> None:
     nibabel.save(nibabel.Nifti1Image(array, nibabel.load(path).affine), path)
 
@@ -276,6 +296,9 @@ def flat_picture(path: Path) -> None:
         (flipped_bits, "cannot be read as NIfTI"),
         (no_affine, "has no affine"),
         (flat_affine, "unusable affine"),
+        (unknown_voxels, "cannot be read as NIfTI"),
+        (negative_side, "cannot be read as NIfTI"),
+        (nothing_above_zero, "cannot be prepared: nothing in the scan is above 0"),
         (not_a_number, "holds 2 NaN or infinite voxels"),
         (all_zero, "is empty: every voxel is 0.0"),
         (flat_picture, r"must have 3 or 4 axes, got shape \(8, 8\)"),
@@ -292,6 +315,29 @@ def test_a_missing_column_is_named_beside_those_there_are(brains_folder):
         read_first(brains_folder, subject_column="subject")
     with pytest.raises(ValueError, match="no column 'diagnosis'"):
         read_first(brains_folder, label_column="diagnosis")
+
+
+def test_subjects_may_be_numbers_and_are_text_from_the_split_on(copied_folder, tmp_path, monkeypatch):
+    metadata = copied_folder / "metadata.csv"
+    metadata.write_text(re.sub(r",sub-0(\d),", r",\1,", metadata.read_text()))
+    assert read_scans(copied_folder)["participant_id"][0] == 1
+    options = ["--data_dir", copied_folder, "--split_file", tmp_path / "split.json"]
+    run_example(monkeypatch, "make_split.py", *options, "--test", 1, 1, 1, "--validation", 1, 0, 1)
+    split = load_split(tmp_path / "split.json")
+    assert sorted(split["train"] + split["validation"] + split["test"]) == list("12345678")
+    numbers = {part: [int(s) for s in split[part]] for part in ("train", "validation", "test")}
+    folds = {fold: [int(s) for s in subjects] for fold, subjects in split["folds"].items()}
+    (tmp_path / "by-hand.json").write_text(json.dumps(numbers | {"folds": folds}))
+    assert load_split(tmp_path / "by-hand.json") == split
+    scans = VolumeDataset.from_arguments(arguments(copied_folder, tmp_path / "split.json"), "train")
+    assert sorted({item["subject"] for item in scans}) == split["train"]
+
+
+def test_scans_without_a_subject_are_refused(copied_folder):
+    metadata = copied_folder / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace("sub-03,", ","))
+    with pytest.raises(ValueError, match=r"1 scan\(s\) have no subject in the column 'participant_id'"):
+        read_first(copied_folder)
 
 
 def test_a_subject_without_a_scan_is_named(brains_folder):
@@ -393,6 +439,7 @@ def fold_of_test_subjects(split: dict) -> None:
         (leak_between_folds, "without overlap"),
         (fold_of_test_subjects, "part the training subjects"),
         (lambda split: split.pop("folds"), r"has no \['folds'\]"),
+        (lambda split: split["folds"].pop("b"), r"has no \['folds/b'\]"),
     ],
 )
 def test_a_split_with_a_leak_is_refused(tmp_path, leak, message):

@@ -1,12 +1,10 @@
 """From a folder of NIfTI files, or any ``datasets.Dataset`` with a NIfTI column, to rows of (scan, subject, label)."""
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nibabel
 import numpy as np
 from datasets import Dataset, Nifti, load_dataset
 
@@ -56,6 +54,8 @@ class DataArguments:
             raise ValueError(
                 f"{len(self.class_names)} classes need {len(self.class_names) - 1} class_edges, got {self.class_edges}."
             )
+        if list(self.class_edges) != sorted(self.class_edges):
+            raise ValueError(f"class_edges must rise, got {self.class_edges}.")
 
 
 def read_scans(source: str | Path | Dataset) -> Dataset:
@@ -88,10 +88,13 @@ def read_scans(source: str | Path | Dataset) -> Dataset:
 
 
 def check_columns(scans: Dataset, args: DataArguments) -> None:
-    """Refuse scans without the columns that ``args`` names (ValueError with those that there are)."""
+    """Refuse scans without the columns that ``args`` names (ValueError with those there are) or without a subject."""
     for option, column in (("subject_column", args.subject_column), ("label_column", args.label_column)):
         if column not in scans.column_names:
             raise ValueError(f"the scans have no column {column!r} ({option}), only {scans.column_names}.")
+    nameless = scans[args.subject_column][:].count(None)
+    if nameless:
+        raise ValueError(f"{nameless} scan(s) have no subject in the column {args.subject_column!r}.")
 
 
 def decode_nifti(entry: dict, subject: str) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +107,7 @@ def decode_nifti(entry: dict, subject: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         image = Nifti().decode_example({"path": entry["path"], "bytes": entry["bytes"]})
         array = np.asarray(image.dataobj, dtype=np.float32)
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+    except Exception as error:  # a damaged header makes nibabel raise almost anything
         raise ValueError(f"{name} cannot be read as NIfTI: {error}") from error
     header, affine = image.header, image.affine
     if header["sform_code"] == 0 and header["qform_code"] == 0:

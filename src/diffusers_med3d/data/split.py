@@ -52,7 +52,7 @@ def save_split(split: Mapping, path: str | Path) -> None:
 
 
 def load_split(path: str | Path) -> dict:
-    """Read a split and check that no subject is in two parts or two folds.
+    """Read a split, subjects as text, and check that no subject is in two parts or two folds.
 
     Raises:
         FileNotFoundError, ValueError: with what was found and what was expected.
@@ -62,8 +62,12 @@ def load_split(path: str | Path) -> dict:
         raise FileNotFoundError(f"no split file {path}; make one with examples/make_split.py.")
     split = json.loads(path.read_text())
     missing = [part for part in (*PARTS, "folds") if part not in split]
+    missing = missing or [f"folds/{fold}" for fold in "ab" if fold not in split["folds"]]
     if missing:
         raise ValueError(f"{path} has no {missing}; expected train, validation, test and folds.")
+    for parts, names in ((split, PARTS), (split["folds"], "ab")):
+        for name in names:
+            parts[name] = [str(subject) for subject in parts[name]]
     groups = [set(split[part]) for part in PARTS]
     for i, first in enumerate(groups):
         for second in groups[i + 1 :]:

@@ -19,6 +19,7 @@ class VolumeDataset(TorchDataset):
     An item is ``{"volume": MetaTensor (C, X, Y, Z) float32 in [0, 1] with its affine, "class_label": int,
     "subject": str}``; scans of one subject stand together, subjects in sorted order. ``metadata`` has the other columns
     of the source, one row per item; ``class_names`` are those of ``args``, the last label is a scan without one.
+    Subjects are text, also where their column holds numbers.
 
     Args:
         source: folder or ``datasets.Dataset`` (see ``read_scans``).
@@ -29,10 +30,10 @@ class VolumeDataset(TorchDataset):
     def __init__(self, source: str | Path | Dataset, subjects: Sequence[str], args: DataArguments) -> None:
         rows = read_scans(source)
         check_columns(rows, args)
-        wanted = set(subjects)
+        wanted = set(map(str, subjects))
         if not wanted:
             raise ValueError("no subjects were asked for.")
-        found = rows[args.subject_column]
+        found = [str(subject) for subject in rows[args.subject_column]]
         absent = sorted(wanted - set(found))
         if absent:
             raise ValueError(f"{len(absent)} subject(s) of the split have no scan, the first is {absent[0]!r}.")
@@ -43,7 +44,11 @@ class VolumeDataset(TorchDataset):
         self.items = []
         for subject, i in tqdm(order, desc="reading scans", unit="scan"):
             row = rows[i]
-            volume = transform(to_meta_tensor(*decode_nifti(row["nifti"], subject)))
+            scan = to_meta_tensor(*decode_nifti(row["nifti"], subject))
+            try:
+                volume = transform(scan)
+            except RuntimeError as error:  # MONAI's wrapper of what a transform raised
+                raise ValueError(f"scan of {subject} cannot be prepared: {error.__cause__ or error}") from error
             label = class_of(row[args.label_column], args.class_names, args.class_edges)
             self.items.append({"volume": volume, "class_label": label, "subject": subject})
 
