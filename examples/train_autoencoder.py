@@ -43,7 +43,8 @@ class ModelArguments:
         metadata={"help": "Start as a truncated Haar transform (kl): fine detail is there from the first step."},
     )
     init_from: str | None = field(
-        default=None, metadata={"help": "Folder of an autoencoder whose weights training starts from."}
+        default=None,
+        metadata={"help": "Folder of an autoencoder that training goes on from; flags of the network do nothing then."},
     )
     num_embeddings: int = field(default=512, metadata={"help": "Codebook size (vq)."})
     codebook_decay: float = field(

@@ -36,7 +36,13 @@ class ModelArguments:
             "noise schedule; random weights when not set."
         },
     )
-    part: str = field(default="train", metadata={"help": "Part of the split to train on: train, or its fold a or b."})
+    part: str = field(
+        default="train",
+        metadata={
+            "help": "Part of the split to train on: train, or its fold a or b.",
+            "choices": ["train", "a", "b"],
+        },
+    )
     prediction_type: str = field(
         default="v_prediction",
         metadata={

@@ -134,6 +134,12 @@ def test_a_crop_that_cannot_be_cut_or_encoded_is_refused(scans, size):
         CropDataset(scans, crop_size=size, divisor=4)
 
 
+def test_volumes_that_cannot_be_evaluated_whole_are_refused_before_training(tmp_path, brains_folder):
+    args = DataArguments(brains_folder, "unused.json", volume_shape=[18, 16, 16], spacing=[12.0, 12.0, 12.0])
+    with pytest.raises(ValueError, match=r"\(18, 16, 16\) must be a multiple of 4 .* fits is \(16, 16, 16\)"):
+        make(tmp_path, kl_model(), VolumeDataset(brains_folder, ["sub-01"], args))
+
+
 # --- training ---
 
 
@@ -226,6 +232,10 @@ def test_evaluation_reports_fidelity_and_detail_of_whole_round_trips_and_draws_t
     assert results["eval_psnr"] == pytest.approx(np.mean(psnr), abs=1e-3)
     assert {"eval_psnr_foreground", "eval_high_frequency_ratio"} <= set(results)
     assert (tmp_path / "figures" / "reconstructions.png").is_file()
+    trainer.eval_dataset, validation = None, trainer.eval_dataset
+    assert trainer.evaluate(validation)["eval_psnr"] == results["eval_psnr"]
+    with pytest.raises(ValueError, match="evaluate needs an eval_dataset"):
+        trainer.evaluate()
 
 
 # --- latent statistics ---

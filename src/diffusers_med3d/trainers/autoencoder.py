@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import Dataset as TorchDataset
 
-from .. import figures, hub, metrics
+from .. import figures, metrics
 from ..data import FOREGROUND_THRESHOLD, VolumeDataset
 from ..models import AutoencoderKL3D, VQModel3D
 from .base import Med3DConfig, Med3DTrainer
@@ -171,6 +171,9 @@ class AutoencoderTrainer(Med3DTrainer):
         model: the autoencoder.
         args: arguments.
         train_dataset, eval_dataset: volumes; validation volumes are encoded whole.
+
+    Raises:
+        ValueError: volumes of a size that the autoencoder cannot take, crops that cannot be cut or encoded.
     """
 
     _name = "Autoencoder"
@@ -185,6 +188,7 @@ class AutoencoderTrainer(Med3DTrainer):
     ) -> None:
         self.autoencoder = model
         self.train_volumes = train_dataset
+        model.latent_shape(train_dataset[0]["volume"].shape[1:])  # crops would fit, whole volumes not
         self.crops = CropDataset(train_dataset, args.crop_size, model.downsample_factor)
         super().__init__(
             model=AutoencoderLosses(model, args),
@@ -206,9 +210,12 @@ class AutoencoderTrainer(Med3DTrainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Round trips of whole validation volumes: PSNR (all, foreground), high-frequency power over the scan's."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("evaluate needs an eval_dataset: volumes of subjects that nothing was trained on.")
         self.model.eval()
         device = self.args.device
-        volumes = self.eval_dataset.stack()
+        volumes = dataset.stack()
         with self.ema_weights(), self.accelerator.autocast():
             reconstructions = torch.cat([self.reconstruct(volume.to(device)).cpu() for volume in volumes.split(4)])
         foreground = volumes > FOREGROUND_THRESHOLD
@@ -264,5 +271,4 @@ class AutoencoderTrainer(Med3DTrainer):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the autoencoder with its latent statistics."""
         self.autoencoder.set_latent_statistics(*self.latent_statistics())
-        hub.forget_local_paths(self.autoencoder)
         self.autoencoder.save_pretrained(folder)

@@ -75,7 +75,9 @@ class LatentDiffusionTrainer(Med3DTrainer):
         earlier_subjects: subjects that the UNet was trained on before, when training starts from another generator.
 
     Raises:
-        ValueError: scans without a condition that the network takes, or with one that it cannot take.
+        ValueError: scans without a condition that the network takes, or with one that it cannot take; too few volumes
+            for the KID of an evaluation.
+        ImportError: see `metrics.SliceFeatures`, on which the KID is taken.
     """
 
     _name = "LatentDiffusion"
@@ -92,6 +94,13 @@ class LatentDiffusionTrainer(Med3DTrainer):
         self.pipeline = model
         self.training_subjects = {item["subject"] for item in train_dataset} | set(earlier_subjects)
         self.pipeline.vae.requires_grad_(False)
+        if eval_dataset is not None and args.eval_samples:  # what an evaluation cannot do is refused before training
+            if min(args.eval_samples, len(eval_dataset)) < 3:
+                raise ValueError(
+                    f"KID needs at least 3 volumes on each side, got eval_samples={args.eval_samples} and "
+                    f"{len(eval_dataset)} validation scans; eval_samples=0 leaves it out."
+                )
+            metrics.SliceFeatures()(eval_dataset.stack()[:1])
         self.conditions = encode_rows(model, scan_rows(model, train_dataset))
         cache = Path(args.output_dir) / "cache"
         with args.main_process_first(desc="encoding scans"):
@@ -154,6 +163,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Validation loss with fixed noise; KID, sharpness and pictures of samples. All with the averaged weights."""
+        if self.eval_dataset is None or eval_dataset not in (None, self.eval_dataset):
+            raise ValueError("evaluate judges the eval_dataset that the trainer was made with, and no other.")
         self.model.eval()
         generator = torch.Generator().manual_seed(self.args.seed)
         results = {}
