@@ -199,6 +199,7 @@ def test_every_field_is_a_flag_with_a_help_text():
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"hub_strategy": "checkpoint"}, "hub_strategy must be 'end'"),
         ({"save_total_limit": 1}, "save_total_limit must be at least 2, got 1"),
+        ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
     ],
 )
 def test_settings_that_would_lose_or_leak_work_are_refused(tmp_path, settings, message):
@@ -333,6 +334,35 @@ def test_a_finished_run_that_is_resumed_is_loaded_and_not_trained_on(tmp_path):
     assert again.state.global_step == 4
     assert torch.equal(weights(again), weights(finished))
     assert all(torch.equal(a, b) for a, b in zip(again.ema.shadow_params, finished.ema.shadow_params, strict=True))
+
+
+def test_a_finished_run_that_is_resumed_has_its_best_weights_where_it_ended_with_them(tmp_path):
+    class Worsening(LineTrainer):
+        def __init__(self, **kwargs):
+            super().__init__(eval_dataset=points(), **kwargs)
+
+        def evaluate(self, *args, **kwargs):
+            metrics = {"eval_loss": float(self.state.global_step)}
+            self.log(metrics)
+            return metrics
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "ema_decay": 0.9}
+    finished = make(tmp_path, Worsening, load_best_model_at_end=True, **settings)
+    finished.train()
+    again, last = (make(tmp_path, Worsening, load_best_model_at_end=best, **settings) for best in (True, False))
+    for trainer in (again, last):
+        trainer.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert torch.equal(weights(again), weights(finished)) and not torch.equal(weights(last), weights(finished))
+    assert all(torch.equal(a, b) for a, b in zip(again.ema.shadow_params, finished.ema.shadow_params, strict=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    class Exploding(LineTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (1.0 if self.state.global_step < 2 else torch.nan)
+
+    with pytest.raises(FloatingPointError, match="The loss is nan after 2 optimizer steps"):
+        make(tmp_path, Exploding).train()
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over_and_refused(tmp_path):

@@ -527,6 +527,13 @@ def test_resuming_repeats_the_run_exactly(tiny_pipeline_folder, tmp_path, varian
     assert resumed.state.global_step == 8
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_pipeline, tmp_path):
+    trainer = make_trainer(tiny_pipeline, tmp_path)
+    torch.nn.init.constant_(next(tiny_pipeline.unet.parameters()), torch.nan)
+    with pytest.raises(FloatingPointError, match="The loss is nan after 0 optimizer steps"):
+        trainer.train()
+
+
 def test_the_reference_follows_when_asked(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=4, sync_ref_model=True, ref_model_sync_steps=2)
     trainer.train()

@@ -122,6 +122,8 @@ class Med3DConfig(_BaseConfig):
             self.activation_checkpointing = self.gradient_checkpointing
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: batches are our own, no columns of a dataset.")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if self.hub_strategy != "end":
@@ -224,6 +226,19 @@ class Med3DTrainer(_BaseTrainer):
             yield
         finally:
             self.ema.restore(self.ema_parameters)
+
+    def training_step(self, *args, **kwargs) -> Tensor:
+        """As in transformers, whose logs hide a loss that is not finite; here it stops the run."""
+        return self.finite(super().training_step(*args, **kwargs))
+
+    def finite(self, loss: Tensor) -> Tensor:
+        """``loss``, or FloatingPointError."""
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"The loss is {loss.item()} after {self.state.global_step} optimizer steps. The logs of grad_norm and "
+                "of the parts of the loss show when it began: resume from before that, or lower learning_rate."
+            )
+        return loss
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what ``from_pretrained`` reads, with the averaged weights."""
@@ -361,12 +376,13 @@ class Med3DTrainer(_BaseTrainer):
                 tensor.copy_(shadow[str(i)])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As ``transformers.Trainer.train``; a finished run that is resumed only loads its last checkpoint."""
+        """As ``transformers.Trainer.train``; a finished run that is resumed only loads what it ended with."""
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
-                self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
+                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self._load_from_checkpoint(best or resume_from_checkpoint)
                 return None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

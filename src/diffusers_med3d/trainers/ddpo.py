@@ -401,12 +401,7 @@ class DDPOTrainer(Med3DTrainer):
                     loss = self.compute_loss(model, transition_inputs) / (len(trajectory.steps) * accumulation)
                     self.accelerator.backward(loss, **self._backward_options())
                 total += loss.detach()
-        if not total.isfinite():
-            raise FloatingPointError(
-                f"The loss is {total.item()} after {self.state.global_step} optimizer steps. The logs of kl, grad_norm "
-                "and ratio/max_deviation show when it began: resume from before that, or lower learning_rate."
-            )
-        return total
+        return self.finite(total)
 
     def _backward_options(self) -> dict[str, bool]:
         return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
