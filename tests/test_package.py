@@ -1,6 +1,7 @@
 """What is shipped: a wheel that works elsewhere, and declarations that agree with the code."""
 
 import ast
+import doctest
 import importlib.metadata
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.hub import CHECKPOINTS, bundled_names
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +163,14 @@ def test_bundled_checkpoints_are_small_safetensors_in_fp16():
     for path in files:
         if path.suffix == ".safetensors":
             assert {tensor.dtype for tensor in load_file(path).values()} <= {torch.float16, torch.int64}, path
+
+
+@pytest.mark.skipif("brain-t1" not in bundled_names(), reason="no bundled generator in this checkout")
+def test_the_example_in_the_docstring_of_the_pipelines_call_runs():
+    text = MedDiffusion3DPipeline.__call__.__doc__.replace("num_inference_steps=30", "num_inference_steps=2")
+    names = {"torch": torch, "MedDiffusion3DPipeline": MedDiffusion3DPipeline}
+    example = doctest.DocTestParser().get_doctest(text, names, "example", None, None)
+    assert doctest.DocTestRunner().run(example) == (0, 4)
 
 
 @pytest.mark.skipif("brain-t1" not in bundled_names(), reason="no bundled generator in this checkout")

@@ -263,6 +263,8 @@ def test_a_callback_sees_each_step_and_may_change_the_latents(tiny_pipeline):
     assert [entry[1] for entry in seen] == tiny_pipeline.scheduler.timesteps.tolist()
     assert seen[0][2:] == ({"latents", "class_labels"}, 2.0)
     assert changed.std() < plain.std()
+    watched = tiny_pipeline(generator=seeded(), callback_on_step_end=lambda *given: None, **options).volumes
+    assert torch.equal(watched, plain)
 
 
 def test_a_progress_bar_counts_the_steps(tiny_pipeline, capfd):
@@ -362,6 +364,7 @@ VOLUME = torch.zeros(1, 1, 16, 16, 16)
         ({"volumes": VOLUME[..., :14], "strength": 0.5}, "nearest that fits is"),
         ({"volumes": VOLUME, "strength": 0.5, "volume_shape": (24, 16, 16)}, "volume_shape says"),
         ({"volumes": VOLUME, "strength": 0.5, "affine": np.eye(3)}, r"affine must be \(4, 4\)"),
+        ({"volumes": VOLUME, "strength": 0.5, "affine": np.full((4, 4), np.nan)}, r"and finite, got \(4, 4\): \[\[nan"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_the_value_found(tiny_pipeline, arguments, message):
@@ -372,6 +375,25 @@ def test_what_cannot_be_used_is_refused_with_the_value_found(tiny_pipeline, argu
 def test_a_seed_in_place_of_a_generator_is_a_type_error(tiny_pipeline):
     with pytest.raises(TypeError, match="generator must be a torch.Generator or a list of them, got int"):
         tiny_pipeline(generator=42)
+
+
+def test_an_array_in_place_of_a_tensor_is_a_type_error(tiny_pipeline):
+    with pytest.raises(TypeError, match="volumes must be a torch.Tensor, got ndarray"):
+        tiny_pipeline(volumes=VOLUME.numpy(), strength=0.5)
+
+
+def test_a_generator_with_principal_components_refuses_other_sizes_at_the_door(tiny_vae, tiny_scheduler):
+    unet = DiffusionUNet3D(
+        in_channels=4, out_channels=4, channels=(8, 16), num_res_blocks=1, attention_levels=(False, False),
+        num_head_channels=8, norm_num_groups=8, num_modes=2, mode_shape=(4, 4, 4),
+    )  # fmt: skip
+    refused = pytest.raises(ValueError, match=r"volume_shape \(24, 16, 16\) is not \(16, 16, 16\), the only size")
+    with refused:
+        MedDiffusion3DPipeline(tiny_vae, unet, tiny_scheduler, volume_shape=(24, 16, 16))
+    pipeline = MedDiffusion3DPipeline(tiny_vae, unet, tiny_scheduler, volume_shape=(16, 16, 16))
+    for arguments in ({"volume_shape": (24, 16, 16)}, {"volumes": torch.zeros(1, 1, 24, 16, 16), "strength": 0.5}):
+        with refused:
+            pipeline(**arguments)
 
 
 @pytest.mark.parametrize(

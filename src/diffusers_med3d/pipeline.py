@@ -81,7 +81,7 @@ class MedDiffusion3DPipelineOutput(BaseOutput):
         volumes: (B, C, X, Y, Z) float32 in [0, 1], RAS axes; an array for ``output_type="np"``, normalised latents for
             ``"latent"``.
         affine: float64 (4, 4), or (B, 4, 4) where one was given per volume: voxel to RAS millimetres. None for latents.
-        spacing: voxel size in mm. None for latents.
+        spacing: voxel size (mm) that was generated, whatever a given affine says. None for latents.
     """
 
     volumes: torch.Tensor | np.ndarray
@@ -256,7 +256,15 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
     def _check_volume_shape(self, volume_shape: Sequence[int]) -> tuple[int, ...]:
         """Refuse a size that autoencoder and UNet together cannot take; returns the latent size (x, y, z)."""
         check_divisible(volume_shape, self.vae.downsample_factor * self.unet.size_divisor, "volume_shape")
-        return self.vae.latent_shape(volume_shape)
+        latent_shape = self.vae.latent_shape(volume_shape)
+        known = self.unet.config.mode_shape if self.unet.config.get("num_modes") else latent_shape
+        if latent_shape != tuple(known):
+            only = tuple(side * self.vae.downsample_factor for side in known)
+            raise ValueError(
+                f"volume_shape {tuple(volume_shape)} is not {only}, the only size that this generator makes: it knows "
+                "principal components of latents of that size."
+            )
+        return latent_shape
 
     def affine(self, volume_shape: Sequence[int] | None = None, spacing: Sequence[float] | None = None) -> np.ndarray:
         """Voxel to RAS millimetres, float64 (4, 4): this pipeline's spacing, the volume's centre at the origin."""
@@ -437,8 +445,13 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         lowest, highest = float(volumes.min()), float(volumes.max())
         if lowest < -1e-3 or highest > 1 + 1e-3:
             raise ValueError(f"volumes must lie in [0, 1], got [{lowest:.4g}, {highest:.4g}].")
-        if affine is not None and tuple(affine.shape) not in ((4, 4), (len(volumes), 4, 4)):
-            raise ValueError(f"affine must be (4, 4) or ({len(volumes)}, 4, 4), got {tuple(affine.shape)}.")
+        if affine is not None:
+            fits = tuple(affine.shape) in ((4, 4), (len(volumes), 4, 4))
+            if not fits or not np.isfinite(np.asarray(affine)).all():
+                raise ValueError(
+                    f"affine must be (4, 4) or ({len(volumes)}, 4, 4) and finite, got {tuple(affine.shape)}: "
+                    f"{np.asarray(affine).tolist()}."
+                )
 
     def _timesteps(self, num_inference_steps: int, strength: float | None) -> torch.Tensor:
         """The scheduler's timesteps, for partial noising the last ``round(strength * num_inference_steps)`` steps of
@@ -494,7 +507,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         affine: np.ndarray | torch.Tensor | None = None,
         spacing: Sequence[float] | None = None,
         conditions: Mapping[str, Any] | None = None,
-        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
     ) -> MedDiffusion3DPipelineOutput | tuple[torch.Tensor | np.ndarray, ...]:
@@ -530,8 +543,9 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
 
         Example:
             >>> pipe = MedDiffusion3DPipeline.from_pretrained("brain-t1")
-            >>> out = pipe(class_labels=["young", "old"], num_inference_steps=30,
-            generator=torch.Generator().manual_seed(0)) >>> out.volumes.shape
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> out = pipe(class_labels=["young", "old"], num_inference_steps=30, generator=generator)
+            >>> out.volumes.shape
             torch.Size([2, 1, 64, 64, 64])
         """
         # 1. Check the arguments
@@ -565,7 +579,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "class_labels": class_labels}
                 given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                tensors |= callback_on_step_end(self, i, t, given)
+                tensors |= callback_on_step_end(self, i, t, given) or {}
                 latents, class_labels = tensors["latents"], tensors["class_labels"]
 
         # 4. Decode

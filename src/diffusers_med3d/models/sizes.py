@@ -28,6 +28,8 @@ def check_divisible(shape: Sequence[int], divisor: int, what: str) -> None:
 
 def check_volumes(volumes: torch.Tensor, channels: int) -> None:
     """Refuse anything that is not a finite (B, C, X, Y, Z) tensor with ``channels`` channels."""
+    if not torch.is_tensor(volumes):
+        raise TypeError(f"volumes must be a torch.Tensor, got {type(volumes).__name__}.")
     if volumes.ndim != 5:
         raise ValueError(f"volumes must have shape (B, C, X, Y, Z), got {tuple(volumes.shape)}.")
     if volumes.shape[1] != channels:
