@@ -24,6 +24,7 @@ from transformers import HfArgumentParser, ProgressCallback
 
 from diffusers_med3d import DDPOConfig, DDPOTrainer, MedDiffusion3DPipeline, SliceReward, VolumeReward
 from diffusers_med3d.figures import curves, orthogonal_views
+from diffusers_med3d.files import write_whole
 from diffusers_med3d.metrics import diversity, noise_level, sharpness
 from diffusers_med3d.trainers.base import checkpoint_to_resume
 from diffusers_med3d.trainers.ddpo import Scored
@@ -234,12 +235,13 @@ def main() -> None:
     show(trainer, pipeline, before, after)
     trainer.card_notes += (
         f"\n\nBase: `{Path(script.pipeline).name}`. Same {results['volumes']} fresh seeds before and after, "
-        f"{args.eval_num_inference_steps} steps without noise; mean and 95 % interval, differences paired.\n\n"
+        f"{args.eval_num_inference_steps} steps without noise; mean and 95 % interval, differences paired. KL and clip "
+        "fraction: mean of the last 10 log entries of training.\n\n"
         f"{summary}\n\n"
         "![before and after](figures/before_after.png)\n\n![reward](figures/reward_curve.png)"
     )
     trainer.create_model_card()
-    (Path(args.output_dir) / "results.json").write_text(json.dumps(results, indent=2))
+    write_whole(Path(args.output_dir) / "results.json", json.dumps(results, indent=2))
     print(f"\n{summary}\n\nPipeline, card, pictures and logs: {args.output_dir}")
 
 

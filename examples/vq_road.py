@@ -1,6 +1,6 @@
 """The whole road once with the VQ autoencoder, on real scans at small size, and its figures as a table.
 
-    python examples/vq_road.py --data_dir DATA                  # a few minutes on two CPU cores
+    python examples/vq_road.py --data_dir DATA                  # a quarter of an hour on two CPU cores
     python examples/vq_road.py --data_dir DATA --report docs/vq_road.md
 
 It runs the scripts of the four stages one after the other, each with what the one before wrote:
@@ -22,9 +22,11 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from diffusers_med3d.files import write_whole
+
 EXAMPLES = Path(__file__).parent
 DONE = "road.json"
-"""Written into a stage's folder when it is finished: its figures and the seconds it took."""
+"""Written into a stage's folder when it is finished: its figures, the seconds it took and its arguments."""
 
 
 @dataclass
@@ -73,20 +75,27 @@ def run_stage(
         script: file in examples/.
         arguments: its flags.
         read: takes the figures out of what the script printed.
+
+    Raises:
+        ValueError: an earlier run finished the stage with other flags.
     """
     done = folder / DONE
     if done.is_file():
+        figures = json.loads(done.read_text())
+        if figures.get("arguments") != arguments:
+            raise ValueError(
+                f"{folder} was not made with {' '.join(arguments)}; delete it or choose another --output_dir."
+            )
         print(f"{name}: finished earlier")
-        return json.loads(done.read_text())
+        return figures
     print(f"{name}: examples/{script} {' '.join(arguments)}", flush=True)
     start = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(EXAMPLES / script), *arguments, "--output_dir", str(folder)]
     command += ["--resume_from_checkpoint", "latest", "--logging_steps", "10"]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    figures = read(output) | {"seconds": time.perf_counter() - start}
-    done.with_suffix(".tmp").write_text(json.dumps(figures, indent=1) + "\n")
-    done.with_suffix(".tmp").replace(done)
+    figures = read(output) | {"seconds": time.perf_counter() - start, "arguments": arguments}
+    write_whole(done, json.dumps(figures, indent=1) + "\n")
     return figures
 
 
@@ -198,7 +207,7 @@ Samples before and after fine-tuning, from the same noise:
 
 ![before and after]({pictures.name}/before_after.png)
 """
-    report.write_text(text)
+    write_whole(report, text)
 
 
 def main() -> None:
@@ -206,7 +215,7 @@ def main() -> None:
     (args,) = HfArgumentParser([RoadArguments]).parse_args_into_dataclasses()
     summary = table(drive(args))
     print(f"\n{summary}")
-    (Path(args.output_dir) / "table.md").write_text(summary + "\n")
+    write_whole(Path(args.output_dir) / "table.md", summary + "\n")
     if args.report:
         write_report(args, summary)
 

@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import inspect
 import json
 import warnings
@@ -401,7 +402,8 @@ def test_advantages_are_those_of_the_options(tiny_pipeline, tmp_path, options):
 
 
 def test_two_rewards_of_one_name_are_told_apart(tiny_pipeline, tmp_path):
-    assert make_trainer(tiny_pipeline, tmp_path, [contrast, contrast]).reward_names == ["contrast", "contrast_2"]
+    rewards = [contrast, contrast, functools.partial(functools.partial(brightness, scale=2), offset=1)]
+    assert make_trainer(tiny_pipeline, tmp_path, rewards).reward_names == ["contrast", "contrast_2", "brightness"]
 
 
 @pytest.mark.parametrize(("epsilon", "word"), [(1e-9, "always"), (1.0, "never")])
@@ -453,6 +455,8 @@ def test_unknown_labels_and_missing_conditions_are_refused_at_the_door(tiny_pipe
         make_trainer(tiny_pipeline, tmp_path, conditions=None)
     with pytest.raises(ValueError, match="reward_funcs is empty"):
         make_trainer(tiny_pipeline, tmp_path, rewards=())
+    with pytest.raises(ValueError, match=r"Nothing to sample: 3 condition\(s\), 0 sample\(s\) of each"):
+        make_trainer(tiny_pipeline, tmp_path).sample_and_score(CONDITIONS, 0)
 
 
 # Evaluation, saving, resuming
@@ -659,12 +663,12 @@ def test_every_field_is_a_flag_with_an_explanation(capsys):
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(DDPOConfig)
+    explained = {field.name: field.metadata.get("help") for field in fields(DDPOConfig) if field.init}
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
-    own = set(DDPOConfig.__annotations__)
-    assert all(f"--{name}" in text for name in own)
-    assert all(f.metadata.get("help") for f in fields(DDPOConfig) if f.name in own)
+    assert len(explained) > 100
+    assert [name for name, said in explained.items() if f"--{name} " not in text or not said] == []
     (args,) = parser.parse_args_into_dataclasses(
         ["--num_generations", "4", "--reward_weights", "1", "0.5", "--sde_window_range", "1", "5", "--beta", "0"]
     )

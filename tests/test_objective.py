@@ -40,6 +40,11 @@ def test_a_reward_of_the_wrong_shape_is_refused(wrong):
         as_reward_tensor(wrong, 4, "sharp")
 
 
+def test_a_reward_that_returns_nothing_is_named():
+    with pytest.raises(ValueError, match="Reward 'sharp' returned None for 4 volumes"):
+        as_reward_tensor(None, 4, "sharp")
+
+
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_rounding_noise_in_a_group_without_variance_is_not_amplified(scale):
     """P13."""

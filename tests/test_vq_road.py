@@ -18,13 +18,14 @@ SPLIT = {
 }
 
 
-def drive(folder: Path, data_dir: str) -> subprocess.CompletedProcess:
+def drive(folder: Path, data_dir: str, *more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(REPOSITORY / "examples" / "vq_road.py"), "--data_dir", data_dir]
     command += ["--split_file", str(folder / "split.json"), "--output_dir", str(folder / "road")]
     command += ["--report", str(folder / "docs" / "road.md"), "--size", "16", "--spacing", "12"]
     command += ["--num_embeddings", "16", "--batch_size", "2", "--eval_samples", "0", "--eval_volumes", "2"]
     for stage in ("autoencoder", "diffusion", "reward", "ppo"):
         command += [f"--{stage}_steps", "2"]
+    command += more
     return subprocess.run(command, capture_output=True, text=True, env=os.environ)
 
 
@@ -50,3 +51,7 @@ def test_the_whole_road_runs_writes_its_figures_and_repeats_no_finished_stage(tm
     assert again.returncode == 0, again.stderr[-3000:]
     assert again.stdout.count("finished earlier") == len(STAGES)
     assert f"| {figures['eval_psnr']:.1f} |" in again.stdout
+
+    other = drive(tmp_path, brains_folder, "--ppo_steps", "3")
+    assert other.returncode == 1 and other.stdout.count("finished earlier") == len(STAGES) - 1
+    assert "ppo was not made with" in other.stderr and "--max_steps 3" in other.stderr

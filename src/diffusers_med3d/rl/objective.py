@@ -24,8 +24,11 @@ def as_reward_tensor(rewards: Sequence[float | int | bool | None] | torch.Tensor
     """Turn what a reward function returned into float32 (size,); None and infinities become NaN.
 
     Raises:
-        ValueError: if the number of rewards is not the number of volumes, or the tensor is not of shape (size,).
+        ValueError: if there are none (a function that forgot to return them), if their number is not the number of
+            volumes, or the tensor is not of shape (size,).
     """
+    if rewards is None:
+        raise ValueError(f"Reward {name!r} returned None for {size} volumes; expected one number or None for each.")
     if isinstance(rewards, torch.Tensor):
         values = rewards.detach().to(torch.float32)
     else:

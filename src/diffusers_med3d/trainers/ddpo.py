@@ -479,6 +479,8 @@ class DDPOTrainer(Med3DTrainer):
         """
         seed = self.args.seed if seed is None else seed
         total, processes = len(conditions) * num_generations, self.accelerator.num_processes
+        if total < 1:
+            raise ValueError(f"Nothing to sample: {len(conditions)} condition(s), {num_generations} sample(s) of each.")
         share = -(-total // processes)
         own = [min(self.accelerator.process_index * share + i, total - 1) for i in range(share)]
         rows = conditions.select([i // num_generations for i in own])

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     """One distinct name per reward for the logs: its `__name__` (a partial's is its function's), numbered if needed."""
     names: list[str] = []
     for func in reward_funcs:
+        while isinstance(func, partial):
+            func = func.func
         name = func.__name__ if hasattr(func, "__name__") else type(func).__name__
         names.append(name if name not in names else f"{name}_{sum(n.startswith(name) for n in names) + 1}")
     return names
