@@ -126,8 +126,8 @@ def test_a_generator_that_does_not_say_what_it_was_trained_on_is_refused(tmp_pat
         read_training_subjects(tmp_path)
     subprocess.run(str(refusal.value).partition("if there are none, ")[2], shell=True, check=True)
     assert read_training_subjects(tmp_path) == set()
-    (tmp_path / TRAINING_SUBJECTS).write_text('["sub-01"]')
-    assert read_training_subjects(tmp_path) == {"sub-01"}
+    (tmp_path / TRAINING_SUBJECTS).write_text('["sub-01", 7]')
+    assert read_training_subjects(tmp_path) == {"sub-01", "7"}
 
 
 def test_the_spectrum_holds_the_scan_and_its_levels(tiny_pipeline, scans, tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders import CogVideoXLoraLoaderMixin, PeftAdapterMixin
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .files import whole_file
-from .hub import resolve
+from .hub import LORA_FILE, resolve
 
-LORA_FILE = LORA_WEIGHT_NAME_SAFE
 PREFIX = "unet."
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 

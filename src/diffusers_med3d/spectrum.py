@@ -21,12 +21,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 
+from .data.transforms import FOREGROUND_THRESHOLD, shift_volume
+
 REAL = -1.0
 ROUND_TRIP = 0.0
 FULL_SAMPLE = 1.0
 ROUND_TRIP_LABEL = 0.95
 FULL_SAMPLE_LABEL = 0.35
-FOREGROUND = 0.02
+FOREGROUND = FOREGROUND_THRESHOLD
 """Voxels above this are anatomy; the others are left as they are by every damage that does not move anatomy."""
 MAX_SEAM_OFFSET, MAX_MISPLACEMENT = 3, 2
 """Voxels by which the seam of a half-swap and the foreign hemisphere lie beside their places."""
@@ -295,17 +297,6 @@ def damage(
 
 
 # ------------------------------------------------------------------------------------------------------- augmentation
-
-
-def shift_volume(volume: torch.Tensor, shift: Sequence[int]) -> torch.Tensor:
-    """Move (C, X, Y, Z) by whole voxels; what comes in is background."""
-    for axis, steps in enumerate(shift):
-        if steps == 0:
-            continue
-        volume = volume.roll(steps, 1 + axis)
-        incoming = volume.narrow(1 + axis, 0, steps) if steps > 0 else volume.narrow(1 + axis, steps, -steps)
-        incoming.zero_()
-    return volume
 
 
 def augment(volume: torch.Tensor, generator: torch.Generator, max_shift: int = 3) -> torch.Tensor:

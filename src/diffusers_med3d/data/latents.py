@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..files import whole_file
 from ..models import AutoencoderKL3D, VQModel3D
+from .transforms import shift_volume
 from .volumes import VolumeDataset
 
 
@@ -29,14 +30,7 @@ def augment(volume: Tensor, generator: torch.Generator, max_shift: int) -> Tenso
     if torch.rand((), generator=generator) < 0.5:
         volume = volume.flip(1)
     shifts = torch.randint(-max_shift, max_shift + 1, (3,), generator=generator).tolist()
-    for axis, shift in enumerate(shifts, start=1):
-        size = volume.shape[axis]
-        empty = torch.zeros_like(volume.narrow(axis, 0, abs(shift)))
-        if shift > 0:
-            volume = torch.cat([empty, volume.narrow(axis, 0, size - shift)], dim=axis)
-        elif shift < 0:
-            volume = torch.cat([volume.narrow(axis, -shift, size + shift), empty], dim=axis)
-    return volume.contiguous()
+    return shift_volume(volume, shifts).contiguous()
 
 
 class LatentDataset(TorchDataset):

@@ -28,6 +28,17 @@ def to_meta_tensor(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(channel_first)), affine=torch.tensor(affine))
 
 
+def shift_volume(volume: torch.Tensor, shift: Sequence[int]) -> torch.Tensor:
+    """Move (C, X, Y, Z) by whole voxels; what comes in is background."""
+    for axis, steps in enumerate(shift):
+        if steps == 0:
+            continue
+        volume = volume.roll(steps, 1 + axis)
+        incoming = volume.narrow(1 + axis, 0, steps) if steps > 0 else volume.narrow(1 + axis, steps, -steps)
+        incoming.zero_()
+    return volume
+
+
 def scale_foreground(volume: MetaTensor) -> MetaTensor:
     """Robust range: 0 stays 0 and the 99.5th percentile of what is above 0 becomes 1, clipped, channel by channel."""
     scaled = []

@@ -23,7 +23,7 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
     diffusion does (Rombach et al. 2022, section 3.1). State-dict keys are MONAI's.
 
     In training mode, codes that hardly any latent uses restart at random latents of the batch (Dhariwal et al. 2020,
-    arXiv 2005.00341, section 3.2); the first batch starts them all. MONAI's quantiser flings codes that are not used at
+    arXiv 2005.00341, section 3); the first batch starts them all. MONAI's quantiser flings codes that are not used at
     once so far away that they never are: without restarts two of 256 codes remain.
 
     Args:

@@ -356,6 +356,7 @@ class DDPOTrainer(Med3DTrainer):
         self._record("rewards/unscored", rewards.isnan().any(dim=1).float().mean().item())
         # Never rewards: if these fall while rewards rise, the rewards are being cheated
         self._record("quality/sharpness", sharpness(volumes).nanmean().item())
+        # of one condition; with share_initial_noise its samples differ by the stochastic steps alone
         first_condition = [j for j, i in enumerate(samples) if i % len(rows) == 0][: DIVERSITY_OF // 2]
         spread = diversity(volumes[first_condition]).mean if len(first_condition) > 1 else float("nan")
         self._record("quality/diversity", spread)

@@ -55,7 +55,7 @@ def read_training_subjects(generator_folder: str | Path) -> set[str]:
             "write it yourself: the ids that your metadata give to subjects it was trained on, or, if there are none, "
             f"echo '[]' > {path}"
         )
-    return set(json.loads(path.read_text()))
+    return set(map(str, json.loads(path.read_text())))
 
 
 def refuse_seen_subjects(subjects: Collection[str], trained_on: Collection[str]) -> None:
@@ -255,9 +255,10 @@ def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """The figures by which a reward model is judged, from the scores of ``score_spectrum``.
 
     ``rank_correlation``: mean over scans of Spearman's rho between score and cleanliness over the levels from
-    round-trip to full sample; ``neighbours_in_order``: share of neighbouring levels in order;
-    ``real_above_round_trip``: share of scans that score above their round-trip; ``damage_below_round_trip``: share of
-    damaged scans that score below the round-trip of the same scan; ``score/<name>``: mean scores.
+    round-trip to full sample, ``rank_correlation_worst``: that of the worst scan; ``neighbours_in_order``: share of
+    neighbouring levels in order; ``real_above_round_trip``: share of scans that score above their round-trip;
+    ``damage_below_round_trip``: share of damaged scans that score below the round-trip of the same scan;
+    ``score/<name>``: mean scores.
     """
     correlations, neighbours, real_above, damage_below = [], [], [], []
     for row in rows:
