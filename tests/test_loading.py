@@ -144,9 +144,16 @@ def test_saved_configs_do_not_tell_the_folder_that_a_component_came_from(tiny_pi
 
 
 def test_a_bare_name_that_is_not_bundled_is_refused_with_the_names_that_are():
-    with pytest.raises(ValueError, match="'no-such-brain' is no bundled checkpoint") as error:
-        MedDiffusion3DPipeline.from_pretrained("no-such-brain")
-    assert all(name in str(error.value) for name in bundled_names())
+    for ours in (MedDiffusion3DPipeline, DiffusionUNet3D, VolumeRewardModel):
+        with pytest.raises(ValueError, match="'no-such-brain' is no bundled checkpoint") as error:
+            ours.from_pretrained("no-such-brain")
+        assert all(name in str(error.value) for name in bundled_names())
+
+
+@pytest.mark.skipif("brain-t1-reward-3d" not in bundled_names(), reason="no bundled checkpoints in this checkout")
+def test_our_networks_take_bundled_names_too():
+    assert type(VolumeRewardModel.from_pretrained("brain-t1-reward-3d")) is VolumeRewardModel
+    assert DiffusionUNet3D.from_pretrained("brain-t1", subfolder="unet").null_class == 3
 
 
 def test_a_local_folder_goes_before_a_bundled_name_and_hub_ids_pass_through(tmp_path, monkeypatch):

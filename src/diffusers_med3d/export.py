@@ -37,11 +37,6 @@ STAND_INS = {
         'class UNetLoraMixin:\n    """LoRA adapters need the package diffusers-med3d."""\n\n'
         "    def _check_without_adapters(self) -> None:\n        pass\n"
     ),
-    "hub.resolve": (
-        "def resolve(name_or_path):\n"
-        '    """Bundled names belong to the package diffusers-med3d; here, folders and Hub ids."""\n'
-        "    return name_or_path\n"
-    ),
 }
 """What an exported file has in place of what only makes sense inside the package; by module and name."""
 

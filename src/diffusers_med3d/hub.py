@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from diffusers.configuration_utils import ConfigMixin
 from huggingface_hub import CommitInfo, HfApi
@@ -179,11 +179,26 @@ def publish(
 
 
 class PublishMixin:
-    """``push_to_hub`` of diffusers with our card, of the files that ``from_pretrained`` reads and of no others.
+    """``push_to_hub`` of diffusers with our card, of the files that ``from_pretrained`` reads and of no others; and
+    ``from_pretrained`` of bundled checkpoints by their bare names.
 
     It stands first among the bases of pipelines and models. A card that is on the Hub already stays when it has the
     clinical warning, so that what somebody wrote there is not lost.
     """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """As in diffusers, and a bare name is a bundled checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: bundled name (``"brain-t1"``), local folder, or Hub id ``"org/name"``.
+            **kwargs: diffusers' own, such as ``dtype``, ``subfolder``, or of a pipeline a component to put in place of the
+                saved one.
+
+        Raises:
+            ValueError: a bare name that is neither bundled nor a local folder.
+        """
+        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in diffusers, without the local folder that this was loaded from."""

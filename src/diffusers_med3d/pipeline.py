@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -20,7 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from .flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
-from .hub import PublishMixin, forget_local_paths, resolve
+from .hub import PublishMixin, forget_local_paths
 from .lora import UNetLoraMixin
 from .models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from .models.sizes import check_divisible, check_volumes
@@ -207,19 +207,6 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         self._predicts_flow = predicts_flow(scheduler)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """As `DiffusionPipeline.from_pretrained`, and a bare name is a bundled checkpoint.
-
-        Args:
-            pretrained_model_name_or_path: bundled name (``"brain-t1"``), local folder, or Hub id ``"org/name"``.
-            **kwargs: diffusers' own, such as ``dtype`` or a component to put in place of the saved one.
-
-        Raises:
-            ValueError: a bare name that is neither bundled nor a local folder.
-        """
-        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As `DiffusionPipeline.save_pretrained`, without the local folder that a component was loaded from.

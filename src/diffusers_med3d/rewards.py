@@ -4,7 +4,6 @@ from typing import Any, Self
 
 import torch
 
-from .hub import resolve
 from .models.reward import SliceRewardModel, VolumeRewardModel
 
 
@@ -34,7 +33,7 @@ class _LearnedReward:
         ``kwargs`` go to the model's ``from_pretrained`` (``revision``, ``dtype``, ``token``, ...); weights are
         stored in half precision and computed in float32 unless ``dtype`` says otherwise.
         """
-        return cls(cls.model_class.from_pretrained(resolve(name_or_path), **kwargs), batch_size)
+        return cls(cls.model_class.from_pretrained(name_or_path, **kwargs), batch_size)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the model; volumes are brought to its device by every call."""
