@@ -23,6 +23,8 @@ class SplitArguments:
 def main() -> None:
     """Read labels, draw, write."""
     data, args = HfArgumentParser([DataArguments, SplitArguments]).parse_args_into_dataclasses()
+    if len(args.test) != len(data.class_names):
+        raise ValueError(f"--test needs one count for each of {data.class_names}, got {args.test}.")
     rows = read_scans(data.data_dir).remove_columns("nifti")
     check_columns(rows, data)
     classes = {

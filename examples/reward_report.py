@@ -62,6 +62,10 @@ class ReportArguments:
     spectrum_batch_size: int = field(default=8, metadata={"help": "Scans at a time when the spectrum is made."})
     seed: int = field(default=0, metadata={"help": "Seed of the spectrum's noise and of the damage."})
 
+    def __post_init__(self) -> None:
+        if not all(0 < severity <= 1 for severity in self.severities):
+            raise ValueError(f"severities must lie in (0, 1], got {self.severities}.")
+
 
 def table(reports: dict[str, dict[str, float]], spread: dict[str, dict[str, float]]) -> str:
     """Markdown: a row per figure, a column per reward; mean scores with their standard deviation over scans."""

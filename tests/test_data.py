@@ -379,6 +379,13 @@ def test_the_script_that_splits_says_which_column_is_missing(brains_folder, tmp_
     assert not (tmp_path / "split.json").exists()
 
 
+def test_the_script_that_splits_needs_a_count_for_every_class(brains_folder, tmp_path, monkeypatch):
+    options = ["--data_dir", brains_folder, "--split_file", tmp_path / "split.json", "--validation", 1, 1]
+    with pytest.raises(ValueError, match=r"one count for each of \['young', 'middle', 'old'\], got \[1, 1\]"):
+        run_example(monkeypatch, "make_split.py", *options, "--test", 1, 1)
+    assert not (tmp_path / "split.json").exists()
+
+
 def test_the_split_is_stratified_and_parts_no_subject():
     split = make_split(CLASSES, test=[4, 2, 4], validation=[1, 1, 1], seed=0)
     assert [sum(CLASSES[s] == label for s in split["test"]) for label in range(3)] == [4, 2, 4]

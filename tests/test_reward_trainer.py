@@ -465,6 +465,11 @@ def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_argumen
     assert {"report.md", "scores.png", "spectrum.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
 
 
+def test_the_report_refuses_a_severity_before_it_makes_a_spectrum():
+    with pytest.raises(ValueError, match=r"severities must lie in \(0, 1\], got \[0.3, 1.5\]"):
+        runpy.run_path(str(EXAMPLES / "reward_report.py"))["ReportArguments"](severities=[0.3, 1.5])
+
+
 def test_a_reward_that_knows_its_training_scans_is_found_out_within_each_class(data):
     training_above_unseen = runpy.run_path(str(EXAMPLES / "reward_report.py"))["training_above_unseen"]
     training = VolumeDataset(data.data_dir, ["sub-02", "sub-03", "sub-04"], data)  # young, young, middle

@@ -192,8 +192,8 @@ class PublishMixin:
 
         Args:
             pretrained_model_name_or_path: bundled name (``"brain-t1"``), local folder, or Hub id ``"org/name"``.
-            **kwargs: diffusers' own, such as ``dtype``, ``subfolder``, or of a pipeline a component to put in place of the
-                saved one.
+            **kwargs: diffusers' own, such as ``dtype``, ``subfolder``, or for a pipeline a component to put in place of
+                the saved one.
 
         Raises:
             ValueError: a bare name that is neither bundled nor a local folder.
