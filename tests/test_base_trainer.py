@@ -190,6 +190,7 @@ def test_every_field_is_a_flag_with_a_help_text():
     own = set(Med3DConfig.__annotations__)
     helps = {action.dest: action.help for action in parser._actions}
     assert [name for name in own if not helps.get(name)] == []
+    assert "'latest'" in helps["resume_from_checkpoint"]
     assert "--ema_decay" in parser.format_help()
 
 

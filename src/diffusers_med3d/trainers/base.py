@@ -110,6 +110,12 @@ class Med3DConfig(_BaseConfig):
         },
     )
 
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a checkpoint to go on from, or 'latest': the newest whole one in output_dir, if there is one."
+        },
+    )
     weights_license: str = field(
         default="other",
         metadata={"help": "Licence of the weights, for the model card; cc-by-sa-3.0 when trained on IXI."},

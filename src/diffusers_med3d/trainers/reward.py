@@ -206,7 +206,8 @@ def _same_level(batch: dict[str, Tensor], subject: int, strength: float) -> Tens
 class RewardModelTrainer(Med3DTrainer):
     """Trains ``VolumeRewardModel`` or ``SliceRewardModel`` by score regression plus ranking within a subject.
 
-    Every member of an ensemble is trained by its own score. Randomness of a step depends on (seed, rank, step) alone.
+    Every member of an ensemble is trained by its own score. The versions of a step depend on (seed, rank, step) alone;
+    where `SliceRewardModel` cuts in training comes from torch's generator, whose state checkpoints hold.
 
     Args:
         model: the reward model.
