@@ -113,7 +113,7 @@ class Med3DConfig(_BaseConfig):
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of a checkpoint to go on from, or 'latest': the newest whole one in output_dir, if there is one."
+            "help": "Folder of a checkpoint to go on from, or 'latest': the newest whole one of output_dir, if any."
         },
     )
     weights_license: str = field(
