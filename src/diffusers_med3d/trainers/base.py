@@ -64,12 +64,14 @@ def bf16_is_fast() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def keep_small_convolutions_exact(model: nn.Module) -> None:
-    """Let 3D convolutions run in float32 under autocast where their first spatial side is shorter than the kernel.
+def keep_small_convolutions_exact(model: nn.Module, args: "Med3DConfig") -> None:
+    """In a CPU's autocast, let 3D convolutions whose first spatial side is shorter than the kernel stay in float32.
 
     On CPUs with AMX, oneDNN's bfloat16 weight gradient is uninitialised memory there (torch 2.13: kernel 3, padding 1,
     2 voxels), up to 1e37 and now and then NaN.
     """
+    if not args.bf16 or args.device.type != "cpu":
+        return
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             module._conv_forward = partial(_convolve, module._conv_forward)
@@ -199,8 +201,7 @@ class Med3DTrainer(_BaseTrainer):
                 setattr(args, name, False)  # done; Trainer would call methods that diffusers models lack
         if args.world_size > 1 and args.data_seed is None:
             args.data_seed = args.seed
-        if args.bf16 and args.device.type == "cpu":
-            keep_small_convolutions_exact(model)
+        keep_small_convolutions_exact(model, args)
         super().__init__(model=model, args=args, **kwargs)
         if self.is_fsdp_enabled and args.ema_decay > 0:  # it would average the weights of the start, and be saved
             raise ValueError(

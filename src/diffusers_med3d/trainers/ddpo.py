@@ -51,7 +51,7 @@ from ..rl import (
     rollout_window,
     transition,
 )
-from .base import Med3DTrainer
+from .base import Med3DTrainer, keep_small_convolutions_exact
 from .conditions import Conditions, call_arguments, encode_rows
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
@@ -180,6 +180,7 @@ class DDPOTrainer(Med3DTrainer):
                 self.reference = type(unet).from_config(unet.config)
                 self.reference.load_state_dict(unet.state_dict())
                 self.reference.requires_grad_(False).eval()
+                keep_small_convolutions_exact(self.reference, args)  # as the policy's will be
 
         super().__init__(
             model=unet,
