@@ -177,6 +177,7 @@ def test_a_single_edge_belongs_to_the_lower_class(age, label):
 
 def test_labels_that_are_class_names_need_no_edges():
     assert [class_of(name, ["LGG", "HGG"], []) for name in ("HGG", "LGG", None)] == [1, 0, 2]
+    assert [class_of(number, ["0", "1"], []) for number in (1, 0, "1")] == [1, 0, 1]
     with pytest.raises(ValueError, match="'hgg' is none of the classes"):
         class_of("hgg", ["LGG", "HGG"], [])
 

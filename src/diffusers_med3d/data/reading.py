@@ -135,9 +135,9 @@ def class_of(value: object, class_names: Sequence[str], class_edges: Sequence[fl
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return len(class_names)
     if not class_edges:
-        if value not in class_names:
+        if str(value) not in class_names:
             raise ValueError(f"label {value!r} is none of the classes {list(class_names)}.")
-        return list(class_names).index(value)
+        return list(class_names).index(str(value))
     number = float(value)
     if number > class_edges[0] and number >= class_edges[-1]:
         return len(class_names) - 1
