@@ -437,9 +437,9 @@ def test_a_card_shows_lists_and_choices_only_where_they_were_changed(tmp_path):
 
 THREADS = """
 import os, torch
-from diffusers_med3d.trainers.base import use_all_cores
+from diffusers_med3d.trainers.base import Med3DConfig
 before = torch.get_num_threads()
-use_all_cores()
+Med3DConfig(output_dir="unused")
 print("threads", before, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS"))
 """
 

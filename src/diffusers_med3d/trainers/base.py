@@ -124,6 +124,7 @@ class Med3DConfig(_BaseConfig):
     )
 
     def __post_init__(self) -> None:
+        use_all_cores()  # here, because scripts compute (a spectrum, latents) before there is a trainer
         if not torch.cuda.is_available():
             self.use_cpu = True
         if "activation_checkpointing" in _CHECKPOINTING and self.activation_checkpointing is None:
@@ -192,7 +193,6 @@ class Med3DTrainer(_BaseTrainer):
     _tag_names = ["diffusers-med3d"]
 
     def __init__(self, model: nn.Module, args: Med3DConfig, **kwargs) -> None:
-        use_all_cores()
         if args.gradient_checkpointing:
             for module in model.modules():
                 if isinstance(module, ModelMixin):
