@@ -330,7 +330,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tiny_pipeline_folde
                 raise KeyboardInterrupt
             return super().training_step(*args, **kwargs)
 
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "ema_decay": 0.9}
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "eval_samples": 3}  # the KID's network is built on the way
     load = MedDiffusion3DPipeline.from_pretrained
     whole = make(tmp_path / "whole", load(tiny_pipeline_folder), scans, **settings)
     whole.train()

