@@ -1,6 +1,7 @@
 """Labels, order, damage and loss of the spectrum that reward models learn from."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from diffusers_med3d.spectrum import (
     brightness,
     clean_label,
     clear_haze,
+    contrast,
     damage,
     damaged_label,
     dominance,
@@ -205,6 +207,20 @@ def test_a_bias_field_has_its_amplitude_where_the_anatomy_is():
             spread = log_field.max() - log_field.min()  # the mean of 1 takes a constant away
             assert 0.9 * wanted < spread < 2.01 * wanted
             assert changed.mean() == pytest.approx(volume.mean().item(), rel=0.05)
+
+
+def test_contrast_is_stretched_or_pressed_together_about_the_mean_of_the_anatomy():
+    volume = 0.3 + 0.4 * brain(0)
+    volume[brain(0) <= FOREGROUND] = 0
+    inside = volume > FOREGROUND
+    ratios = []
+    for number in range(8):
+        changed = contrast(volume, 0.5, seed(number))
+        assert brightness(changed) == pytest.approx(brightness(volume), abs=0.02)
+        ratios.append((changed[inside].std() / volume[inside].std()).item())
+    stretch = math.exp(0.26 + 0.84 * 0.5)
+    assert min(ratios) == pytest.approx(1 / stretch, rel=0.01)
+    assert 1.5 < max(ratios) <= stretch * 1.001  # what leaves [0, 1] is clipped
 
 
 def test_damage_of_an_empty_volume_is_finite():

@@ -189,10 +189,13 @@ def _deal(kinds: int, count: int, generator: torch.Generator) -> list[int]:
 
 
 def _damaged_one(count: int, generator: torch.Generator) -> int:
-    """Which of the undamaged versions is damaged: the scan, the round-trip (0.4 each) or another."""
-    share = _share(generator) * (0.8 if count == 2 else 1)
-    if share < 0.8:
-        return int(share < 0.4)
+    """Which of the undamaged versions is damaged: the scan, the round-trip (0.3 each) or another.
+
+    Fine-tuning starts among the others, so the ways out must be closed there too.
+    """
+    share = _share(generator) * (0.6 if count == 2 else 1)
+    if share < 0.6:
+        return int(share < 0.3)
     return 2 + int(torch.randint(count - 2, (), generator=generator))
 
 
