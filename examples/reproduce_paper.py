@@ -20,7 +20,7 @@ to a classifier than those of the model before, and than what the same compute b
 Without a sweep, one value for each of its settings freezes them by hand; arms and seeds may come one at a time, and the
 report tells what was not run:
 
-    S="$R --learning_rates 1e-5 --betas 0.01 --windows 2 --group_sizes 8 --rl_steps 150"
+    S="$R --learning_rates 1e-4 --betas 0.01 --windows 2 --group_sizes 8 --rl_steps 150"
     $S --steps arms --arms both --seeds 0                         # the seed that is carried on
     $S --steps arms --arms 3d 2d
     $S --steps arms --arms both --seeds 1 2
@@ -109,7 +109,7 @@ class Budget:
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the main arm; the very first is carried on."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-5, 2e-5, 5e-6], metadata={"help": "Tried in the sweep; the first is the start."}
+        default_factory=lambda: [1e-4, 2e-4, 5e-5], metadata={"help": "Tried in the sweep; the first is the start."}
     )
     betas: list[float] = field(default_factory=lambda: [0.01, 0.04], metadata={"help": "Likewise: weight of the KL."})
     windows: list[int] = field(default_factory=lambda: [2, 3], metadata={"help": "Likewise: stochastic steps."})
@@ -133,13 +133,13 @@ class Budget:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "try": dict(
-        rl_steps=24, sweep_steps=6, seeds=[0], learning_rates=[1e-5, 2e-5], betas=[0.01], windows=[2], group_sizes=[8],
+        rl_steps=24, sweep_steps=6, seeds=[0], learning_rates=[1e-4, 2e-4], betas=[0.01], windows=[2], group_sizes=[8],
         continued_learning_rates=[1e-4], guidance_scales=[1.0, 2.0], sampling_steps=[20], num_samples=24,
         num_synthetic=16, classifier_seeds=3,
     ),
     "cpu": {},
     "gpu": dict(
-        rl_steps=1500, sweep_steps=300, seeds=[0, 1, 2, 3, 4], learning_rates=[1e-5, 2e-5, 5e-6, 4e-5],
+        rl_steps=1500, sweep_steps=300, seeds=[0, 1, 2, 3, 4], learning_rates=[1e-4, 2e-4, 5e-5, 2e-5],
         betas=[0.01, 0.04, 0.0025], group_sizes=[16, 32], batch_size=16, num_samples=240, num_synthetic=256,
         classifier_seeds=20,
     ),
