@@ -1,6 +1,6 @@
 """The whole road once with the VQ autoencoder, on real scans at small size, and its figures as a table.
 
-    python examples/vq_road.py --data_dir DATA                  # a quarter of an hour on two CPU cores
+    python examples/vq_road.py --data_dir DATA                  # about ten minutes on two CPU cores
     python examples/vq_road.py --data_dir DATA --report docs/vq_road.md
 
 It runs the scripts of the four stages one after the other, each with what the one before wrote:
@@ -44,10 +44,10 @@ class RoadArguments:
     size: int = field(default=32, metadata={"help": "Side of the volumes in voxels."})
     spacing: float = field(default=6.0, metadata={"help": "Voxel size in mm."})
     num_embeddings: int = field(default=256, metadata={"help": "Codebook size."})
-    autoencoder_steps: int = field(default=500, metadata={"help": "Optimizer steps of the autoencoder."})
-    diffusion_steps: int = field(default=350, metadata={"help": "Optimizer steps of each of the two generators."})
-    reward_steps: int = field(default=80, metadata={"help": "Optimizer steps of each of the two reward models."})
-    ppo_steps: int = field(default=20, metadata={"help": "Optimizer steps of the fine-tuning."})
+    autoencoder_steps: int = field(default=1000, metadata={"help": "Optimizer steps of the autoencoder."})
+    diffusion_steps: int = field(default=700, metadata={"help": "Optimizer steps of each of the two generators."})
+    reward_steps: int = field(default=300, metadata={"help": "Optimizer steps of each of the two reward models."})
+    ppo_steps: int = field(default=40, metadata={"help": "Optimizer steps of the fine-tuning."})
     batch_size: int = field(default=8, metadata={"help": "Batch size of the autoencoder and the generators."})
     eval_samples: int = field(default=12, metadata={"help": "Generated volumes for the KID; 0 leaves it out."})
     eval_volumes: int = field(default=8, metadata={"help": "Volumes per class before and after fine-tuning."})
