@@ -131,7 +131,8 @@ def main() -> None:
         for name, scores in rows.items()
     }
     seen = VolumeDataset.from_arguments(data, "train")
-    seen_scores = {name: reward(seen.stack()).tolist() for name, reward in rewards.items()}
+    seen_volumes = seen.stack()
+    seen_scores = {name: reward(seen_volumes).tolist() for name, reward in rewards.items()}
     memory = {
         name: training_above_unseen(seen_scores[name], [row["real"] for row in scores], seen, scans)
         for name, scores in rows.items()

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffusers_med3d.data.transforms import FOREGROUND_THRESHOLD, shift_volume
 from diffusers_med3d.spectrum import (
     DAMAGE_NAMES,
     DAMAGES,
-    FOREGROUND,
     HALF_SWAP,
     HALF_SWAP_SEVERITY,
     REAL,
@@ -29,7 +29,6 @@ from diffusers_med3d.spectrum import (
     neighbours_in_order,
     partial_noising,
     rank_correlation,
-    shift_volume,
     spectrum_loss,
     swap_hemisphere,
 )
@@ -145,8 +144,8 @@ def test_blocks_change_places_without_losing_a_voxel():
 
 def test_a_cut_removes_the_outer_part_on_one_side_only():
     volume = brain(0)
-    removed = (volume > FOREGROUND) & (damage(volume, "cut_off", 0.5, seed()) == 0)
-    assert 0.02 < removed.sum() / (volume > FOREGROUND).sum() < 0.5
+    removed = (volume > FOREGROUND_THRESHOLD) & (damage(volume, "cut_off", 0.5, seed()) == 0)
+    assert 0.02 < removed.sum() / (volume > FOREGROUND_THRESHOLD).sum() < 0.5
     spans = [int(removed.amax([d for d in range(4) if d != 1 + axis]).sum()) for axis in range(3)]
     assert min(spans) == 5 or min(spans) == 6  # 30 % of about 19 occupied planes
 
@@ -202,7 +201,7 @@ def test_a_bias_field_has_its_amplitude_where_the_anatomy_is():
     for severity, wanted in ((0.3, 0.44), (1.0, 1.0)):
         for number in range(3):
             changed = bias_field(volume, severity, seed(number))
-            inside = (volume > FOREGROUND) & (changed < 1)
+            inside = (volume > FOREGROUND_THRESHOLD) & (changed < 1)
             log_field = (changed[inside] / volume[inside]).log()
             spread = log_field.max() - log_field.min()  # the mean of 1 takes a constant away
             assert 0.9 * wanted < spread < 2.01 * wanted
@@ -211,8 +210,8 @@ def test_a_bias_field_has_its_amplitude_where_the_anatomy_is():
 
 def test_contrast_is_stretched_or_pressed_together_about_the_mean_of_the_anatomy():
     volume = 0.3 + 0.4 * brain(0)
-    volume[brain(0) <= FOREGROUND] = 0
-    inside = volume > FOREGROUND
+    volume[brain(0) <= FOREGROUND_THRESHOLD] = 0
+    inside = volume > FOREGROUND_THRESHOLD
     ratios = []
     for number in range(8):
         changed = contrast(volume, 0.5, seed(number))

@@ -12,7 +12,8 @@ strength and, when damaged on top, a severity; both together give its label and 
 
 Damage is what the generator does not make by itself, so that reinforcement learning finds no way out there: blur,
 noise, noise on top of blur, over-sharpening, wrong contrast, bias field, thick slices, shuffled blocks, a hemisphere of
-another subject, cut-off anatomy. Pure functions on one volume (C, X, Y, Z) in [0, 1] in RAS; all randomness comes from
+another subject, cut-off anatomy. Voxels up to ``FOREGROUND_THRESHOLD`` are background, which only damage that moves
+anatomy changes. Pure functions on one volume (C, X, Y, Z) in [0, 1] in RAS; all randomness comes from
 ``generator``, on the CPU, so a seed gives the same damage on every device.
 """
 
@@ -29,8 +30,6 @@ ROUND_TRIP = 0.0
 FULL_SAMPLE = 1.0
 ROUND_TRIP_LABEL = 0.95
 FULL_SAMPLE_LABEL = 0.35
-FOREGROUND = FOREGROUND_THRESHOLD
-"""Voxels above this are anatomy; the others are left as they are by every damage that does not move anatomy."""
 MAX_SEAM_OFFSET, MAX_MISPLACEMENT = 3, 2
 """Voxels by which the seam of a half-swap and the foreign hemisphere lie beside their places."""
 
@@ -121,7 +120,7 @@ def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _in_foreground(volume: torch.Tensor, damaged: torch.Tensor) -> torch.Tensor:
-    return torch.where(volume > FOREGROUND, damaged.clamp(0, 1), volume)
+    return torch.where(volume > FOREGROUND_THRESHOLD, damaged.clamp(0, 1), volume)
 
 
 def gaussian_smooth(volume: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -173,7 +172,7 @@ def bias_field(volume: torch.Tensor, severity: float, generator: torch.Generator
     """Smooth multiplicative field of mean 1, log-amplitude 0.2 to 1 inside the anatomy."""
     coarse = torch.randn((1, 1, 3, 3, 3), generator=generator).to(volume)
     field = F.interpolate(coarse, size=volume.shape[1:], mode="trilinear", align_corners=True)[0]
-    anatomy = (volume > FOREGROUND).any(0, keepdim=True)
+    anatomy = (volume > FOREGROUND_THRESHOLD).any(0, keepdim=True)
     inside = field[anatomy] if anatomy.any() else field.flatten()  # the field's extremes lie in the empty corners
     field = (field - inside.mean()) * ((0.2 + 0.8 * severity) / (inside - inside.mean()).abs().max())
     field = torch.exp(field)
@@ -193,7 +192,8 @@ def thick_slices(volume: torch.Tensor, severity: float, generator: torch.Generat
 def shuffle_blocks(volume: torch.Tensor, severity: float, generator: torch.Generator) -> torch.Tensor:
     """Let a share ``severity`` of the blocks of anatomy (an eighth of the side each) change places."""
     sides = [max(1, side // 8) for side in volume.shape[1:]]
-    occupied = F.avg_pool3d((volume > FOREGROUND).float()[None], sides)[0].mean(0) > 0.5  # one number per block
+    anatomy = (volume > FOREGROUND_THRESHOLD).float()
+    occupied = F.avg_pool3d(anatomy[None], sides)[0].mean(0) > 0.5  # one number per block
     blocks = []
     for corner in occupied.nonzero().tolist():
         blocks.append((slice(None), *(slice(i * side, (i + 1) * side) for i, side in zip(corner, sides, strict=True))))
@@ -209,7 +209,7 @@ def cut_off(volume: torch.Tensor, severity: float, generator: torch.Generator) -
     """Set the outer 10 to 50 % of the anatomy to background, on a random side."""
     axis, from_start = _integer(generator, 3), _uniform(generator) < 0.5
     others = [dim for dim in range(4) if dim != 1 + axis]
-    occupied = (volume > FOREGROUND).float().amax(others).nonzero().flatten()
+    occupied = (volume > FOREGROUND_THRESHOLD).float().amax(others).nonzero().flatten()
     cut = volume.clone()
     if occupied.numel() == 0:
         return cut
@@ -244,7 +244,7 @@ def mirror_hemisphere(volume: torch.Tensor, generator: torch.Generator) -> torch
 
 def brightness(volume: torch.Tensor) -> float:
     """Mean of the anatomy, 0 where there is none."""
-    anatomy = volume[volume > FOREGROUND]
+    anatomy = volume[volume > FOREGROUND_THRESHOLD]
     return float(anatomy.mean()) if anatomy.numel() else 0.0
 
 

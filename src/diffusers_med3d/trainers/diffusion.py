@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,7 +100,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
                     f"KID needs at least 3 volumes on each side, got eval_samples={args.eval_samples} and "
                     f"{len(eval_dataset)} validation scans; eval_samples=0 leaves it out."
                 )
-            metrics.SliceFeatures()(eval_dataset.stack()[:1])
+            self._features = metrics.SliceFeatures(device=args.device)
+            self._reference_features = self._features(eval_dataset.stack())
         self.conditions = encode_rows(model, scan_rows(model, train_dataset))
         cache = Path(args.output_dir) / "cache"
         with args.main_process_first(desc="encoding scans"):
@@ -182,14 +183,6 @@ class LatentDiffusionTrainer(Med3DTrainer):
         self.log(results)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
-
-    @cached_property
-    def _features(self) -> metrics.SliceFeatures:
-        return metrics.SliceFeatures(device=self.args.device)
-
-    @cached_property
-    def _reference_features(self) -> Tensor:
-        return self._features(self.eval_dataset.stack())
 
     def _judge_samples(self, generator: torch.Generator, prefix: str) -> dict[str, float]:
         count = self.args.eval_samples
