@@ -133,11 +133,13 @@ def compare(trainer: DDPOTrainer, before: Scored, after: Scored, seconds: dict[s
     for name in ("kl", "clip_ratio"):
         values = [entry[name] for entry in history if name in entry][-10:]
         results[name] = sum(values) / len(values) if values else None
+    phases: dict[str, float] = {}
     for entry in history:
         for name, value in entry.items():
             if name.startswith("seconds/"):
                 phase = name.removeprefix("seconds/")
-                results["seconds"][phase] = results["seconds"].get(phase, 0.0) + value
+                phases[phase] = phases.get(phase, 0.0) + value
+    results["seconds"] |= phases | {"fine-tuning": sum(phases.values())}  # of all sessions of a run that was resumed
     return results
 
 
@@ -219,9 +221,7 @@ def main() -> None:
     seconds, start = {}, time.perf_counter()
     before = trainer.sample_and_score(conditions, script.eval_volumes, script.eval_seed, "Evaluation before")
     seconds["evaluation before"] = time.perf_counter() - start
-    start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
-    seconds["fine-tuning"] = time.perf_counter() - start
     start = time.perf_counter()
     after = trainer.sample_and_score(conditions, script.eval_volumes, script.eval_seed, "Evaluation after")
     seconds["evaluation after"] = time.perf_counter() - start

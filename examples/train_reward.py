@@ -101,9 +101,11 @@ def main() -> None:
     parser = HfArgumentParser([DataArguments, RewardArguments, RewardModelConfig])
     data, reward, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
+    model = build(reward)
+    model.check_input(VolumeDataset.from_arguments(data, "validation")[0]["volume"].as_tensor()[None])
     with args.main_process_first(desc="making the spectrum"):
         train, validation = spectra(data, reward, args)
-    trainer = RewardModelTrainer(model=build(reward), args=args, train_dataset=train, eval_dataset=validation)
+    trainer = RewardModelTrainer(model=model, args=args, train_dataset=train, eval_dataset=validation)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     results = trainer.evaluate()
     trainer.save_model()

@@ -223,7 +223,12 @@ def test_training_lowers_the_reconstruction_error(tmp_path, scans):
 
 def test_evaluation_reports_fidelity_and_detail_of_whole_round_trips_and_draws_them(tmp_path, scans):
     trainer = make(tmp_path, kl_model(), scans)
+    sizes = []
+    first = next(m for m in trainer.autoencoder.encoder.modules() if isinstance(m, torch.nn.Conv3d))
+    first.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    trainer.args.per_device_eval_batch_size = len(scans) - 1
     results = trainer.evaluate()
+    assert sizes == [len(scans) - 1, 1]
     volumes = scans.stack()
     with torch.no_grad():
         mean, _ = trainer.autoencoder.eval().encode(volumes)

@@ -450,6 +450,9 @@ def test_settings_that_cannot_work_are_refused_at_the_door(tiny_pipeline, tmp_pa
 def test_unknown_labels_and_missing_conditions_are_refused_at_the_door(tiny_pipeline, tmp_path):
     with pytest.raises(ValueError, match="ancient"):
         make_trainer(tiny_pipeline, tmp_path, conditions=datasets.Dataset.from_dict({"class_label": ["ancient"]}))
+    misspelt = datasets.Dataset.from_dict({"class_lable": [0]})
+    with pytest.raises(ValueError, match=r"no column 'class_label', only \['class_lable'\], and this generator has"):
+        make_trainer(tiny_pipeline, tmp_path, conditions=misspelt)
     with pytest.raises(ValueError, match="at least one condition"):
         make_trainer(tiny_pipeline, tmp_path, conditions=None)
     with pytest.raises(ValueError, match="reward_funcs is empty"):

@@ -283,6 +283,11 @@ def test_evaluation_draws_samples_and_reports_their_distance_to_scans(tiny_pipel
     assert {"eval_kid", "eval_kid_stderr", "eval_sharpness_ratio"} <= set(results)
     assert np.isfinite(results["eval_kid"])
     assert (tmp_path / "figures" / "samples-0.png").is_file()
+    sizes = []
+    trainer.pipeline.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    trainer.args.per_device_eval_batch_size = 2
+    assert trainer.evaluate()["eval_kid"] == pytest.approx(results["eval_kid"], abs=1e-3)
+    assert sizes[-4:] == [2, 2, 1, 1]  # two steps of two volumes, two of the third
     with pytest.raises(ValueError, match="that the trainer was made with, and no other"):
         trainer.evaluate([scans[0]])
 

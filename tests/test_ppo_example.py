@@ -65,6 +65,8 @@ def test_the_example_runs_and_is_resumed(tiny_pipeline_folder, tiny_rewards, tmp
     state = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["global_step"] == 4 and [e["step"] for e in state["log_history"] if "loss" in e] == [1, 2, 3, 4]
     resumed = json.loads((out / "results.json").read_text())
+    logged = [v for e in state["log_history"] for name, v in e.items() if name.startswith("seconds/")]
+    assert resumed["seconds"]["fine-tuning"] == pytest.approx(sum(logged))  # both sessions
     for name, figures in first["rewards"].items():
         # the same noise; accelerate gave the first run all cores, and threads round otherwise
         assert resumed["rewards"][name]["before"] == pytest.approx(figures["before"], abs=1e-4)

@@ -299,7 +299,11 @@ def test_training_teaches_the_order_of_unseen_subjects_and_moves_every_weight(mo
     )
     trainer.train()
     assert [name for name, p in model.named_parameters() if torch.equal(p, before[name])] == []
+    sizes = []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    args.per_device_eval_batch_size = 5
     results = trainer.evaluate()
+    assert max(sizes) == 5
     assert results["eval_rank_correlation"] > 0.9
     assert results["eval_score/real"] > results["eval_score/full_sample"] + 0.1
     assert results["eval_score/real"] > results["eval_score/blur_0.7"] + 0.2
@@ -485,3 +489,13 @@ def test_the_training_script_refuses_generators_of_the_wrong_fold(script_argumen
     swapped = ["--generator_a", tmp_path / "b", "--generator_b", tmp_path / "a", "--output_dir", tmp_path / "x"]
     with pytest.raises(ValueError, match="use the generator of the other fold"):
         run_here("train_reward.py", [*script_arguments["train"], *swapped, "--max_steps", 1], monkeypatch)
+
+
+def test_volumes_too_small_for_the_network_are_refused_before_the_spectrum_is_made(
+    script_arguments, tmp_path, monkeypatch
+):
+    arguments = [*script_arguments["train"], *script_arguments["generators"], "--output_dir", tmp_path / "x"]
+    arguments += ["--channels", *[8] * 5]
+    with pytest.raises(ValueError, match="every side must have at least 64 voxels"):
+        run_here("train_reward.py", arguments, monkeypatch)
+    assert not (tmp_path / "spectrum").exists()

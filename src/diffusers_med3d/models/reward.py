@@ -123,7 +123,7 @@ class _RewardModel(PublishMixin, ModelMixin, ConfigMixin):
         Raises:
             ValueError: wrong rank, channels, type, size or range, or NaN.
         """
-        self._check(volumes)
+        self.check_input(volumes)
         scores = self._score(volumes.to(self.dtype))  # (B, M)
         return scores if return_members else scores.mean(1)
 
@@ -137,7 +137,8 @@ class _RewardModel(PublishMixin, ModelMixin, ConfigMixin):
             inputs.append(GAIN * (smooth - box_filter(mirrored)))
         return torch.cat(inputs, dim=1)
 
-    def _check(self, volumes: torch.Tensor) -> None:
+    def check_input(self, volumes: torch.Tensor) -> None:
+        """ValueError, as by scoring them, for volumes that cannot be scored."""
         if not volumes.is_floating_point():
             raise ValueError(f"volumes must be floating point in [0, 1], got {volumes.dtype}.")
         check_volumes(volumes, self.config.in_channels)

@@ -24,6 +24,7 @@ class AutoencoderConfig(Med3DConfig):
     output_dir: str = field(default="outputs/autoencoder", metadata={"help": "Where everything is written."})
     max_steps: int = field(default=4000, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Crops per device and step."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Whole volumes at a time in evaluation."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=50, metadata={"help": "Steps of linear warm-up."})
@@ -217,7 +218,8 @@ class AutoencoderTrainer(Med3DTrainer):
         device = self.args.device
         volumes = dataset.stack()
         with self.ema_weights(), self.accelerator.autocast():
-            reconstructions = torch.cat([self.reconstruct(volume.to(device)).cpu() for volume in volumes.split(4)])
+            chunks = volumes.split(self.args.per_device_eval_batch_size)
+            reconstructions = torch.cat([self.reconstruct(chunk.to(device)).cpu() for chunk in chunks])
         foreground = volumes > FOREGROUND_THRESHOLD
         values = {
             "psnr": metrics.psnr(reconstructions, volumes),

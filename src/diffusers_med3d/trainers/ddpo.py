@@ -52,7 +52,7 @@ from ..rl import (
     transition,
 )
 from .base import Med3DTrainer, keep_small_convolutions_exact
-from .conditions import Conditions, call_arguments, encode_rows
+from .conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
 from .lora import add_lora, check_no_lora, enable_lora, merged
@@ -155,8 +155,14 @@ class DDPOTrainer(Med3DTrainer):
             )
 
         for rows in (train_dataset, eval_dataset):
-            if rows is not None:
-                encode_rows(pipeline, rows)  # what cannot be asked for is refused now, not after a rollout
+            if rows is None:
+                continue
+            if pipeline.unet.null_class is not None and LABEL_COLUMN not in rows.column_names:
+                raise ValueError(
+                    f"there is no column {LABEL_COLUMN!r}, only {rows.column_names}, and this generator has classes; "
+                    f"{LABEL_COLUMN}=[None] asks for the null class."
+                )
+            encode_rows(pipeline, rows)  # what cannot be asked for is refused now, not after a rollout
         check_scheduler(pipeline.scheduler, args.eta)
         pipeline.check_scheduler()
         self.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)

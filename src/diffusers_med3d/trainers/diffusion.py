@@ -31,6 +31,7 @@ class LatentDiffusionConfig(Med3DConfig):
     output_dir: str = field(default="outputs/diffusion", metadata={"help": "Where everything is written."})
     max_steps: int = field(default=4000, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Latents per device and step."})
+    per_device_eval_batch_size: int = field(default=12, metadata={"help": "Volumes generated at a time in evaluation."})
     learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=100, metadata={"help": "Steps of linear warm-up."})
@@ -188,11 +189,17 @@ class LatentDiffusionTrainer(Med3DTrainer):
         count = self.args.eval_samples
         rows = self.eval_rows.select([i % len(self.eval_rows) for i in range(count)])
         self.pipeline.set_progress_bar_config(disable=True)
-        samples = self.pipeline(
-            **call_arguments(self.pipeline, rows),
-            num_inference_steps=self.args.eval_inference_steps,
-            generator=generator,
-        ).volumes.cpu()
+        batch = self.args.per_device_eval_batch_size
+        samples = torch.cat(
+            [
+                self.pipeline(
+                    **call_arguments(self.pipeline, rows.select(range(first, min(first + batch, count)))),
+                    num_inference_steps=self.args.eval_inference_steps,
+                    generator=generator,
+                ).volumes.cpu()
+                for first in range(0, count, batch)
+            ]
+        )
         scans = self.eval_dataset.stack()
         distance = metrics.kid(self._features(samples), self._reference_features)
         shown = min(count, 6)

@@ -51,6 +51,7 @@ class RewardModelConfig(Med3DConfig):
     per_device_train_batch_size: int = field(
         default=4, metadata={"help": "Subjects per device and step, at least 2 (a hemisphere comes from another one)."}
     )
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Volumes at a time in evaluation."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
@@ -280,7 +281,7 @@ class RewardModelTrainer(Med3DTrainer):
             return self.reward_model(volumes.to(self.args.device))
 
         with self.ema_weights(), self.accelerator.autocast():
-            rows = score_spectrum(score, dataset, seed=self.args.seed)
+            rows = score_spectrum(score, dataset, seed=self.args.seed, batch_size=self.args.per_device_eval_batch_size)
         summary = summarise(rows)
         results = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
         self.log(results)
