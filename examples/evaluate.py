@@ -119,16 +119,6 @@ def read_folder(folder: str, data: DataArguments) -> VolumeDataset:
     return VolumeDataset(rows, sorted(set(rows[data.subject_column])), data)
 
 
-def short_names(models: list[str]) -> dict[str, str]:
-    """A name for every model that does not tell where it lies on this machine."""
-    names = {model: Path(model).name for model in models}
-    if len(set(names.values())) < len(models):
-        names = {model: "/".join(Path(model).parts[-2:]) for model in models}
-    if len(set(names.values())) < len(models):
-        raise ValueError(f"models must differ in the last two parts of their names, got {models}.")
-    return names
-
-
 def imported(name: str) -> Callable[[Tensor], Tensor]:
     """A function by 'module:function'."""
     module, _, function = name.partition(":")
@@ -154,7 +144,7 @@ def main() -> None:
     data, args = HfArgumentParser([ScanArguments, EvaluationArguments]).parse_args_into_dataclasses()
     state, output = PartialState(), Path(args.output_dir)
     use_all_cores()
-    names = short_names(args.model)
+    names = evaluation.short_names(args.model)
     extractors = [read_extractor(name, state.device) for name in args.extractors]  # fails before hours of sampling
     segmenter = read_segmenter(args.segmenter)
     if data.split_file:

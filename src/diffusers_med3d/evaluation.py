@@ -151,6 +151,16 @@ def reload_volumes(
     return _read(names, labels, Path(folder), data, background)
 
 
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """A name for every model that does not tell where it lies on this machine; ValueError where two would be alike."""
+    names = {model: Path(model).name for model in models}
+    if len(set(names.values())) < len(models):
+        names = {model: "/".join(Path(model).parts[-2:]) for model in models}
+    if len(set(names.values())) < len(models):
+        raise ValueError(f"models must differ in the last two parts of their names, got {list(models)}.")
+    return names
+
+
 def check_pipeline(pipeline: MedDiffusion3DPipeline, data: DataArguments) -> None:
     """Refuses a generator whose grid is not that of the scans, or that lacks one of their classes.
 
