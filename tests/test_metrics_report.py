@@ -10,9 +10,15 @@ from diffusers_med3d.metrics import (
     NamedExtractor,
     ScatteringFeatures,
     VolumeSet,
+    bootstrap_weights,
+    check_scans,
     evaluate,
+    features_of,
     intensity_tissues,
+    interior_spectrum,
     kid,
+    left_right_symmetry,
+    ms_ssim,
     sharpness,
 )
 
@@ -80,6 +86,83 @@ def test_the_kid_without_classes_is_the_plain_kid_and_the_floor_that_of_the_trai
     assert figure.name == "KID whole" and figure.extractor == "coarse"
     assert figure.sets["m"].value == pytest.approx(kid(features[0], features[1]).value, rel=1e-6)
     assert figure.sets["floor"].value == pytest.approx(kid(features[2], features[1]).value, rel=1e-6)
+
+
+def numpy_stratified_kid(a, labels_a, names_a, b, labels_b, names_b) -> float:
+    """Unbiased KID by loops over pairs of different subjects, every two classes weighted by their shares in b."""
+    shares = {c: labels_b.count(c) / len(labels_b) for c in set(labels_b)}
+
+    def mean(x, labels_x, names_x, y, labels_y, names_y) -> float:
+        total = 0.0
+        for c, p in shares.items():
+            for d, q in shares.items():
+                values = [
+                    (u @ v / len(u) + 1) ** 3
+                    for u, cu, nu in zip(x, labels_x, names_x, strict=True)
+                    for v, cv, nv in zip(y, labels_y, names_y, strict=True)
+                    if (cu, cv) == (c, d) and nu != nv
+                ]
+                total += p * q * sum(values) / len(values)
+        return total
+
+    first, second = (a, labels_a, names_a), (b, labels_b, names_b)
+    return mean(*first, *first) + mean(*second, *second) - 2 * mean(*first, *second)
+
+
+def test_every_resample_is_the_figure_of_the_scans_and_samples_drawn_the_same_for_all_models():
+    """The draws against the figures of sets in which everybody stands as often as he was drawn."""
+    good, bad = volumes("seed", 10, 3), volumes("seed", 10, 3, blurred=True)
+    report = evaluate({"good": good, "bad": bad}, REFERENCE, TRAIN, [COARSE], (3, 3, 3), num_resamples=3)
+    sets = {"reference": REFERENCE, "floor": TRAIN, "good": good, "bad": bad}
+    weights = {name: bootstrap_weights(one.subjects, one.labels, 3) for name, one in sets.items()}
+    assert (weights["good"] == weights["bad"]).all() and not (weights["good"] == weights["reference"]).all()
+    kid_figure, symmetry = report.figure("KID"), report.figure("left-right symmetry")
+    detail = {name: left_right_symmetry(one.volumes).double().numpy() for name, one in sets.items()}
+    for row in range(4):
+        drawn = {}
+        for name, one in sets.items():
+            rows = [i for i in range(len(one)) for _ in range(int(weights[name][row, i]))]
+            features = COARSE(one.volumes).double().numpy()[rows]
+            drawn[name] = (features, [one.labels[i] for i in rows], [one.subjects[i] for i in rows])
+            by_class = [np.mean([detail[name][i] for i in rows if one.labels[i] == c]) for c in (0, 1)]
+            assert symmetry.draws[name][row] == pytest.approx(np.mean(by_class), rel=1e-6)
+        for name in ("floor", "good", "bad"):
+            expected = numpy_stratified_kid(*drawn[name], *drawn["reference"])
+            assert kid_figure.draws[name][row] == pytest.approx(expected, rel=1e-6)
+    difference = kid_figure.draws["bad"] - kid_figure.draws["good"]
+    assert kid_figure.differences["bad - good"].stderr == pytest.approx(np.std(difference[1:], ddof=1))
+    excess = kid_figure.draws["bad"] - kid_figure.draws["floor"]
+    assert kid_figure.excess["bad"].value == pytest.approx(excess[0])
+    assert kid_figure.excess["bad"].stderr == pytest.approx(np.std(excess[1:], ddof=1))
+
+
+def test_similarity_and_spectra_equal_loops_over_pairs_and_shells(report):
+    def similarity(one: VolumeSet) -> list[list[float]]:
+        """Of every pair of a class, class by class."""
+        return [
+            [
+                ms_ssim(one.volumes[[i]], one.volumes[[j]]).item()
+                for i in range(len(one)) for j in range(i)
+                if one.labels[i] == one.labels[j] == c
+            ]
+            for c in (0, 1)
+        ]  # fmt: skip
+
+    values = similarity(REFERENCE)
+    assert report.figure("MS-SSIM, mean").sets["reference"].value == pytest.approx(
+        np.mean([np.mean(own) for own in values]), abs=1e-5
+    )
+    assert report.figure("MS-SSIM, closest pair").sets["reference"].value == pytest.approx(
+        max(max(own) for own in values), abs=1e-5
+    )
+
+    def decibels(one: VolumeSet) -> np.ndarray:
+        logs = 10 * np.log10(interior_spectrum(one.volumes, bins=8)[1].double().numpy())
+        return np.mean([logs[[i for i, own in enumerate(one.labels) if own == c]].mean(0) for c in (0, 1)], axis=0)
+
+    expected = np.abs(decibels(volumes("seed", 10, 3, blurred=True)) - decibels(REFERENCE)).mean()
+    assert report.figure("power spectrum").sets["bad"].value == pytest.approx(expected, rel=1e-5)
+    assert report.spectra["reference"]["decibel"] == pytest.approx(decibels(REFERENCE).tolist(), rel=1e-5)
 
 
 def test_copies_are_flagged_collapse_shows_in_the_closest_pair_and_neither_in_the_good_model(report):
@@ -176,8 +259,38 @@ def test_classes_with_one_subject_are_pooled_and_the_report_says_so():
     assert np.isfinite(report.figure("KID").sets["m"].value)
 
 
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (lambda v: v, r"one vector per volume, \(8, D\), got \(8, 1, 16, 16, 16\)"),
+        (lambda v: v.flatten(1)[:1], r"got \(1, 4096\)"),
+        (lambda v: v.flatten(1)[:, :3].log() * 0, "'mine' gave .* NaN or infinite"),
+    ],
+)
+def test_an_extractor_with_an_unusable_answer_is_refused_by_its_name(answer, message):
+    with pytest.raises(ValueError, match=message):
+        features_of(NamedExtractor(answer, "mine"), REFERENCE.volumes)
+
+
+def test_scans_that_nothing_can_be_judged_by_are_refused_before_there_are_samples():
+    check_scans(REFERENCE, TRAIN)
+
+    def few(one: VolumeSet, rows: slice) -> VolumeSet:
+        return VolumeSet(one.volumes[rows], one.labels[rows], one.subjects[rows])
+
+    with pytest.raises(ValueError, match=r"at least 2 reference subjects .*\['reference0'\]"):
+        check_scans(few(REFERENCE, slice(1)), TRAIN)
+    with pytest.raises(ValueError, match="at least 3 training subjects"):
+        check_scans(REFERENCE, few(TRAIN, slice(2)))
+    with pytest.raises(ValueError, match=r"no training scan of class \[1\]"):
+        check_scans(REFERENCE, few(TRAIN, slice(0, 24, 2)))
+    with pytest.raises(ValueError, match=r"training scans are \(1, 16, 16, 8\)"):
+        check_scans(REFERENCE, VolumeSet(TRAIN.volumes[..., :8], TRAIN.labels, TRAIN.subjects))
+
+
 def test_sets_that_cannot_be_compared_are_refused_with_what_was_found():
     samples = volumes("s", 10, 5)
+    two_of_one_class = [VolumeSet(one.volumes[:6:2], [0] * 3, one.subjects[:6:2]) for one in (REFERENCE, TRAIN)]
     with pytest.raises(ValueError, match="'reference0'"):
         evaluate({"m": samples}, REFERENCE, REFERENCE, [COARSE], (3, 3, 3))
     with pytest.raises(ValueError, match="class mix"):
@@ -191,6 +304,8 @@ def test_sets_that_cannot_be_compared_are_refused_with_what_was_found():
         evaluate({"m": small}, REFERENCE, TRAIN, [COARSE], (3, 3, 3))
     with pytest.raises(ValueError, match="other than 'reference'"):
         evaluate({"floor": samples}, REFERENCE, TRAIN, [COARSE], (3, 3, 3))
+    with pytest.raises(ValueError, match="'m' has one volume"):
+        evaluate({"m": VolumeSet(samples.volumes[:1], [0], ["s0"])}, *two_of_one_class, [COARSE], (3, 3, 3))
     with pytest.raises(ValueError, match="10 and 9"):
         VolumeSet(samples.volumes, samples.labels, samples.subjects[:9])
     with pytest.raises(ValueError, match="1 voxels are NaN"):

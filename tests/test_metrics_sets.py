@@ -4,7 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import scipy.fft
 import scipy.linalg
+import scipy.ndimage
 import torch
 from monai.metrics.fid import compute_frechet_distance
 from monai.networks.nets import resnet50
@@ -314,6 +316,36 @@ def test_white_noise_inside_anatomy_of_any_size_has_its_variance_in_every_shell_
         _, power = metrics.interior_spectrum(volumes, bins=8)
         assert power[:, 2:].mean(0).tolist() == pytest.approx([0.0025] * 6, rel=0.1)
         assert metrics.interior_detail(volumes).mean().item() == pytest.approx(0, abs=0.0025 * 0.05)
+
+
+def numpy_taper(volume: np.ndarray) -> np.ndarray:
+    """Anatomy above 0.05, three voxels eroded, then smoothed twice over 3^3 voxels."""
+    inside = scipy.ndimage.binary_erosion(volume > 0.05, np.ones((3, 3, 3)), border_value=1)
+    inside = scipy.ndimage.binary_erosion(inside, np.ones((5, 5, 5)), border_value=1).astype(float)
+    for _ in range(2):
+        inside = scipy.ndimage.uniform_filter(inside, 3, mode="constant")
+    return inside
+
+
+def test_detail_and_spectrum_inside_equal_scipys_and_a_loop_over_the_coefficients():
+    volume = ball(20) + 0.05 * torch.rand(1, 1, 20, 20, 20, generator=generator()) * (ball(20) > 0)
+    v = volume[0, 0].double().numpy()
+    weight = numpy_taper(v)
+    windowed = (v - (v * weight).sum() / weight.sum()) * weight
+    power = np.abs(scipy.fft.fftn(windowed)) ** 2 / (weight**2).sum()
+    fine, corners, shells = [], [], [[] for _ in range(4)]
+    for index, value in np.ndenumerate(power):
+        radius = math.sqrt(sum((min(k, 20 - k) / 20) ** 2 for k in index))
+        if radius > 0.5 + 1e-6:
+            corners.append(value)
+        elif radius > 0.25 + 1e-6:
+            fine.append(value)
+        if 0 < radius <= 0.5 + 1e-6:
+            shells[math.ceil(radius * 8 - 1e-6) - 1].append(value)
+    assert metrics.interior_detail(volume).item() == pytest.approx(np.mean(fine) - np.mean(corners), rel=1e-3)
+    assert metrics.interior_spectrum(volume, bins=4)[1][0].tolist() == pytest.approx(
+        [np.mean(shell) for shell in shells], rel=1e-3
+    )
 
 
 def test_blur_takes_detail_away_noise_brings_none_back_and_a_volume_without_an_inside_has_none():

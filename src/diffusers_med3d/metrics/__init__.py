@@ -2,7 +2,7 @@
 
 from .bootstrap import Interval, bootstrap_interval, bootstrap_weights, class_shares, weighted_mean, weighted_pair_mean
 from .evaluate import evaluate
-from .features import Extractor, NamedExtractor, PlanarFeatures, SliceFeatures
+from .features import Extractor, NamedExtractor, PlanarFeatures, SliceFeatures, features_of
 from .features3d import ScatteringFeatures
 from .frechet import frechet, frechet_dimensions, principal_components
 from .image import (
@@ -19,7 +19,7 @@ from .manifold import Manifold, manifold
 from .memorisation import Nearest, copy_threshold, nearest_training_scan
 from .pretrained import EXTRACTORS, MedicalNetFeatures, extractor
 from .report import Figure, Report
-from .sets import VolumeSet
+from .sets import VolumeSet, check_mix, check_scans
 from .similarity import Diversity, diversity, ms_ssim, ms_ssim_matrix
 from .symmetry import left_right_symmetry
 from .tissue import intensity_tissues, tissue_volumes
@@ -42,11 +42,14 @@ __all__ = [
     "VolumeSet",
     "bootstrap_interval",
     "bootstrap_weights",
+    "check_mix",
+    "check_scans",
     "class_shares",
     "copy_threshold",
     "diversity",
     "evaluate",
     "extractor",
+    "features_of",
     "frechet",
     "frechet_dimensions",
     "high_frequency_ratio",

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .bootstrap import bootstrap_interval, weighted_pair_mean
-from .features import Extractor
+from .features import Extractor, features_of
 from .frechet import SAMPLES_PER_DIMENSION, frechet, frechet_dimensions, principal_components
 from .image import interior_detail, interior_spectrum, noise_level, sharpness
 from .kid import polynomial_kernel
@@ -92,9 +92,7 @@ def _by_block(sets: Sets, measure: str, whole: str, blocks: Mapping[str, Draws],
 
 def _feature_figures(sets: Sets, extractor: Extractor, neighbours: int, batch_size: int) -> list[Figure]:
     """KID and Fréchet by block and on average, and the nearest-neighbour measures, of one extractor."""
-    features = {
-        name: torch.cat([extractor(chunk) for chunk in one.volumes.split(batch_size)]) for name, one in sets.all.items()
-    }
+    features = {name: features_of(extractor, one.volumes, batch_size) for name, one in sets.all.items()}
     name, blocks = extractor.extractor, extractor.blocks
     whole = "tri-planar" if len(blocks) == 3 else next(iter(blocks)) if len(blocks) == 1 else "mean"
     parts = {block: {one: own[:, place] for one, own in features.items()} for block, place in blocks.items()}

@@ -95,6 +95,29 @@ class Extractor(Protocol):
         ...
 
 
+def features_of(extractor: Extractor, volumes: Tensor, batch_size: int = 8) -> Tensor:
+    """Features (N, D) of volumes (N, C, X, Y, Z), some at a time.
+
+    Raises:
+        ValueError: the extractor gives something else than one vector per volume, or NaN or infinity.
+    """
+    chunks = []
+    for chunk in volumes.split(batch_size):
+        found = extractor(chunk)
+        if found.ndim != 2 or len(found) != len(chunk):
+            raise ValueError(
+                f"The extractor {extractor.extractor!r} must give one vector per volume, ({len(chunk)}, D), got "
+                f"{tuple(found.shape)}."
+            )
+        if not found.isfinite().all():
+            raise ValueError(
+                f"The extractor {extractor.extractor!r} gave {int((~found.isfinite()).sum())} features that are NaN or "
+                "infinite."
+            )
+        chunks.append(found)
+    return torch.cat(chunks)
+
+
 class NamedExtractor:
     """Any function from volumes (B, C, X, Y, Z) to features (B, D), as one part, under a name for reports."""
 

@@ -46,6 +46,48 @@ def distinct(first: Sequence[str], second: Sequence[str]) -> NDArray[np.bool_]:
     return np.array([[mine != other for other in second] for mine in first])
 
 
+def check_scans(reference: VolumeSet, train: VolumeSet) -> None:
+    """Refuse scans by which no samples can be judged; worth asking before hours of sampling.
+
+    Raises:
+        ValueError: subjects in both sets, shapes that differ, a class of the reference that nobody trained on, fewer
+            than two reference or three training subjects.
+    """
+    for kind, one, least in (("reference", reference, 2), ("training", train, 3)):
+        if len(set(one.subjects)) < least:
+            raise ValueError(
+                f"at least {least} {kind} subjects are needed, to compare one with others; got "
+                f"{sorted(set(one.subjects))}."
+            )
+    both = sorted(set(reference.subjects) & set(train.subjects))
+    if both:
+        raise ValueError(
+            f"{len(both)} reference subject(s) are among the training subjects, the first is {both[0]!r}; the "
+            "reference must be scans that the models never saw."
+        )
+    if train.volumes.shape[1:] != reference.volumes.shape[1:]:
+        raise ValueError(
+            f"the training scans are {tuple(train.volumes.shape[1:])}, the reference "
+            f"{tuple(reference.volumes.shape[1:])}; all must come through one loader."
+        )
+    missing = sorted(set(reference.labels) - set(train.labels))
+    if missing:
+        raise ValueError(f"there is no training scan of class {missing}, which the reference has.")
+
+
+def check_mix(name: str, labels: Sequence[int], reference_labels: Sequence[int]) -> None:
+    """Refuse samples of another class mix than the reference's (ValueError with both), a volume per class aside."""
+    shares, mix = class_shares(reference_labels), class_shares(labels)
+    missing = set(shares) - set(mix)
+    if missing:
+        raise ValueError(f"{name!r} has no volume of class {sorted(missing)}, which the reference has.")
+    if set(mix) - set(shares) or any(abs(mix[c] - share) * len(labels) >= 1 for c, share in shares.items()):
+        raise ValueError(
+            f"{name!r} has the class mix { {c: round(v, 3) for c, v in mix.items()} }, the reference "
+            f"{ {c: round(v, 3) for c, v in shares.items()} }; sample the reference's mix."
+        )
+
+
 class Sets:
     """The sets of one evaluation with their classes, weights and pairings."""
 
@@ -92,29 +134,16 @@ class Sets:
     def _check(self, models: Mapping[str, VolumeSet], reference: VolumeSet, train: VolumeSet) -> None:
         if not models or {REFERENCE, FLOOR} & set(models):
             raise ValueError(f"Expected models by names other than 'reference' and 'floor', got {list(models)}.")
-        both = sorted(set(reference.subjects) & set(train.subjects))
-        if both:
-            raise ValueError(
-                f"{len(both)} reference subject(s) are among the training subjects, the first is {both[0]!r}; the "
-                "reference must be scans that the models never saw."
-            )
-        shares = class_shares(reference.labels)
-        for name, one in self.all.items():
+        check_scans(reference, train)
+        for name, one in models.items():
             if one.volumes.shape[1:] != reference.volumes.shape[1:]:
                 raise ValueError(
                     f"{name!r} has volumes {tuple(one.volumes.shape[1:])}, the reference "
                     f"{tuple(reference.volumes.shape[1:])}; all must come through one loader."
                 )
-            missing = set(shares) - set(one.labels)
-            if missing:
-                raise ValueError(f"{name!r} has no volume of class {sorted(missing)}, which the reference has.")
-        for name, one in models.items():
-            mix = class_shares(one.labels)
-            if set(mix) - set(shares) or any(abs(mix[c] - share) * len(one) >= 1 for c, share in shares.items()):
-                raise ValueError(
-                    f"{name!r} has the class mix { {c: round(v, 3) for c, v in mix.items()} }, the reference "
-                    f"{ {c: round(v, 3) for c, v in shares.items()} }; sample the reference's mix."
-                )
+            if len(set(one.subjects)) < 2:
+                raise ValueError(f"{name!r} has one volume; averages over pairs need at least two.")
+            check_mix(name, one.labels, reference.labels)
 
     def matched_rows(self, name: str) -> NDArray[np.int64]:
         """The first volumes of each class of a model, as many as every model and the training scans have."""
