@@ -23,9 +23,20 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from diffusers_med3d import MedDiffusion3DPipeline, evaluation
-from diffusers_med3d.data import DataArguments, VolumeDataset, read_scans
+from diffusers_med3d.data import DataArguments, VolumeDataset, check_columns, read_scans
 from diffusers_med3d.files import write_json
-from diffusers_med3d.metrics import EXTRACTORS, Extractor, NamedExtractor, evaluate, extractor, intensity_tissues
+from diffusers_med3d.metrics import (
+    EXTRACTORS,
+    Extractor,
+    NamedExtractor,
+    check_mix,
+    check_scans,
+    evaluate,
+    extractor,
+    features_of,
+    intensity_tissues,
+    tissue_volumes,
+)
 from diffusers_med3d.metrics.tissue import Segmenter
 from diffusers_med3d.trainers.base import use_all_cores
 
@@ -116,7 +127,8 @@ def read_folder(folder: str, data: DataArguments) -> VolumeDataset:
         raise ValueError(
             f"{folder} has no column {data.subject_column!r}, only {rows.column_names}; see --subject_column."
         )
-    return VolumeDataset(rows, sorted(set(rows[data.subject_column])), data)
+    check_columns(rows, data)
+    return VolumeDataset(rows, sorted(set(map(str, rows[data.subject_column]))), data)
 
 
 def imported(name: str) -> Callable[[Tensor], Tensor]:
@@ -140,12 +152,14 @@ def read_segmenter(name: str | None) -> Segmenter | None:
 
 
 def main() -> None:
-    """Read, sample, measure, write."""
+    """Read, sample, measure, write. What cannot be measured is refused before hours of sampling."""
     data, args = HfArgumentParser([ScanArguments, EvaluationArguments]).parse_args_into_dataclasses()
     state, output = PartialState(), Path(args.output_dir)
     use_all_cores()
     names = evaluation.short_names(args.model)
-    extractors = [read_extractor(name, state.device) for name in args.extractors]  # fails before hours of sampling
+    for model in names:
+        evaluation.check_pipeline(MedDiffusion3DPipeline.from_pretrained(model), data)
+    extractors = [read_extractor(name, state.device) for name in args.extractors]
     segmenter = read_segmenter(args.segmenter)
     if data.split_file:
         part = data.reference_part
@@ -155,6 +169,16 @@ def main() -> None:
         reference, train = read_folder(data.reference, data), read_folder(data.train, data)
     scans, train = reference, evaluation.volume_set(train, args.background)
     reference = evaluation.volume_set(scans, args.background)
+    check_scans(reference, train)
+    for model in names:
+        evaluation.check_unseen(model, reference.subjects)
+    for one in extractors:
+        features_of(one, reference.volumes[:1])
+    if segmenter is not None:
+        tissue_volumes(reference.volumes[:1], segmenter, len(args.tissue_names), data.spacing)
+    count = len(reference) if args.num_samples is None else args.num_samples
+    labels = evaluation.matched_labels(reference.labels, count)
+    check_mix(f"--num_samples {count} with {len(args.seeds)} seeds", labels * len(args.seeds), reference.labels)
     settings = {
         "reference": part,
         "num_inference_steps": args.num_inference_steps,
@@ -193,7 +217,6 @@ def main() -> None:
                 print(f"{verdict['figure']} ({verdict['extractor']}): {outcome}")
         return
 
-    labels = evaluation.matched_labels(reference.labels, args.num_samples or len(reference))
     samples = {}
     for model, name in names.items():
         pipeline = MedDiffusion3DPipeline.from_pretrained(model).to(state.device)

@@ -90,6 +90,8 @@ def test_sampling_goes_on_where_it_stopped_and_does_not_depend_on_the_batch(data
     assert not torch.allclose(more.volumes[4:7], first.volumes, atol=1e-2)
     with pytest.raises(ValueError, match=r"other settings.*'guidance_scale': \(1.0, 2.0\)"):
         sample("a", 3, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"seeds must differ.*\[0, 0\]"):
+        sample("b", 3, seeds=(0, 0))
 
 
 def test_a_generator_of_another_grid_or_other_classes_is_refused(data, tiny_pipeline):
@@ -125,6 +127,24 @@ def test_the_gate_makes_every_version_of_every_scan_and_only_what_is_missing(dat
     again = make()
     assert [file for file, time in times.items() if file.stat().st_mtime_ns != time] == [gone]
     assert all(torch.allclose(again[name].volumes, versions[name].volumes, atol=1e-4) for name in versions)
+
+
+def test_versions_of_other_scans_are_not_taken_for_these(data, tiny_pipeline, tmp_path):
+    """Classes and preparation are in no file name: with other ones, files that are there would be kept."""
+    scans = evaluation.volume_set(VolumeDataset.from_arguments(data, "validation"))
+
+    def make(of: VolumeSet, severity: float = 0.5) -> None:
+        evaluation.gate_versions(tiny_pipeline, of, tmp_path / "gate", data, (), severity, num_inference_steps=1)
+
+    with pytest.raises(ValueError, match=r"severity must lie in \(0, 1\], got 1.5"):
+        make(scans, severity=1.5)
+    assert not (tmp_path / "gate").exists()  # before anything was made
+    make(scans)
+    with pytest.raises(ValueError, match=r"other settings.*'labels': \(\[0, 1, 2\], \[0, 1, 1\]\)"):
+        make(VolumeSet(scans.volumes, [0, 1, 1], scans.subjects))
+    data.antialias = True
+    with pytest.raises(ValueError, match=r"'antialias': \(False, True\)"):
+        make(scans)
 
 
 def spread(name: str, count: int, offset: float, width: float = 0.05) -> VolumeSet:
@@ -193,6 +213,34 @@ def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
     assert not [path for path in out.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--model", "brain-t2"), "'brain-t2' is no bundled checkpoint"),
+        (("--extractors", "coarse:features", "haar-scattering-3d"), "levels and 4 regions need 32 voxels a side"),
+        (("--segmenter", "intensity", "--tissue_names", "fluid"), "Labels must lie in 0 to 1, got 0 to 3"),
+        (("--num_samples", "4", "--seeds", "0", "1"), "'--num_samples 4 with 2 seeds' has the class mix"),
+        (("--num_samples", "0"), "0 samples leave none for a class"),
+        ((), "1 of the 3 subjects that are to judge 'tiny-pipeline' were in its training set, the first is 'sub-05'"),
+    ],
+)
+def test_what_could_not_be_measured_is_refused_before_anything_is_sampled(
+    flags, message, data, tiny_pipeline_folder, tmp_path, monkeypatch
+):
+    if not flags:
+        Path(tiny_pipeline_folder, "training_subjects.json").write_text('["sub-01", "sub-05"]')
+    (tmp_path / "coarse.py").write_text("def features(volumes):\n    return volumes[..., 0].flatten(1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "coarse", raising=False)
+    words = ["--model", tiny_pipeline_folder, "--data_dir", data.data_dir, "--split_file", data.split_file]
+    words += ["--volume_shape", *["16"] * 3, "--spacing", *["12"] * 3, "--extractors", "coarse:features"]
+    words += ["--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words, *flags])
+    with pytest.raises(ValueError, match=message):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_script_judges_the_gate_from_folders_without_a_split(data, tiny_pipeline_folder, brains_folder, tmp_path):
     folders = {}
     rows = (Path(brains_folder) / "metadata.csv").read_text().splitlines()
@@ -248,5 +296,8 @@ def test_the_sample_sheet_has_a_row_for_every_generator_and_the_scans_of_a_class
 def test_models_are_named_by_as_much_of_their_path_as_tells_them_apart():
     assert list(evaluation.short_names(["brain-t1", "runs/a"]).values()) == ["brain-t1", "a"]
     assert list(evaluation.short_names(["/x/1/a", "/x/2/a"]).values()) == ["1/a", "2/a"]
+    assert list(evaluation.short_names([".", "a"]).values()) == [Path.cwd().name, "a"]
     with pytest.raises(ValueError, match="differ in the last two parts"):
         evaluation.short_names(["/x/1/a", "/y/1/a"])
+    with pytest.raises(ValueError, match="cannot be called 'floor'"):
+        evaluation.short_names(["runs/a", "runs/floor"])

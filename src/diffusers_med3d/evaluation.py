@@ -5,7 +5,7 @@ The measures themselves are in `metrics` and know nothing of pipelines or files.
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 from . import figures
 from .data import FOREGROUND_THRESHOLD, DataArguments, VolumeDataset, to_meta_tensor, volume_transform
 from .files import write_json, write_whole
+from .hub import resolve
 from .metrics import Extractor, Report, VolumeSet, bootstrap_interval, evaluate
+from .metrics.report import FLOOR, REFERENCE
 from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
 from .spectrum import DAMAGES, FULL_SAMPLE, HALF_SWAP, HALF_SWAP_SEVERITY, ROUND_TRIP, damage, partial_noising
 from .trainers.conditions import (
@@ -31,9 +33,9 @@ from .trainers.conditions import (
     labels_of_scans,
     scan_rows,
 )
-from .trainers.spectrum_data import fingerprint, level_name, seeded
+from .trainers.spectrum_data import TRAINING_SUBJECTS, fingerprint, level_name, read_training_subjects, seeded
 
-SETTINGS = "settings.json"
+SETTINGS, SCANS = "settings.json", "scans.json"
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 VIEWS_PER_SET = 4
 GATE_STDERRS = 3.0  # the gap between full samples and round-trips must be that many standard errors
@@ -108,9 +110,9 @@ def _read(
     return _as_set(dataset, dataset.stack(), background)
 
 
-def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+def _check_settings(folder: Path, settings: Mapping[str, Any], file: str = SETTINGS) -> None:
     """Writes the settings of a folder, or refuses one that was made with others."""
-    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
+    path, settings = folder / file, json.loads(json.dumps(settings))
     if not path.is_file():
         write_json(path, settings)
     found = json.loads(path.read_text())
@@ -152,13 +154,41 @@ def reload_volumes(
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
-    """A name for every model that does not tell where it lies on this machine; ValueError where two would be alike."""
-    names = {model: Path(model).name for model in models}
+    """A name for every model that does not tell where it lies on this machine.
+
+    Raises:
+        ValueError: two would be alike, or one means the scans in reports.
+    """
+    paths = {model: Path(model) if Path(model).name not in ("", "..") else Path(model).resolve() for model in models}
+    names = {model: path.name for model, path in paths.items()}
     if len(set(names.values())) < len(models):
-        names = {model: "/".join(Path(model).parts[-2:]) for model in models}
+        names = {model: "/".join(path.parts[-2:]) for model, path in paths.items()}
     if len(set(names.values())) < len(models):
         raise ValueError(f"models must differ in the last two parts of their names, got {list(models)}.")
+    taken = sorted({REFERENCE, FLOOR} & set(names.values()))
+    if taken:
+        raise ValueError(f"a model cannot be called {taken[0]!r}, as the scans are in reports; rename its folder.")
     return names
+
+
+def check_unseen(model: str, subjects: Collection[str]) -> None:
+    """Refuse a generator that was trained on subjects that are to judge it, as far as that is known.
+
+    It is of a folder or bundled generator with the list that ``train_diffusion.py`` leaves beside it. Of one from
+    the Hub, or fine-tuned by ``DDPOTrainer`` (its base has the list), nobody can tell here.
+
+    Raises:
+        ValueError: with their number and the first of them.
+    """
+    folder = Path(resolve(model))
+    if not (folder / TRAINING_SUBJECTS).is_file():
+        return
+    seen = sorted(set(subjects) & read_training_subjects(folder))
+    if seen:
+        raise ValueError(
+            f"{len(seen)} of the {len(set(subjects))} subjects that are to judge {folder.name!r} were in its training "
+            f"set, the first is {seen[0]!r}."
+        )
 
 
 def check_pipeline(pipeline: MedDiffusion3DPipeline, data: DataArguments) -> None:
@@ -238,7 +268,7 @@ def sample_volumes(
         labels: class of each sample of one seed; `len(data.class_names)` is the null class.
         folder: where the samples are kept; must hold samples of the same generator and settings, or none.
         data: what the scans are read with.
-        seeds: every one gives `len(labels)` samples.
+        seeds: every one gives `len(labels)` samples; all different.
         batch_size: samples at once.
         background: voxels below become 0 before saving.
         like: scans whose metadata hold what the network takes besides class and spacing; see `asked_for`.
@@ -248,6 +278,8 @@ def sample_volumes(
             samples.
     """
     check_pipeline(pipeline, data)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must differ, or the same samples would count twice; got {list(seeds)}.")
     folder, state = Path(folder), PartialState()
     settings = {
         "generator": fingerprint(pipeline),
@@ -323,9 +355,11 @@ def gate_versions(
         name -> set; "round_trip" first, "full_sample" after the noisings, then the damages.
 
     Raises:
-        ValueError: see `sample_volumes` and `damage`; scans other than the set's.
+        ValueError: see `sample_volumes` and `damage`; a folder of versions of other scans.
     """
     check_pipeline(pipeline, data)
+    if not 0 < severity <= 1:
+        raise ValueError(f"severity must lie in (0, 1], got {severity}.")
     if like is not None and [item["subject"] for item in like] != scans.subjects:
         raise ValueError("like= must be the scans that the set was made of, in their order.")
     asked = asked_for(pipeline, scans.labels, data, like)
@@ -340,6 +374,8 @@ def gate_versions(
     if condition_names(pipeline):
         settings["like"] = asked.to_dict()
     _check_settings(folder, settings)
+    made_of = {"subjects": scans.subjects, "labels": scans.labels, "antialias": data.antialias}
+    _check_settings(folder, made_of, SCANS)
     levels = {level_name(strength): strength for strength in (ROUND_TRIP, *sorted(strengths), FULL_SAMPLE)}
     versions = {}
     pipeline.set_progress_bar_config(disable=True)
