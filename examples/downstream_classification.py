@@ -22,8 +22,8 @@ from transformers import HfArgumentParser
 
 from diffusers_med3d import MedDiffusion3DPipeline, figures
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.downstream import ARMS, FIGURES, ClassifierSettings, estimates, prepare, run_arm
-from diffusers_med3d.evaluation import sample_volumes, volume_set
+from diffusers_med3d.downstream import ARMS, FIGURES, ClassifierSettings, draw_real, estimates, prepare, run_arm
+from diffusers_med3d.evaluation import check_pipeline, check_unseen, sample_volumes, volume_set
 from diffusers_med3d.files import once, write_json, write_whole
 from diffusers_med3d.metrics import VolumeSet
 from diffusers_med3d.trainers.base import use_all_cores
@@ -49,6 +49,13 @@ class DownstreamArguments:
     seeds: int = field(default=10, metadata={"help": "Classifiers per arm: seeds 0, 1, ..."})
     real_per_class: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "Real scans per class."})
     repeats: int = field(default=2000, metadata={"help": "Draws of the bootstrap."})
+
+    def __post_init__(self) -> None:
+        least = {"num_synthetic": 1, "seeds": 1, "repeats": 2}
+        values = {name: getattr(self, name) for name in least} | {"real_per_class": min(self.real_per_class)}
+        for name, value in values.items():
+            if value < least.get(name, 1):
+                raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}.")
 
 
 def two_classes(scans: VolumeSet, data: DataArguments) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -119,8 +126,14 @@ def main() -> None:
     unseen_volumes, unseen_labels, unseen_subjects = two_classes(
         volume_set(VolumeDataset.from_arguments(data, args.part)), data
     )
+    real, unseen = (prepare(real_volumes, settings), real_labels), prepare(unseen_volumes, settings)
+    draw_real(real_labels.tolist(), max(args.real_per_class), seed=0)  # too many are refused before hours of sampling
+    models = {"before": args.before, "after": args.after}
+    for model in models.values():
+        check_pipeline(MedDiffusion3DPipeline.from_pretrained(model), data)
+        check_unseen(model, unseen_subjects)
     classes, synthetic, generators = [0, len(data.class_names) - 1], {}, {}
-    for name, model in (("before", args.before), ("after", args.after)):
+    for name, model in models.items():
         pipeline = MedDiffusion3DPipeline.from_pretrained(model).to(device)
         samples = sample_volumes(
             pipeline,
@@ -146,13 +159,13 @@ def main() -> None:
         "generators": generators,
         "training_subjects": real_subjects,
         "unseen_subjects": unseen_subjects,
+        **({"antialias": True} if data.antialias else {}),  # told apart from results of before there was a choice
     }
     found = once(output / "setting.json", lambda: setting)
     if found != setting:
         changed = sorted(name for name in setting if found.get(name) != setting[name])
         raise ValueError(f"{output} holds results of another trial (other {', '.join(changed)}); use another folder.")
 
-    real, unseen = (prepare(real_volumes, settings), real_labels), prepare(unseen_volumes, settings)
     # Without real scans their number does not matter: these arms are trained once and stand in every table
     trials = [
         (n if ARMS[arm].real else 0, arm, s) for n in args.real_per_class for arm in ARMS for s in range(args.seeds)

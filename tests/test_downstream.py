@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -216,5 +217,19 @@ def test_the_example_reports_resumes_and_refuses_another_trial(
     assert "1 + 1 unseen validation scans, 2 seeds" in text and "labels of all training scans" in text
     assert text.strip() in printed and (out / "downstream.png").is_file() and str(tmp_path) not in text
 
-    with pytest.raises(ValueError, match=r"results of another trial \(other classifier\)"):
-        launch("--seeds", "2", "--steps", "3")
+    for flags, changed in ((("--steps", "3"), "classifier"), (("--steps", "2", "--antialias", "true"), "antialias")):
+        with pytest.raises(ValueError, match=rf"results of another trial \(other {changed}\)"):
+            launch("--seeds", "2", *flags)
+
+    # what could not be trained or judged is refused before anything is sampled
+    shutil.rmtree(out)
+    (tmp_path / "after" / "training_subjects.json").write_text('["sub-01", "sub-07"]')
+    for flags, message in (
+        (("--real_per_class", "1", "3"), "3 real scans of class 1 were asked for, there are 1"),
+        (("--seeds", "0"), "seeds must be at least 1, got 0"),
+        (("--downsample", "4"), "needs 8 voxels a side"),
+        ((), "subjects that are to judge 'after' were in its training set, the first is 'sub-07'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            launch(*flags)
+    assert not out.exists()
