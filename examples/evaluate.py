@@ -187,6 +187,8 @@ def main() -> None:
         "background": args.background,
         "volume_shape": data.volume_shape,
         "spacing": data.spacing,
+        "antialias": data.antialias,
+        "classes": data.class_names,
         "resamples": args.num_resamples,
     }
     measures = {

@@ -66,6 +66,10 @@ def test_what_is_generated_off_centre_dark_and_hazy_is_cropped_scaled_and_cleare
     assert kept.volumes.min() == 0 and kept.volumes.max() == 1
     occupied = (kept.volumes[0, 0] > 0).any(-1).any(-1).nonzero().flatten()
     assert int(occupied[0]) + int(occupied[-1]) in (14, 15, 16)  # 3 + 12 and its neighbours: in the middle again
+    for voxel, message in ((0.0, "is empty: every voxel is 0"), (float("nan"), "holds 4096 NaN")):
+        with pytest.raises(ValueError, match=f"scan of broken .*{message}"):
+            broken = torch.full_like(made, voxel)
+            evaluation.reload_volumes(broken, [1], ["broken"], tmp_path / "b", data, tiny_pipeline.affine())
     with pytest.raises(ValueError, match="different names"):
         evaluation.reload_volumes(made, [1], ["a", "b"], tmp_path, data, tiny_pipeline.affine())
 
@@ -263,6 +267,29 @@ def test_the_script_judges_the_gate_from_folders_without_a_split(data, tiny_pipe
     assert (
         report["models"][0] == "round_trip" and "strength_0.9" in report["models"] and "half_swap" in report["models"]
     )
+
+
+def test_a_folder_of_scans_without_names_of_subjects_is_refused_and_one_without_classes_is_one_class(
+    data, brains_folder, tmp_path
+):
+    read_folder = runpy.run_path(str(EXAMPLE))["read_folder"]
+    shutil.copytree(brains_folder, tmp_path / "scans")
+    table = tmp_path / "scans" / "metadata.csv"
+    rows = [row.split(",") for row in table.read_text().splitlines()]
+
+    def read(columns: list[list[str]]) -> VolumeDataset:
+        table.write_text("".join(",".join(row) + "\n" for row in columns))
+        return read_folder(str(tmp_path / "scans"), data)
+
+    found = read([row[:2] for row in rows])
+    assert {item["class_label"] for item in found} == {3} and len(found) == 9
+    with pytest.raises(ValueError, match=r"1 scan\(s\) have no subject in the column 'participant_id'"):
+        read([*rows[:-1], [rows[-1][0], "", "30"]])
+    with pytest.raises(ValueError, match="has no column 'participant_id'.*see --subject_column"):
+        read([row[::2] for row in rows])
+    shutil.rmtree(tmp_path / "scans" / "images")
+    with pytest.raises(FileNotFoundError, match="no NIfTI file"):
+        read(rows)
 
 
 @pytest.mark.parametrize("flags", [[], ["--data_dir", "x"], ["--reference", "x"], ["--data_dir", "x", "--train", "y"]])
