@@ -116,6 +116,13 @@ class EvaluationArguments:
     gate: bool = field(default=False, metadata={"help": "Judge the first model's spectrum of the reference scans."})
     severity: float = field(default=0.5, metadata={"help": "Severity of the gate's damages, in (0, 1]."})
 
+    def __post_init__(self) -> None:
+        if self.gate and (self.num_samples is not None or len(self.seeds) > 1 or self.guidance_scale != 1):
+            raise ValueError(
+                "--gate makes one version of every scan, with one seed and without guidance; got num_samples="
+                f"{self.num_samples}, seeds={self.seeds}, guidance_scale={self.guidance_scale}."
+            )
+
 
 def read_folder(folder: str, data: DataArguments) -> VolumeDataset:
     """All scans of a folder; without a label column they are one class, the null class."""

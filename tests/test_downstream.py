@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
@@ -24,6 +25,7 @@ from diffusers_med3d.downstream import (
     shuffle_labels,
 )
 from diffusers_med3d.files import once
+from diffusers_med3d.metrics import bootstrap_weights
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "downstream_classification.py"
 QUICK = ClassifierSettings(steps=40, batch_size=8, downsample=1, learning_rate=5e-3)
@@ -112,6 +114,31 @@ def test_differences_are_paired():
     )
     expected = arms["real + after RL"]["log-loss"].value - arms["real only"]["log-loss"].value
     assert difference.value == pytest.approx(expected)
+
+
+def test_a_resample_is_the_figure_of_the_subjects_and_seeds_that_were_drawn():
+    labels, repeats = torch.arange(2).repeat_interleave(4), 6
+    subjects = ["a", "a", *SUBJECTS[:6]]  # one subject has two scans, drawn together
+    own = {arm: torch.randn(3, 8) for arm in ("real only", "real + after RL")}
+    arms, contrasts = estimates(own, labels, subjects, repeats=repeats, seed=5)
+    of_subjects = bootstrap_weights(subjects, labels.tolist(), repeats, 5).astype(int)
+    of_seeds = bootstrap_weights([f"seed {s}" for s in range(3)], [0] * 3, repeats, 5).astype(int)
+    drawn: dict[str, list[dict[str, float]]] = {arm: [] for arm in own}
+    for rows, seeds in zip(of_subjects, of_seeds, strict=True):
+        scans = [i for i, count in enumerate(rows) for _ in range(count)]
+        for arm, logits in own.items():
+            chosen = torch.stack([logits[s] for s, count in enumerate(seeds) for _ in range(count)])
+            truth, values = labels[scans].numpy(), chosen[:, scans].double().numpy()
+            losses = np.log1p(np.exp(np.where(truth == 1, -values, values)))
+            won = [mannwhitneyu(v[truth == 1], v[truth == 0]).statistic for v in values]
+            pairs = (truth == 1).sum() * (truth == 0).sum()
+            drawn[arm].append({"log-loss": losses.mean(), "AUC": np.mean(won) / pairs})
+    for name in ("log-loss", "AUC"):
+        both = np.array([[one[name] for one in drawn[arm]] for arm in own])  # (2, 1 + R)
+        found = (*(arms[arm][name] for arm in own), contrasts["after - real"][name])
+        for interval, (value, *resamples) in zip(found, (both[0], both[1], both[1] - both[0]), strict=True):
+            expected = (value, *np.percentile(resamples, [2.5, 97.5]))
+            assert (interval.value, interval.low, interval.high) == pytest.approx(expected, rel=1e-6)
 
 
 def test_every_contrast_names_arms_and_compares_as_much_as_it_takes_away():

@@ -225,6 +225,7 @@ def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
         (("--segmenter", "intensity", "--tissue_names", "fluid"), "Labels must lie in 0 to 1, got 0 to 3"),
         (("--num_samples", "4", "--seeds", "0", "1"), "'--num_samples 4 with 2 seeds' has the class mix"),
         (("--num_samples", "0"), "0 samples leave none for a class"),
+        (("--gate", "--guidance_scale", "2"), "without guidance; got .*guidance_scale=2.0"),
         ((), "1 of the 3 subjects that are to judge 'tiny-pipeline' were in its training set, the first is 'sub-05'"),
     ],
 )

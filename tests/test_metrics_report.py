@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from scipy.spatial.distance import cdist
 
 from diffusers_med3d.metrics import (
     NamedExtractor,
@@ -163,6 +165,34 @@ def test_similarity_and_spectra_equal_loops_over_pairs_and_shells(report):
     expected = np.abs(decibels(volumes("seed", 10, 3, blurred=True)) - decibels(REFERENCE)).mean()
     assert report.figure("power spectrum").sets["bad"].value == pytest.approx(expected, rel=1e-5)
     assert report.spectra["reference"]["decibel"] == pytest.approx(decibels(REFERENCE).tolist(), rel=1e-5)
+
+
+def test_frechet_and_nearest_neighbours_equal_scipys_on_the_components_and_balls_of_numpy():
+    """With as many training scans as samples every draw of the floor is all of them."""
+    bad, train = volumes("seed", 10, 3, blurred=True), volumes("train", 10, 2)
+    report = evaluate({"bad": bad}, REFERENCE, train, [COARSE], (3, 3, 3), num_resamples=2, neighbours=3)
+    features = {
+        name: COARSE(one.volumes).double().numpy()
+        for name, one in (("floor", train), ("bad", bad), ("reference", REFERENCE))
+    }
+    directions = np.linalg.eigh(np.cov(features["floor"].T))[1][:, -2:]
+    projected = {name: own @ directions for name, own in features.items()}
+    real = features["reference"]
+    own_balls = np.sort(cdist(real, real), 1)[:, 3]
+    for name in ("floor", "bad"):
+        a, b = projected[name], projected["reference"]
+        root = scipy.linalg.sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+        distance = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+        assert report.figure("Fréchet on 2").sets[name].value == pytest.approx(distance, rel=1e-6)
+        between, balls = cdist(features[name], real), np.sort(cdist(features[name], features[name]), 1)[:, 3]
+        expected = {
+            "precision": (between < own_balls).any(1).mean(),
+            "density": (between < own_balls).sum(1).mean() / 3,
+            "recall": (between < balls[:, None]).any(0).mean(),
+            "coverage": (between.min(0) < own_balls).mean(),
+        }
+        for measure, value in expected.items():
+            assert report.figure(measure).sets[name].value == pytest.approx(value)
 
 
 def test_copies_are_flagged_collapse_shows_in_the_closest_pair_and_neither_in_the_good_model(report):
