@@ -25,9 +25,11 @@ from transformers import HfArgumentParser, ProgressCallback
 from diffusers_med3d import DDPOConfig, DDPOTrainer, MedDiffusion3DPipeline, SliceReward, VolumeReward
 from diffusers_med3d.figures import curves, orthogonal_views
 from diffusers_med3d.files import write_whole
+from diffusers_med3d.hub import resolve
 from diffusers_med3d.metrics import diversity, noise_level, sharpness
 from diffusers_med3d.trainers.base import checkpoint_to_resume
 from diffusers_med3d.trainers.ddpo import Scored
+from diffusers_med3d.trainers.spectrum_data import TRAINING_SUBJECTS
 
 PICTURED_PER_CLASS = 2
 
@@ -230,6 +232,9 @@ def main() -> None:
     trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return
+    known = Path(resolve(script.pipeline)) / TRAINING_SUBJECTS
+    if known.is_file():  # fine-tuning reads no scan: what the generator has seen is what it was made from
+        write_whole(Path(args.output_dir) / TRAINING_SUBJECTS, known.read_text())
     results = compare(trainer, before, after, seconds)
     summary = table(results)
     show(trainer, pipeline, before, after)

@@ -185,6 +185,20 @@ def test_claims_hold_where_the_figures_say_so():
     assert table.count("| yes |") == 8 and "| wanted |" in table
 
 
+def test_where_no_sample_is_flagged_the_draw_of_the_resamples_does_not_decide():
+    names = ["run 0", "run 1", "run 2"]
+    for seed in range(20):
+        found = report([0.5] * 3, 0.7)
+        flagged = next(figure for figure in found.figures if figure.name == "copies flagged")
+        scans = np.random.default_rng(seed).binomial(40, 0.05, 1001) / 40
+        scans[0] = 0.05  # two of forty
+        flagged.draws.update({"reference": scans} | dict.fromkeys(names, np.zeros(1001)))
+        for figure in found.figures:
+            figure.draws.update({one: np.resize(draws, 1001) for one, draws in figure.draws.items()})
+        claimed = answers(claims(found, "base", names, [], [], "round-trip"))
+        assert claimed["no more samples flagged as copies than unseen scans"] == "yes", seed
+
+
 def test_claims_fail_where_the_figures_do():
     names = ["run 0", "run 1", "run 2"]
     little = answers(claims(report([0.85] * 3, 0.7), "base", names, ["3D only"], ["best of 2"], "round-trip"))

@@ -32,6 +32,7 @@ def launch(*flags: str, launcher: list[str] | None = None) -> str:
 
 def test_the_example_runs_and_is_resumed(tiny_pipeline_folder, tiny_rewards, tmp_path):
     out = tmp_path / "out"
+    (Path(tiny_pipeline_folder) / "training_subjects.json").write_text('["sub-01"]')
     flags = ["--pipeline", tiny_pipeline_folder, *tiny_rewards, "--output_dir", str(out), "--eval_volumes", "2"]
     flags += ["--per_device_train_batch_size", "6", "--steps_per_generation", "2", "--num_generations", "4"]
     flags += ["--num_inference_steps", "4", "--sde_window_size", "2", "--eval_num_inference_steps", "2"]
@@ -58,6 +59,7 @@ def test_the_example_runs_and_is_resumed(tiny_pipeline_folder, tiny_rewards, tmp
     card = (out / "README.md").read_text()
     assert "reward VolumeReward" in card and "cc-by-sa-3.0" in card and str(tmp_path) not in card
     assert MedDiffusion3DPipeline.from_pretrained(out)(num_samples=1, num_inference_steps=2).volumes.isfinite().all()
+    assert json.loads((out / "training_subjects.json").read_text()) == ["sub-01"]
     first = json.loads((out / "results.json").read_text())
     assert first["volumes"] == 6 and all(len(v["difference"]) == 2 for v in first["rewards"].values())
 
