@@ -182,6 +182,7 @@ class Experiment:
         self.part = "test" if args.open_test else "validation"
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._scans: dict[str, VolumeSet] = {}
+        self._weights: dict[str, str] = {}
         split = load_split(data.split_file)
         experiment.refuse_seen(split["validation"] + split["test"], read_training_subjects(resolve(args.base)))
         setting = {name: value for name, value in asdict(data).items() if name not in ("data_dir", "split_file")}
@@ -246,6 +247,12 @@ class Experiment:
         """A generator with the base's scheduler, ready to sample."""
         given = {} if model == self.args.base else {"scheduler": self.base.scheduler}
         return MedDiffusion3DPipeline.from_pretrained(model, **given).to(self.device)
+
+    def weights(self, model: str) -> str:
+        """Fingerprint of a generator: what was made from other weights under the same name is made again."""
+        if model not in self._weights:
+            self._weights[model] = fingerprint(self.pipeline(model))
+        return self._weights[model]
 
     def scans(self, part: str) -> VolumeSet:
         """Scans of a part of the split; those of the test subjects only when they were opened."""
@@ -376,7 +383,11 @@ class Experiment:
         scans, extractor = self.scans("validation"), self.extractors[0]
         return self.result(
             f"judged/{candidate.name}",
-            {"samples": self.budget.num_samples, "extractor": self.args.extractors[0]},
+            {
+                "samples": self.budget.num_samples,
+                "extractor": self.args.extractors[0],
+                "weights": self.weights(candidate.model),
+            },
             lambda: experiment.measure(self.sample(candidate, "validation"), scans, extractor),
         )
 
@@ -398,16 +409,16 @@ class Experiment:
         return found
 
     def configuration(self) -> dict[str, Any]:
-        """All that the final figures depend on, but the weights."""
+        """All that the final figures depend on."""
         names = ("num_samples", "num_synthetic", "classifier_seeds", "classifier_steps", "real_per_class")
-        compared = {name: [one.name, one.draws] for name, one in self.candidates().items()}
+        candidates = self.candidates().items()
+        compared = {name: [one.name, one.draws, self.weights(one.model)] for name, one in candidates}
         return {"compared": compared, "extractors": self.args.extractors} | {n: vars(self.budget)[n] for n in names}
 
     def open(self) -> None:
         """Before test subjects are read: refuses a second configuration."""
         if self.part == "test":
-            models = {name: fingerprint(self.pipeline(one.model)) for name, one in self.candidates().items()}
-            protocol = {"setting": self.setting, "frozen": self.frozen, "models": models} | self.configuration()
+            protocol = {"setting": self.setting, "frozen": self.frozen} | self.configuration()
             experiment.open_test(self.root / "test-opened.json", protocol)
 
 
@@ -547,7 +558,8 @@ def downstream(e: Experiment) -> str:
         claims = experiment.claim_table(found) if found else "The classifier decides with 10 real scans per class only."
         return {"claims": claims, "table": (folder / "report.md").read_text()}
 
-    return e.result(f"downstream-{e.part}", setting, make)["claims"]
+    made_from = setting | {"weights": [e.weights(e.args.base), e.weights(e.carried_on)]}
+    return e.result(f"downstream-{e.part}", made_from, make)["claims"]
 
 
 def report(e: Experiment) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -148,6 +149,15 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
     (out / "evaluate-validation.json").unlink()
     assert ".py" not in launch("--steps", "evaluate")
     assert read(out / "evaluate-validation.json")["found"] == judged
+
+    # what was found of other weights under the same name is not taken for theirs
+    arm = out / "arms" / "3d"
+    arm.rename(out / "arms" / "kept")
+    shutil.copytree(out / "arms" / "both-1", arm)
+    with pytest.raises(ValueError, match="holds volumes made with other settings .*'generator'"):
+        launch("--steps", "evaluate")
+    shutil.rmtree(arm)
+    (out / "arms" / "kept").rename(arm)
 
     launch("--open_test", "--steps", "evaluate", "downstream", "report")
     opened = (out / "test-opened.json").read_text()
