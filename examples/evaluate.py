@@ -158,6 +158,7 @@ def read_segmenter(name: str | None) -> Segmenter | None:
     return imported(name)
 
 
+@torch.no_grad()
 def main() -> None:
     """Read, sample, measure, write. What cannot be measured is refused before hours of sampling."""
     data, args = HfArgumentParser([ScanArguments, EvaluationArguments]).parse_args_into_dataclasses()
@@ -243,5 +244,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     main()

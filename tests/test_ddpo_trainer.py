@@ -168,7 +168,7 @@ def test_variants_of_the_rollout_train_with_a_ratio_of_one(tiny_pipeline, tmp_pa
         "own noise": {"share_initial_noise": False},
         "offload": {"offload_trajectories": True},
     }.get(kind, {})
-    conditions = CONDITIONS if kind != "no labels" else datasets.Dataset.from_dict({"age": [30.0, 50.0, 70.0]})
+    conditions = CONDITIONS if kind != "no labels" else datasets.Dataset.from_dict({"class_label": [None] * 3})
     if kind == "ddpm":
         config = {k: v for k, v in tiny_pipeline.scheduler.config.items() if k != "set_alpha_to_one"}
         tiny_pipeline.scheduler = DDPMScheduler.from_config(config)
