@@ -51,11 +51,14 @@ class DownstreamArguments:
     repeats: int = field(default=2000, metadata={"help": "Draws of the bootstrap."})
 
     def __post_init__(self) -> None:
-        least = {"num_synthetic": 1, "seeds": 1, "repeats": 2}
-        values = {name: getattr(self, name) for name in least} | {"real_per_class": min(self.real_per_class)}
-        for name, value in values.items():
-            if value < least.get(name, 1):
-                raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}.")
+        for name, value, least in (
+            ("num_synthetic", self.num_synthetic, 1),
+            ("seeds", self.seeds, 1),
+            ("repeats", self.repeats, 2),
+            ("real_per_class", min(self.real_per_class), 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def two_classes(scans: VolumeSet, data: DataArguments) -> tuple[torch.Tensor, torch.Tensor, list[str]]:

@@ -10,6 +10,7 @@ scan is denoised by a network that may know it by heart. Give the same --spectru
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser, set_seed
 
 from diffusers_med3d.data import DataArguments, VolumeDataset
@@ -102,7 +103,7 @@ def main() -> None:
     data, reward, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     model = build(reward)
-    model.check_input(VolumeDataset.from_arguments(data, "validation")[0]["volume"].as_tensor()[None])
+    model.check_input(torch.zeros(1, 1, *data.volume_shape))  # too small a grid, before hours of making the spectrum
     with args.main_process_first(desc="making the spectrum"):
         train, validation = spectra(data, reward, args)
     trainer = RewardModelTrainer(model=model, args=args, train_dataset=train, eval_dataset=validation)

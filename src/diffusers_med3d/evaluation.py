@@ -174,8 +174,8 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 def check_unseen(model: str, subjects: Collection[str]) -> None:
     """Refuse a generator that was trained on subjects that are to judge it, as far as that is known.
 
-    It is of a folder or bundled generator with the list that ``train_diffusion.py`` leaves beside it. Of one from
-    the Hub, or fine-tuned by ``DDPOTrainer`` (its base has the list), nobody can tell here.
+    It is of a folder or bundled generator with the list that the training scripts leave beside it. Of one from the
+    Hub nobody can tell here.
 
     Raises:
         ValueError: with their number and the first of them.

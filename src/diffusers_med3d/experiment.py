@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from . import cards
 from .files import once
-from .metrics import Extractor, Interval, Report, VolumeSet, bootstrap_interval, kid, ms_ssim_matrix
+from .metrics import Extractor, Interval, Report, VolumeSet, bootstrap_interval, features_of, kid, ms_ssim_matrix
 from .metrics.report import FLOOR, REFERENCE
 
 PHASES = ("rollout", "decode", "reward", "metrics", "update")
@@ -82,7 +81,7 @@ def measure(samples: VolumeSet, scans: VolumeSet, extractor: Extractor, max_pair
         "kid" to the scans; mean MS-SSIM between samples of a class, "similarity", and between scans,
         "similarity_of_scans".
     """
-    features = [torch.cat([extractor(chunk) for chunk in one.volumes.split(8)]) for one in (samples, scans)]
+    features = [features_of(extractor, one.volumes) for one in (samples, scans)]
     alike = [ms_ssim_matrix(one.volumes, one.labels, max_pairs=max_pairs).nanmean().item() for one in (samples, scans)]
     return {"kid": kid(*features).value, "similarity": alike[0], "similarity_of_scans": alike[1]}
 
