@@ -249,6 +249,26 @@ def test_every_parameter_of_the_unet_moves_and_the_autoencoder_stays(tiny_pipeli
     assert all(torch.equal(p, old) for p, old in zip(tiny_pipeline.vae.parameters(), vae, strict=True))
 
 
+def test_muon_makes_the_steps_of_matrices_inside_the_blocks_orthogonal_and_no_others(tiny_pipeline, scans, tmp_path):
+    trainer = make(
+        tmp_path, tiny_pipeline, scans, muon=True, max_steps=1, lr_scheduler_type="constant", max_grad_norm=0
+    )
+    before = {name: p.detach().clone() for name, p in tiny_pipeline.unet.named_parameters()}
+    trainer.train()
+    for name, parameter in tiny_pipeline.unet.named_parameters():
+        step = (parameter.detach() - before[name]).flatten(1 if parameter.ndim > 1 else 0)
+        if not step.any():  # what begins with zeros has no gradient yet, what comes before zeros neither
+            continue
+        if "_block" in name and parameter.ndim > 1:  # singular values of 0.7 to 1.2 are what five iterations give
+            size = 1e-3 * 0.2 * max(step.shape) ** 0.5
+            values = torch.linalg.svdvals(step) / size
+            assert values.max() < 1.3 and values.median() > 0.6, name
+        else:  # AdamW's first step: the learning rate, less where the gradient is next to nothing
+            assert step.abs().max().item() < 1.01e-3, name
+            assert "_block" in name or step.abs().median().item() > 0.99e-3, name
+    assert sum("_block" in name and p.ndim > 1 for name, p in before.items()) > 10
+
+
 def test_evaluation_is_repeatable_and_uses_the_averaged_weights(tiny_pipeline, scans, tmp_path):
     trainer = make(tmp_path, tiny_pipeline, scans, ema_decay=0.9)
     trainer.train()
@@ -328,14 +348,15 @@ def test_a_generator_that_goes_on_from_another_remembers_its_subjects_too(tiny_p
     assert json.loads((tmp_path / "training_subjects.json").read_text()) == [*TRAIN, "sub-99"]
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tiny_pipeline_folder, scans, tmp_path):
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tiny_pipeline_folder, scans, tmp_path, muon):
     class Killed(LatentDiffusionTrainer):
         def training_step(self, *args, **kwargs):
             if self.state.global_step == 3:
                 raise KeyboardInterrupt
             return super().training_step(*args, **kwargs)
 
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9}
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9, "muon": muon}
     settings |= {"eval_strategy": "steps", "eval_steps": 2, "eval_samples": 3}  # the KID's network is built on the way
     load = MedDiffusion3DPipeline.from_pretrained
     whole = make(tmp_path / "whole", load(tiny_pipeline_folder), scans, **settings)
