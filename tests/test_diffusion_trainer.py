@@ -249,7 +249,7 @@ def test_every_parameter_of_the_unet_moves_and_the_autoencoder_stays(tiny_pipeli
     assert all(torch.equal(p, old) for p, old in zip(tiny_pipeline.vae.parameters(), vae, strict=True))
 
 
-def test_muon_makes_the_steps_of_matrices_inside_the_blocks_orthogonal_and_no_others(tiny_pipeline, scans, tmp_path):
+def test_muon_makes_steps_of_matrices_inside_the_blocks_orthogonal_and_no_others(tiny_pipeline, scans, tmp_path):
     trainer = make(
         tmp_path, tiny_pipeline, scans, muon=True, max_steps=1, lr_scheduler_type="constant", max_grad_norm=0
     )

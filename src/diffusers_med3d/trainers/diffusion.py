@@ -65,7 +65,7 @@ class LatentDiffusionConfig(Med3DConfig):
         super().__post_init__()
         if not 0.0 <= self.class_dropout < 1.0:
             raise ValueError(f"class_dropout must be in [0, 1), got {self.class_dropout}.")
-        if self.muon and self.deepspeed:
+        if self.muon and self.deepspeed_plugin is not None:
             raise ValueError("muon=True does not go with DeepSpeed, which flattens the matrices that Muon works on.")
 
 
@@ -132,7 +132,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
         super().__init__(model=model.unet, args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in transformers; with ``args.muon`` the momentum of every matrix inside the UNet's blocks is made orthogonal.
+        """As in transformers; with ``args.muon`` the momentum of matrices inside the UNet's blocks is made orthogonal.
 
         Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; kernels (out, in, x, y, z) are matrices
         (out, in x y z). Steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, equation 4), so
