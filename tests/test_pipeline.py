@@ -16,6 +16,7 @@ from monai.data import MetaTensor
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.models import DiffusionUNet3DOutput
 from diffusers_med3d.pipeline import guided_prediction
+from diffusers_med3d.trainers.diffusion import default_scheduler
 
 SCHEDULERS = [
     DDPMScheduler,
@@ -105,6 +106,14 @@ def test_with_a_generator_per_sample_a_sample_does_not_depend_on_its_batch(tiny_
         alone = tiny_pipeline(class_labels=[i], generator=[seeded(i)], **options).volumes
         assert (alone[0] - together[i]).abs().max() <= 1e-4
     assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [3, 5, 9, 12])
+def test_full_noise_from_pure_noise_is_finite(tiny_pipeline, steps):
+    """1 - alpha - sigma^2 of DDIM is -6e-8 at the first of these steps in float32: its root is NaN."""
+    tiny_pipeline.scheduler = default_scheduler()
+    out = tiny_pipeline(num_inference_steps=steps, eta=1.0, generator=seeded(), output_type="latent")
+    assert out.volumes.isfinite().all()
 
 
 def test_volumes_are_float32_in_the_unit_range_with_a_centred_ras_affine(tiny_pipeline):

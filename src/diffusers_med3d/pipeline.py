@@ -26,6 +26,9 @@ from .models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, Diff
 from .models.sizes import check_divisible, check_volumes
 
 ClassLabels = int | str | None | Sequence[int | str | None] | torch.Tensor
+MAX_ETA = 1 - 1e-6
+"""What ``eta=1`` is rounded to: where sampling begins at pure noise, float32 may leave DDIM the root of -6e-8."""
+
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -557,7 +560,8 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
 
         # 3. Denoise; the scheduler computes in float32 whatever the network's dtype
         step_arguments = inspect.signature(self.scheduler.step).parameters
-        extra = {name: value for name, value in (("eta", eta), ("generator", generator)) if name in step_arguments}
+        options = {"eta": min(eta, MAX_ETA), "generator": generator}
+        extra = {name: value for name, value in options.items() if name in step_arguments}
         flow = is_flow(self.scheduler)  # whose scheduler never scales
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = latents if flow else self.scheduler.scale_model_input(latents, t)
