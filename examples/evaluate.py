@@ -91,6 +91,7 @@ class EvaluationArguments:
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each adds --num_samples samples."})
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is off."})
+    eta: float = field(default=0.0, metadata={"help": "Noise of DDIM in sampling, from 0 (deterministic) to 1."})
     batch_size: int = field(default=8, metadata={"help": "Volumes at a time."})
     background: float = field(
         default=0.02, metadata={"help": "Intensities below become 0, in scans and samples; 0 leaves them."}
@@ -117,10 +118,11 @@ class EvaluationArguments:
     severity: float = field(default=0.5, metadata={"help": "Severity of the gate's damages, in (0, 1]."})
 
     def __post_init__(self) -> None:
-        if self.gate and (self.num_samples is not None or len(self.seeds) > 1 or self.guidance_scale != 1):
+        plain = self.guidance_scale == 1 and self.eta == 0
+        if self.gate and (self.num_samples is not None or len(self.seeds) > 1 or not plain):
             raise ValueError(
-                "--gate makes one version of every scan, with one seed and without guidance; got num_samples="
-                f"{self.num_samples}, seeds={self.seeds}, guidance_scale={self.guidance_scale}."
+                "--gate makes one version of every scan, with one seed, without guidance and with eta 0; got "
+                f"num_samples={self.num_samples}, seeds={self.seeds}, guidance_scale={self.guidance_scale}, eta={self.eta}."
             )
 
 
@@ -191,6 +193,7 @@ def main() -> None:
         "reference": part,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
+        "eta": args.eta,
         "seeds": args.seeds,
         "background": args.background,
         "volume_shape": data.volume_shape,
@@ -232,7 +235,7 @@ def main() -> None:
         pipeline = MedDiffusion3DPipeline.from_pretrained(model).to(state.device)
         samples[name] = evaluation.sample_volumes(
             pipeline, labels, output / "samples" / name, data, args.num_inference_steps, args.guidance_scale,
-            args.seeds, args.batch_size, args.background, like=scans,
+            args.seeds, args.batch_size, args.background, like=scans, eta=args.eta,
         )  # fmt: skip
         del pipeline
     if not state.is_main_process:

@@ -28,6 +28,7 @@ class SheetArguments:
     per_class: int = field(default=8, metadata={"help": "Samples and scans per class."})
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
     guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is off."})
+    eta: float = field(default=0.0, metadata={"help": "Noise of DDIM in sampling, from 0 (deterministic) to 1."})
     seed: int = field(default=0, metadata={"help": "Seed of the samples; none is picked by hand."})
 
 
@@ -44,6 +45,7 @@ def main() -> None:
                 class_labels=[index] * args.per_class,
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
+                eta=args.eta,
                 generator=[torch.Generator().manual_seed(args.seed + i) for i in range(args.per_class)],
             ).volumes[:, :1]
         real = [item["volume"].as_tensor() for item in scans if item["class_label"] == index][: args.per_class]

@@ -94,6 +94,9 @@ def test_sampling_goes_on_where_it_stopped_and_does_not_depend_on_the_batch(data
     assert not torch.allclose(more.volumes[4:7], first.volumes, atol=1e-2)
     with pytest.raises(ValueError, match=r"other settings.*'guidance_scale': \(1.0, 2.0\)"):
         sample("a", 3, guidance_scale=2.0)
+    noisy = sample("c", 3, eta=1.0)
+    assert not torch.allclose(noisy.volumes, first.volumes, atol=1e-2)
+    assert torch.allclose(sample("d", 1, eta=1.0).volumes, noisy.volumes, atol=1e-4)
     with pytest.raises(ValueError, match=r"seeds must differ.*\[0, 0\]"):
         sample("b", 3, seeds=(0, 0))
 
@@ -225,7 +228,8 @@ def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
         (("--segmenter", "intensity", "--tissue_names", "fluid"), "Labels must lie in 0 to 1, got 0 to 3"),
         (("--num_samples", "4", "--seeds", "0", "1"), "'--num_samples 4 with 2 seeds' has the class mix"),
         (("--num_samples", "0"), "0 samples leave none for a class"),
-        (("--gate", "--guidance_scale", "2"), "without guidance; got .*guidance_scale=2.0"),
+        (("--gate", "--guidance_scale", "2"), "without guidance and .* got .*guidance_scale=2.0"),
+        (("--gate", "--eta", "1"), "with eta 0; got .*eta=1.0"),
         ((), "1 of the 3 subjects that are to judge 'tiny-pipeline' were in its training set, the first is 'sub-05'"),
     ],
 )

@@ -256,6 +256,7 @@ def sample_volumes(
     batch_size: int = 8,
     background: float = FOREGROUND_THRESHOLD,
     like: VolumeDataset | None = None,
+    eta: float = 0.0,
 ) -> VolumeSet:
     """Samples of a generator as a set, through the loader of the scans. Goes on where a killed run stopped.
 
@@ -272,6 +273,7 @@ def sample_volumes(
         batch_size: samples at once.
         background: voxels below become 0 before saving.
         like: scans whose metadata hold what the network takes besides class and spacing; see `asked_for`.
+        eta: noise of DDIM, from 0 (deterministic) to 1.
 
     Raises:
         ValueError: another grid or other classes than the scans', conditions that are missing, or a folder of other
@@ -285,6 +287,7 @@ def sample_volumes(
         "generator": fingerprint(pipeline),
         "num_inference_steps": num_inference_steps,
         "guidance_scale": guidance_scale,
+        "eta": eta,
         "background": background,
     }
     asked = asked_for(pipeline, labels, data, like)
@@ -308,6 +311,7 @@ def sample_volumes(
                 **call_arguments(pipeline, asked.select([row for *_, row in chunk])),
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                eta=eta,
                 generator=[seeded("evaluation", seed, label, number) for _, seed, label, number, _ in chunk],
             )
             for volume, (name, *_) in zip(clear_background(output.volumes.cpu(), background), chunk, strict=True):
