@@ -122,7 +122,8 @@ class EvaluationArguments:
         if self.gate and (self.num_samples is not None or len(self.seeds) > 1 or not plain):
             raise ValueError(
                 "--gate makes one version of every scan, with one seed, without guidance and with eta 0; got "
-                f"num_samples={self.num_samples}, seeds={self.seeds}, guidance_scale={self.guidance_scale}, eta={self.eta}."
+                f"num_samples={self.num_samples}, seeds={self.seeds}, guidance_scale={self.guidance_scale}, "
+                f"eta={self.eta}."
             )
 
 
