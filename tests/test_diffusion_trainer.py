@@ -262,7 +262,8 @@ def test_muon_makes_steps_of_matrices_inside_the_blocks_orthogonal_and_no_others
         if "_block" in name and parameter.ndim > 1:  # singular values of 0.7 to 1.2 are what five iterations give
             size = 1e-3 * 0.2 * max(step.shape) ** 0.5
             values = torch.linalg.svdvals(step) / size
-            assert values.max() < 1.3 and values.median() > 0.6, name
+            assert 0.6 < values.max() < 1.3, name
+            assert parameter.ndim < 5 or values.median() > 0.6, name  # four samples give a linear layer rank four
         else:  # AdamW's first step: the learning rate, less where the gradient is next to nothing
             assert step.abs().max().item() < 1.01e-3, name
             assert "_block" in name or step.abs().median().item() > 0.99e-3, name
