@@ -26,10 +26,10 @@ from .models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, Diff
 from .models.sizes import check_divisible, check_volumes
 
 ClassLabels = int | str | None | Sequence[int | str | None] | torch.Tensor
+Generators = torch.Generator | list[torch.Generator] | None
+
 MAX_ETA = 1 - 1e-6
 """What ``eta=1`` is rounded to: where sampling begins at pure noise, float32 may leave DDIM the root of -6e-8."""
-
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 def guided_prediction(

@@ -33,14 +33,14 @@ class LatentDiffusionConfig(Med3DConfig):
     max_steps: int = field(default=4000, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Latents per device and step."})
     per_device_eval_batch_size: int = field(default=12, metadata={"help": "Volumes generated at a time in evaluation."})
-    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float = field(default=4e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=100, metadata={"help": "Steps of linear warm-up."})
     muon: bool = field(
         default=False,
         metadata={
-            "help": "Train the matrices and convolutions of the UNet's blocks with Muon, the rest with AdamW. Needs a "
-            "third of AdamW's steps or less."
+            "help": "Train the matrices and convolutions of the UNet's blocks with Muon, the rest with AdamW, both at "
+            "learning_rate."
         },
     )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the average of the weights; 0 is off."})
@@ -140,9 +140,10 @@ class LatentDiffusionTrainer(Med3DTrainer):
         """
         if not self.args.muon or self.optimizer is not None:
             return super().create_optimizer(model)
-        trained = [item for item in (model or self.model).named_parameters() if item[1].requires_grad]
-        hidden = [parameter for name, parameter in trained if "_block" in name and parameter.ndim >= 2]
-        others = [parameter for name, parameter in trained if "_block" not in name or parameter.ndim < 2]
+        hidden, others = [], []
+        for name, parameter in (model or self.model).named_parameters():
+            if parameter.requires_grad:
+                (hidden if "_block" in name and parameter.ndim >= 2 else others).append(parameter)
         common = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
         adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
         self.optimizer = Muon(
