@@ -63,7 +63,7 @@ class Arguments(DDPOConfig):
     """`DDPOConfig` with defaults that fill ten minutes on two CPU cores."""
 
     output_dir: str = field(default="outputs/ppo_finetune", metadata={"help": "Where everything is written."})
-    max_steps: int = field(default=72, metadata={"help": "Optimizer steps."})
+    max_steps: int = field(default=54, metadata={"help": "Optimizer steps."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Samples per forward pass."})
     steps_per_generation: int | None = field(
@@ -75,7 +75,7 @@ class Arguments(DDPOConfig):
     weights_license: str = field(
         default="cc-by-sa-3.0", metadata={"help": "Licence for the card: that of the generator's weights."}
     )
-    save_steps: float = field(default=24, metadata={"help": "Optimizer steps between two checkpoints."})
+    save_steps: float = field(default=18, metadata={"help": "Optimizer steps between two checkpoints."})
 
 
 class RewardProgress(ProgressCallback):
