@@ -64,6 +64,10 @@ class Arguments(DDPOConfig):
 
     output_dir: str = field(default="outputs/ppo_finetune", metadata={"help": "Where everything is written."})
     max_steps: int = field(default=54, metadata={"help": "Optimizer steps."})
+    max_minutes: float | None = field(
+        default=10.0,
+        metadata={"help": "Fine-tuning stops before so many minutes are over, however slow the processor."},
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Samples per forward pass."})
     steps_per_generation: int | None = field(
@@ -72,6 +76,7 @@ class Arguments(DDPOConfig):
     epsilon: float = field(
         default=3e-5, metadata={"help": "Clip range of the probability ratio; suits this learning rate."}
     )
+    eval_num_inference_steps: int = field(default=8, metadata={"help": "Denoising steps in evaluation."})
     weights_license: str = field(
         default="cc-by-sa-3.0", metadata={"help": "Licence for the card: that of the generator's weights."}
     )

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -201,6 +202,7 @@ def test_every_field_is_a_flag_with_a_help_text():
         ({"hub_strategy": "checkpoint"}, "hub_strategy must be 'end'"),
         ({"save_total_limit": 1}, "save_total_limit must be at least 2, got 1"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
+        ({"max_minutes": 0.0}, "max_minutes must be positive, got 0.0"),
     ],
 )
 def test_settings_that_would_lose_or_leak_work_are_refused(tmp_path, settings, message):
@@ -323,6 +325,25 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path):
     assert second.ema.optimization_step == whole.ema.optimization_step == 10
     mine, theirs = (trainer.optimizer.state_dict()["state"] for trainer in (second, whole))
     assert torch.equal(mine[0]["exp_avg_sq"], theirs[0]["exp_avg_sq"])
+
+
+def test_a_run_out_of_time_stops_at_the_end_of_a_round_and_goes_on_as_if_it_had_not(tmp_path):
+    class Slow(LineTrainer):
+        round_steps = 2
+
+        def training_step(self, *args, **kwargs):
+            time.sleep(0.2)
+            return super().training_step(*args, **kwargs)
+
+    settings = {"max_steps": 10, "ema_decay": 0.9}
+    whole = make(tmp_path / "whole", **settings)
+    whole.train()
+    first = make(tmp_path / "parts", Slow, max_minutes=1.1 / 60, **settings)  # two rounds of 0.4 s, no third
+    first.train()
+    assert first.state.global_step == 4
+    second = make(tmp_path / "parts", max_minutes=1.0, **settings)
+    second.train(resume_from_checkpoint=last_checkpoint(tmp_path / "parts"))
+    assert second.state.global_step == 10 and torch.equal(weights(second), weights(whole))
 
 
 def test_a_finished_run_that_is_resumed_is_loaded_and_not_trained_on(tmp_path):

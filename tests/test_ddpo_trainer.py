@@ -16,6 +16,7 @@ from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.lora import LORA_FILE
 from diffusers_med3d.rl import clipped_loss, group_advantages, log_prob, rollout, transition
 from diffusers_med3d.trainers import ddpo
+from diffusers_med3d.trainers.base import last_checkpoint
 from diffusers_med3d.trainers.ddpo import DDPOTrainer
 from diffusers_med3d.trainers.ddpo_config import DDPOConfig
 from diffusers_med3d.trainers.lora import add_lora, default_targets
@@ -502,6 +503,13 @@ def test_evaluation_of_a_sample_does_not_depend_on_how_many_are_made(tiny_pipeli
     many = trainer.sample_and_score(CONDITIONS.select([0]), 5)
     few = trainer.sample_and_score(CONDITIONS.select([0]), 2)
     torch.testing.assert_close(many.volumes[:2], few.volumes, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_out_of_time_ends_with_its_rollout_and_leaves_a_checkpoint(tiny_pipeline, tmp_path):
+    trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=8, max_minutes=1e-6)
+    trainer.train()
+    assert trainer.state.global_step == 2  # the updates of one rollout
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 @pytest.mark.parametrize("variant", ["full", "lora", "synced reference"])

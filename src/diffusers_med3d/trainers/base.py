@@ -9,6 +9,7 @@ reads instead of a pickle of the training arguments.
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from huggingface_hub import CommitInfo
@@ -111,6 +112,14 @@ class Med3DConfig(_BaseConfig):
             "help": "Decay of the exponential moving average of the weights that evaluation and saving use; 0 is off."
         },
     )
+    max_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop, with a checkpoint, where another step (PPO: another rollout and its updates) as long as the "
+            "longest so far would end after this many minutes of training. --resume_from_checkpoint latest goes on, "
+            "with as many again. Not set: no limit."
+        },
+    )
 
     resume_from_checkpoint: str | None = field(
         default=None,
@@ -135,6 +144,8 @@ class Med3DConfig(_BaseConfig):
             raise ValueError("remove_unused_columns must be False: batches are our own, no columns of a dataset.")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes must be positive, got {self.max_minutes}.")
         if self.hub_strategy != "end":
             raise ValueError(f"hub_strategy must be 'end' (checkpoints hold local state), got {self.hub_strategy!r}.")
         if self.save_total_limit is not None and self.save_total_limit < 2:
@@ -152,6 +163,25 @@ class _EMACallback(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.trainer.ema.step(self.trainer.ema_parameters)
+
+
+class _TimeLimitCallback(TrainerCallback):
+    """Stops training before ``max_minutes`` are over; the first process decides for all."""
+
+    def __init__(self, trainer: "Med3DTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.end = time.perf_counter() + 60 * args.max_minutes
+        self.last, self.longest = time.perf_counter(), 0.0
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % self.trainer.round_steps:
+            return
+        now = time.perf_counter()
+        self.longest, self.last = max(self.longest, now - self.last), now
+        if broadcast_object_list([now + self.longest > self.end])[0]:
+            control.should_training_stop = control.should_save = True
 
 
 class _SeedCallback(TrainerCallback):
@@ -185,6 +215,8 @@ class Med3DTrainer(_BaseTrainer):
     """
 
     loss_is_scaled_for_ga = False
+    round_steps = 1
+    """Optimizer steps between two states that a checkpoint can hold."""
     card_notes = ""
     """Markdown that the model card starts with: results, pictures."""
     card_base_model = ""
@@ -211,6 +243,8 @@ class Med3DTrainer(_BaseTrainer):
             self.remove_callback(TensorBoardCallback)
             self.add_callback(_TensorBoardCallback())
         self.add_callback(_SeedCallback())
+        if args.max_minutes is not None:
+            self.add_callback(_TimeLimitCallback(self))
         self._parts: dict[str, list[Tensor]] = {}
         self.ema: EMAModel | None = None
         self.ema_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -93,7 +93,7 @@ class _Boundaries(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.save_is_due |= control.should_save
-        is_boundary = state.global_step % self.trainer.updates_per_rollout == 0 or state.global_step >= state.max_steps
+        is_boundary = state.global_step % self.trainer.round_steps == 0 or state.global_step >= state.max_steps
         control.should_save = self.save_is_due and is_boundary
         self.save_is_due &= not control.should_save
         if args.sync_ref_model and state.global_step % args.ref_model_sync_steps == 0:
@@ -216,7 +216,7 @@ class DDPOTrainer(Med3DTrainer):
         self.conditions_per_rollout = total // args.num_generations
         self.rollouts_per_epoch = -(-len(train_dataset) // self.conditions_per_rollout)
         self.batches_per_rollout = args.num_iterations * args.steps_per_generation
-        self.updates_per_rollout = self.batches_per_rollout // args.gradient_accumulation_steps
+        self.round_steps = self.batches_per_rollout // args.gradient_accumulation_steps
         vae = pipeline.vae
         self.latent_shape = (vae.latent_channels, *vae.latent_shape(tuple(pipeline.config.volume_shape)))
 
