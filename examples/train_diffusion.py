@@ -3,7 +3,8 @@
     accelerate launch examples/train_diffusion.py --data_dir DATA --split_file split.json \
         --autoencoder outputs/autoencoder --output_dir outputs/diffusion
 
-The two folds that the rewards need: ``--part a`` and ``--part b``.
+The two folds that the rewards need: ``--part a`` and ``--part b``. Away from a worse generator, at the end:
+``--init_from outputs/diffusion --autoguide WORSE``.
 """
 
 from dataclasses import dataclass, field
@@ -32,8 +33,15 @@ class ModelArguments:
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Local pipeline (also one from MONAI) whose UNet training starts from, with its classes and its "
+            "help": "Pipeline (also one from MONAI) whose UNet training starts from, with its classes and its "
             "noise schedule; random weights when not set."
+        },
+    )
+    autoguide: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pipeline of the same latents that is worse than that of --init_from (smaller, trained less): "
+            "training moves the network away from it (autoguidance) instead of towards the data."
         },
     )
     part: str = field(
@@ -90,6 +98,8 @@ def main() -> None:
         [DataArguments, ModelArguments, LatentDiffusionConfig]
     ).parse_args_into_dataclasses()
     set_seed(args.seed)
+    if model.autoguide and not model.init_from:
+        raise ValueError("--autoguide needs --init_from: a network that has learned nothing has nowhere to go.")
     autoencoder = AutoModel.from_pretrained(resolve(model.autoencoder), subfolder=model.autoencoder_subfolder)
     if model.init_from:
         start = MedDiffusion3DPipeline.from_pretrained(model.init_from)
@@ -125,7 +135,10 @@ def main() -> None:
         args=args,
         train_dataset=VolumeDataset.from_arguments(data, model.part),
         eval_dataset=VolumeDataset.from_arguments(data, "validation"),
-        earlier_subjects=read_training_subjects(resolve(model.init_from)) if model.init_from else (),
+        guide=MedDiffusion3DPipeline.from_pretrained(model.autoguide) if model.autoguide else None,
+        earlier_subjects=set().union(
+            *(read_training_subjects(resolve(seen)) for seen in (model.init_from, model.autoguide) if seen)
+        ),
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     print(trainer.evaluate())

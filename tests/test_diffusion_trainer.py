@@ -1,5 +1,6 @@
 """Stage 2: diffusers_med3d.trainers.diffusion, data/latents.py and examples/train_diffusion.py."""
 
+import copy
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE, run_example
-from diffusers_med3d import MedDiffusion3DPipeline
+from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.latents import LatentDataset, augment
 from diffusers_med3d.trainers.base import last_checkpoint
@@ -249,6 +250,49 @@ def test_every_parameter_of_the_unet_moves_and_the_autoencoder_stays(tiny_pipeli
     assert all(torch.equal(p, old) for p, old in zip(tiny_pipeline.vae.parameters(), vae, strict=True))
 
 
+def test_with_a_guide_the_network_learns_to_go_away_from_it_and_both_judges_stay(tiny_pipeline, scans, tmp_path):
+    guide = copy.deepcopy(tiny_pipeline)
+    with torch.no_grad():
+        guide.unet.out[2].conv.bias.add_(0.1)
+    unet, start = tiny_pipeline.unet, copy.deepcopy(tiny_pipeline.unet)
+    weak = [p.detach().clone() for p in guide.unet.parameters()]
+    args = config(tmp_path, max_steps=100, learning_rate=5e-4, autoguidance_scale=3.0, ema_decay=0)
+    trainer = LatentDiffusionTrainer(tiny_pipeline, args, scans, scans, guide=guide)
+
+    x, t, labels = torch.randn(4, 4, 4, 4, 4), torch.tensor([50, 300, 600, 900]), torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        strong, worse = (u(x, t, labels).sample for u in (start, guide.unet))
+    target = strong - 0.2  # the start is 0.1 below the guide; three times as far is 0.3 below
+    torch.testing.assert_close(worse, strong + 0.1)
+    torch.testing.assert_close(trainer._guided_target(x, t, labels, None), target)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.7 * before
+    with torch.no_grad():
+        learned = unet(x, t, labels).sample
+    assert (learned - target).square().mean() < 0.8 * (strong - target).square().mean()
+    torch.testing.assert_close(trainer._guided_target(x, t, labels, None), target)
+    assert all(torch.equal(p, old) for p, old in zip(guide.unet.parameters(), weak, strict=True))
+
+
+def test_a_guide_of_other_latents_classes_or_noise_is_refused(tiny_pipeline, scans, tmp_path):
+    def refused(message, **components):
+        guide = copy.deepcopy(tiny_pipeline)
+        guide.register_modules(**components)
+        with pytest.raises(ValueError, match=message):
+            LatentDiffusionTrainer(tiny_pipeline, config(tmp_path), scans, guide=guide)
+
+    fewer = DiffusionUNet3D.from_config(tiny_pipeline.unet.config, num_class_embeds=3)
+    refused("the guide's UNet has num_class_embeds 3, the trained one 4", unet=fewer)
+    refused("the guide's scheduler differs in .*prediction_type", scheduler=default_scheduler("sample"))
+    other = copy.deepcopy(tiny_pipeline.vae)
+    other.set_latent_statistics(torch.zeros(4), torch.ones(4))
+    refused("those of another autoencoder", vae=other)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="autoguidance_scale must be above 1, got 1.0"):
+        config(tmp_path, autoguidance_scale=1.0)
+
+
 def test_muon_makes_steps_of_matrices_inside_the_blocks_orthogonal_and_no_others(tiny_pipeline, scans, tmp_path):
     trainer = make(
         tmp_path, tiny_pipeline, scans, muon=True, max_steps=1, lr_scheduler_type="constant", max_grad_norm=0
@@ -330,6 +374,12 @@ def test_the_script_trains_on_no_part_that_judges(part, monkeypatch, capsys):
     assert f"invalid choice: '{part}'" in capsys.readouterr().err
 
 
+def test_the_script_guides_no_network_that_has_learned_nothing(monkeypatch, tmp_path):
+    flags = ["--data_dir", tmp_path, "--split_file", tmp_path, "--autoencoder", tmp_path, "--autoguide", tmp_path]
+    with pytest.raises(ValueError, match="--autoguide needs --init_from"):
+        run_example(monkeypatch, "train_diffusion.py", *flags, "--output_dir", tmp_path)
+
+
 def test_what_is_saved_is_the_average_in_a_pipeline_that_names_its_training_subjects(tiny_pipeline, scans, tmp_path):
     trainer = make(tmp_path, tiny_pipeline, scans, ema_decay=0.9)
     trainer.train()
@@ -401,3 +451,12 @@ def test_the_script_trains_two_steps_on_a_fold_is_resumed_and_writes_a_pipeline(
     assert again.returncode == 0, again.stderr[-3000:]
     history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3]
+
+    (tmp_path / "out" / "training_subjects.json").write_text('["sub-06"]')
+    guided = run_script(
+        *(*common, "--max_steps", "1", "--init_from", str(tmp_path / "out"), "--autoguide", str(tmp_path / "out")),
+        *("--part", "b", "--output_dir", str(tmp_path / "guided")),
+    )
+    assert guided.returncode == 0, guided.stderr[-3000:]
+    seen = json.loads((tmp_path / "guided" / "training_subjects.json").read_text())
+    assert seen == ["sub-04", "sub-06", "sub-08"]  # its own and those of the generators that it comes from

@@ -1,5 +1,6 @@
 """Stage 2: pre-train the latent diffusion model."""
 
+import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +44,10 @@ class LatentDiffusionConfig(Med3DConfig):
             "learning_rate."
         },
     )
+    autoguidance_scale: float = field(
+        default=2.0,
+        metadata={"help": "With a guide: how far the network learns to go away from it; 1 is where it started."},
+    )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the average of the weights; 0 is off."})
     class_dropout: float = field(
         default=0.1, metadata={"help": "Share of labels replaced by the null class, for classifier-free guidance."}
@@ -65,6 +70,8 @@ class LatentDiffusionConfig(Med3DConfig):
         super().__post_init__()
         if not 0.0 <= self.class_dropout < 1.0:
             raise ValueError(f"class_dropout must be in [0, 1), got {self.class_dropout}.")
+        if not self.autoguidance_scale > 1.0:
+            raise ValueError(f"autoguidance_scale must be above 1, got {self.autoguidance_scale}.")
         if self.muon and self.deepspeed_plugin is not None:
             raise ValueError("muon=True does not go with DeepSpeed, which flattens the matrices that Muon works on.")
 
@@ -77,6 +84,10 @@ class LatentDiffusionTrainer(Med3DTrainer):
     velocity of a rectified flow, see flow.py), at timesteps spread evenly over the batch (Kingma et al. 2021, arXiv
     2107.00630, appendix I.1).
 
+    With a ``guide``, a worse generator of the same latents, the target is no longer the data but what the network said
+    at the start, moved away from the guide (autoguidance, Karras et al. 2024, arXiv 2406.02507, equation 3), so that
+    one forward of the network does the work of two (guidance distillation, Meng et al. 2023, arXiv 2210.03142).
+
     Args:
         model: pipeline whose ``unet`` is trained; autoencoder with latent statistics.
         args: arguments.
@@ -84,8 +95,11 @@ class LatentDiffusionTrainer(Med3DTrainer):
             its names in their metadata.
         eval_dataset: validation scans, for the validation loss, KID and pictures.
         earlier_subjects: subjects that the UNet was trained on before, when training starts from another generator.
+        guide: a generator of the same latents that is worse in the same way, such as a smaller one or one that was
+            trained less. None trains on the data.
 
     Raises:
+        ValueError: a guide of other latents, classes or another noise schedule.
         ValueError: scans without a condition that the network takes, or with one that it cannot take; too few volumes
             for the KID of an evaluation.
         ImportError: see `metrics.SliceFeatures`, on which the KID is taken.
@@ -100,9 +114,16 @@ class LatentDiffusionTrainer(Med3DTrainer):
         train_dataset: VolumeDataset,
         eval_dataset: VolumeDataset | None = None,
         earlier_subjects: Collection[str] = (),
+        guide: MedDiffusion3DPipeline | None = None,
         **kwargs,
     ) -> None:
         self.pipeline = model
+        self.teacher = self.guide = None
+        if guide is not None:
+            _check_guide(model, guide)
+            self.teacher, self.guide = (
+                unet.to(args.device).eval().requires_grad_(False) for unet in (copy.deepcopy(model.unet), guide.unet)
+            )
         self.training_subjects = {item["subject"] for item in train_dataset} | set(earlier_subjects)
         self.pipeline.vae.requires_grad_(False)
         if eval_dataset is not None and args.eval_samples:  # what an evaluation cannot do is refused before training
@@ -169,21 +190,41 @@ class LatentDiffusionTrainer(Med3DTrainer):
         error = (prediction.float() - target).square().flatten(2).mean(2)
         return (error * self.channel_weights.to(error.device)).mean(1)
 
-    def _denoising_loss(self, model: nn.Module, latents: Tensor, labels: Tensor | None, noise: Tensor, shift: Tensor):
-        trained = self.pipeline.scheduler.config.num_train_timesteps
+    def _denoising_loss(
+        self,
+        unet: nn.Module,
+        latents: Tensor,
+        labels: Tensor | None,
+        noise: Tensor,
+        shift: Tensor,
+        others: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        scheduler = self.pipeline.scheduler
         spread = (shift + torch.arange(len(latents), device=latents.device) / len(latents)) % 1.0
-        if is_flow(self.pipeline.scheduler):
-            noisy, velocity, timesteps = flow_batch(self.pipeline.scheduler, latents, noise, spread)
-            return self._error(model(noisy, timesteps, labels, return_dict=False)[0], velocity).mean()
-        timesteps = (spread * trained).long()
-        noisy = self.pipeline.scheduler.add_noise(latents, noise, timesteps)
-        prediction = model(noisy, timesteps, labels, return_dict=False)[0]
-        error = self._error(prediction, self._target(latents, noise, timesteps))
-        if self.pipeline.scheduler.config.prediction_type == "sample":
+        if is_flow(scheduler):
+            noisy, target, timesteps = flow_batch(scheduler, latents, noise, spread)
+        else:
+            timesteps = (spread * scheduler.config.num_train_timesteps).long()
+            noisy, target = scheduler.add_noise(latents, noise, timesteps), self._target(latents, noise, timesteps)
+        if self.guide is not None:
+            target = self._guided_target(noisy, timesteps, labels, others)
+        error = self._error(_under(unet, others)(noisy, timesteps, labels, return_dict=False)[0], target)
+        if scheduler.config.get("prediction_type") == "sample":
             # an error of the sample is 1 / sigma^2 = SNR + 1 times as large as a velocity; capped as Hang et al. 2023
-            alphas = self.pipeline.scheduler.alphas_cumprod.to(latents.device)[timesteps]
+            alphas = scheduler.alphas_cumprod.to(latents.device)[timesteps]
             error = error * (1 / (1 - alphas)).clamp(max=SAMPLE_WEIGHT_CAP)
         return error.mean()
+
+    @torch.no_grad()
+    def _guided_target(
+        self, noisy: Tensor, timesteps: Tensor, labels: Tensor | None, others: dict[str, Tensor] | None
+    ) -> Tensor:
+        """Karras et al. 2024, equation 3: guide + scale * (network at the start - guide)."""
+        strong, weak = (
+            _under(unet, others)(noisy, timesteps, labels, return_dict=False)[0].float()
+            for unet in (self.teacher, self.guide)
+        )
+        return weak + self.args.autoguidance_scale * (strong - weak)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
         """Denoising loss of one batch {"index": (B,)}."""
@@ -193,7 +234,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
             dropped = torch.rand(labels.shape, device=labels.device) < self.args.class_dropout
             labels = torch.where(dropped, self.pipeline.unet.null_class, labels)
         shift = torch.rand((), device=latents.device)
-        return self._denoising_loss(_under(model, others), latents, labels, torch.randn_like(latents), shift)
+        return self._denoising_loss(model, latents, labels, torch.randn_like(latents), shift, others)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -209,8 +250,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
                 latents = self.pipeline.vae.normalize_latents(mean[None].to(self.args.device)).repeat(8, 1, 1, 1, 1)
                 noise = torch.randn(latents.shape, generator=generator).to(latents.device)
                 labels, others = self.eval_conditions.take(torch.full((8,), i))
-                unet = _under(self.pipeline.unet, others)
-                losses.append(self._denoising_loss(unet, latents, labels, noise, torch.tensor(0.5 / 8)))
+                shift = torch.tensor(0.5 / 8)
+                losses.append(self._denoising_loss(self.pipeline.unet, latents, labels, noise, shift, others))
             results[f"{metric_key_prefix}_loss"] = torch.stack(losses).mean().item()
             if self.args.eval_samples:
                 results |= self._judge_samples(generator, metric_key_prefix)
@@ -249,6 +290,23 @@ class LatentDiffusionTrainer(Med3DTrainer):
         """Write the whole pipeline, and beside it which subjects it was trained on."""
         self.pipeline.save_pretrained(folder)
         write_json(Path(folder) / TRAINING_SUBJECTS, sorted(self.training_subjects))
+
+
+def _check_guide(pipeline: MedDiffusion3DPipeline, guide: MedDiffusion3DPipeline) -> None:
+    """A guide must say of the same noisy latent, timestep and class what the network says."""
+    for what in ("num_class_embeds", "in_channels"):
+        found, expected = guide.unet.config[what], pipeline.unet.config[what]
+        if found != expected:
+            raise ValueError(f"the guide's UNet has {what} {found}, the trained one {expected}.")
+    own = dict(pipeline.scheduler.config)
+    theirs = {name: value for name, value in guide.scheduler.config.items() if not name.startswith("_")}
+    differing = [name for name, value in theirs.items() if own.get(name) != value]
+    if differing:
+        raise ValueError(f"the guide's scheduler differs in {', '.join(differing)}.")
+    latents = torch.zeros(1, pipeline.vae.latent_channels, *pipeline.vae.latent_shape(pipeline.config.volume_shape))
+    zero, other = (vae.denormalize_latents(latents.to(vae.device)).cpu() for vae in (pipeline.vae, guide.vae))
+    if zero.shape != other.shape or (zero - other).abs().max() > 1e-2:
+        raise ValueError("the guide's latents are those of another autoencoder: their statistics differ.")
 
 
 def _under(unet: nn.Module, conditions: dict[str, Tensor] | None) -> Callable:
