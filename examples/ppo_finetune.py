@@ -69,6 +69,9 @@ class Arguments(DDPOConfig):
         metadata={"help": "Fine-tuning stops before so many minutes are over, however slow the processor."},
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Learning rate schedule; at a constant rate the rewards fell again."}
+    )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Samples per forward pass."})
     steps_per_generation: int | None = field(
         default=3, metadata={"help": "Batches that one rollout holds per process."}
@@ -76,7 +79,7 @@ class Arguments(DDPOConfig):
     epsilon: float = field(
         default=3e-5, metadata={"help": "Clip range of the probability ratio; suits this learning rate."}
     )
-    eval_num_inference_steps: int = field(default=8, metadata={"help": "Denoising steps in evaluation."})
+    eval_num_inference_steps: int = field(default=6, metadata={"help": "Denoising steps in evaluation."})
     weights_license: str = field(
         default="cc-by-sa-3.0", metadata={"help": "Licence for the card: that of the generator's weights."}
     )
