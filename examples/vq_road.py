@@ -1,6 +1,6 @@
 """The whole road once with the VQ autoencoder, on real scans at small size, and its figures as a table.
 
-    python examples/vq_road.py --data_dir DATA                  # about ten minutes on two CPU cores
+    python examples/vq_road.py --data_dir DATA                  # ten to 26 minutes on two CPU cores
     python examples/vq_road.py --data_dir DATA --report docs/vq_road.md
 
 It runs the scripts of the four stages one after the other, each with what the one before wrote:

@@ -128,8 +128,13 @@ class AutoencoderLosses(nn.Module):
                 channels=args.discriminator_channels,
                 in_channels=autoencoder.config.out_channels,
                 num_layers_d=2,
-                norm="INSTANCE",
+                norm=None,  # a norm takes away how strong fine detail is, which tells a scan from its round trip
+                bias=True,
             )
+            for layer in self.discriminator.modules():
+                if isinstance(layer, nn.Conv3d):  # MONAI's N(0, 0.02) counts on norms
+                    nn.init.kaiming_normal_(layer.weight, 0.2)
+                    nn.init.zeros_(layer.bias)
             self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares")
         self.args = args
 
