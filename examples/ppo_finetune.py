@@ -69,9 +69,7 @@ class Arguments(DDPOConfig):
         metadata={"help": "Fine-tuning stops before so many minutes are over, however slow the processor."},
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
-    lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Learning rate schedule; at a constant rate the rewards fell again."}
-    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Samples per forward pass."})
     steps_per_generation: int | None = field(
         default=3, metadata={"help": "Batches that one rollout holds per process."}

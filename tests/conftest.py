@@ -39,7 +39,7 @@ def run_example(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) 
 @pytest.fixture(autouse=True)
 def few_threads_and_a_fixed_seed():
     """Tests draw the same numbers in any order, and two of them side by side do not fight for the cores."""
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     np.random.seed(0)
 
