@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from pytorch_optimizer import Muon
 from torch import Tensor, nn
 
 from .. import figures, metrics
@@ -20,6 +19,7 @@ from ..models import AutoencoderKL3D, VQModel3D
 from ..pipeline import MedDiffusion3DPipeline
 from .base import Med3DConfig, Med3DTrainer
 from .conditions import call_arguments, encode_rows, scan_rows
+from .muon import Muon
 from .spectrum_data import TRAINING_SUBJECTS
 
 SAMPLE_WEIGHT_CAP = 5.0
