@@ -1,4 +1,8 @@
-"""Muon as pytorch-optimizer has it, in float32 on a CPU."""
+"""Muon as pytorch-optimizer has it, in float32 on a CPU.
+
+The library has no argument for that. What is overridden is inside it, so pyproject.toml admits only the version that
+was tested.
+"""
 
 import pytorch_optimizer
 import torch
