@@ -326,7 +326,7 @@ def test_muon_iterates_in_float32_on_a_cpu():
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     optimizer.step()
-    assert (kernel.detach().flatten(1) + x).abs().max() < 1e-5  # bfloat16: 1e-3
+    assert (kernel.detach().flatten(1) + x).abs().max() < 1e-5  # bfloat16: 3e-3
 
 
 def test_evaluation_is_repeatable_and_uses_the_averaged_weights(tiny_pipeline, scans, tmp_path):
