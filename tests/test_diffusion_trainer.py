@@ -289,6 +289,13 @@ def test_a_guide_of_other_latents_classes_or_noise_is_refused(tiny_pipeline, sca
     other = copy.deepcopy(tiny_pipeline.vae)
     other.set_latent_statistics(torch.zeros(4), torch.ones(4))
     refused("those of another autoencoder", vae=other)
+    scaled = copy.deepcopy(tiny_pipeline.vae)  # the same mean, another spread
+    scaled.register_to_config(latents_std=[2 * std for std in scaled.config.latents_std])
+    refused("those of another autoencoder", vae=scaled)
+    guide = copy.deepcopy(tiny_pipeline)
+    guide.register_to_config(class_names=["old", "middle", "young"])
+    with pytest.raises(ValueError, match="the guide's classes are .'old', 'middle', 'young'., those of"):
+        LatentDiffusionTrainer(tiny_pipeline, config(tmp_path), scans, guide=guide)
     assert not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="autoguidance_scale must be above 1, got 1.0"):
         config(tmp_path, autoguidance_scale=1.0)

@@ -125,7 +125,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
                 unet.to(args.device).eval().requires_grad_(False) for unet in (copy.deepcopy(model.unet), guide.unet)
             )
         self.training_subjects = {item["subject"] for item in train_dataset} | set(earlier_subjects)
-        self.pipeline.vae.requires_grad_(False)
+        self.pipeline.vae.requires_grad_(False).to(args.device)  # transformers moves the UNet alone
         if eval_dataset is not None and args.eval_samples:  # what an evaluation cannot do is refused before training
             if min(args.eval_samples, len(eval_dataset)) < 3:
                 raise ValueError(
@@ -298,14 +298,18 @@ def _check_guide(pipeline: MedDiffusion3DPipeline, guide: MedDiffusion3DPipeline
         found, expected = guide.unet.config[what], pipeline.unet.config[what]
         if found != expected:
             raise ValueError(f"the guide's UNet has {what} {found}, the trained one {expected}.")
-    own = dict(pipeline.scheduler.config)
-    theirs = {name: value for name, value in guide.scheduler.config.items() if not name.startswith("_")}
-    differing = [name for name, value in theirs.items() if own.get(name) != value]
+    expected = dict(pipeline.scheduler.config)
+    found = {name: value for name, value in guide.scheduler.config.items() if not name.startswith("_")}
+    differing = [name for name, value in found.items() if expected.get(name) != value]
     if differing:
         raise ValueError(f"the guide's scheduler differs in {', '.join(differing)}.")
-    latents = torch.zeros(1, pipeline.vae.latent_channels, *pipeline.vae.latent_shape(pipeline.config.volume_shape))
-    zero, other = (vae.denormalize_latents(latents.to(vae.device)).cpu() for vae in (pipeline.vae, guide.vae))
-    if zero.shape != other.shape or (zero - other).abs().max() > 1e-2:
+    theirs, own = (found.config.class_names for found in (guide, pipeline))
+    if theirs and own and (theirs != own if isinstance(own, dict) else list(theirs) != list(own)):
+        raise ValueError(f"the guide's classes are {theirs}, those of the trained generator {own}.")
+    shape = (pipeline.vae.latent_channels, *pipeline.vae.latent_shape(pipeline.config.volume_shape))
+    latents = torch.stack([torch.zeros(shape), torch.ones(shape)])  # mean and atlas; these and std
+    raw, other = (vae.denormalize_latents(latents.to(vae.device)).cpu() for vae in (pipeline.vae, guide.vae))
+    if raw.shape != other.shape or (raw - other).abs().max() > 1e-2:
         raise ValueError("the guide's latents are those of another autoencoder: their statistics differ.")
 
 
