@@ -53,6 +53,7 @@ def record(model, index):
     return chunks
 trainer._generate = record
 trainer.train()
+scored = trainer.sample_and_score(trainer.eval_dataset, 3)  # 9 samples: the second process has one too few
 trainer.save_model()
 trainer.save_pretrained(out / "again")
 if trainer.is_world_process_zero():
@@ -60,6 +61,7 @@ if trainer.is_world_process_zero():
     weights = {n: p.detach().flatten()[:3].tolist() for n, p in trainer.model.named_parameters() if p.requires_grad}
     (out / "result.json").write_text(json.dumps({
         "world": trainer.accelerator.num_processes, "history": history, "logs": logs, "weights": weights,
+        "scored": [scored.volumes.flatten(1)[:, ::101].tolist(), scored.labels.tolist(), scored.rewards.tolist()],
     }))
 trainer.accelerator.end_training()
 os._exit(0)  # while the interpreter shuts down, a thread of gloo that asks for the GIL would abort the process
@@ -99,6 +101,12 @@ def test_two_processes_have_the_advantages_of_one(tiny_pipeline_folder, tmp_path
         assert one["logs"][0][key] == pytest.approx(two["logs"][0][key], rel=1e-3, abs=1e-7)
     for name, values in one["weights"].items():
         torch.testing.assert_close(torch.tensor(values), torch.tensor(two["weights"][name]), rtol=1e-2, atol=2e-3)
+    for ours, theirs in zip(
+        one["scored"], two["scored"], strict=True
+    ):  # volumes, labels, rewards: all in every process
+        ours, theirs = torch.tensor(ours), torch.tensor(theirs)
+        assert len(ours) == len(theirs) == 9
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2, equal_nan=True)
     folder = tmp_path / "out-2"
     assert (folder / "model_index.json").is_file() and (folder / "again" / "model_index.json").is_file()
     assert (folder / "checkpoint-2" / "complete").is_file()

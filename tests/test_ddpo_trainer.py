@@ -684,3 +684,19 @@ def test_every_field_is_a_flag_with_an_explanation(capsys):
     )
     assert (args.num_generations, args.reward_weights, args.sde_window_range, args.beta) == (4, [1.0, 0.5], [1, 5], 0.0)
     json.dumps(args.to_dict())
+
+
+def test_the_best_checkpoint_is_kept_only_where_evaluations_meet_checkpoints(tiny_pipeline, tmp_path):
+    options = {
+        "steps_per_generation": 2,
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "rewards/brightness",
+        "max_steps": 4,
+    }
+    with pytest.raises(ValueError, match="eval_steps must be a multiple of 2 to keep the best checkpoint.* got 1"):
+        make_trainer(tiny_pipeline, tmp_path, eval_steps=1, save_steps=1, **options)
+    trainer = make_trainer(tiny_pipeline, tmp_path, eval_steps=2, save_steps=2, **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.rpartition("-")[2] in ("2", "4")

@@ -73,7 +73,7 @@ class Chunk(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """`volumes` of this process (n, C, X, Y, Z) on the CPU, `labels` (n,); `rewards` (N, R) of all processes."""
+    """Samples of all processes: `volumes` (N, C, X, Y, Z) on the CPU, `labels` (N,), `rewards` (N, R)."""
 
     volumes: torch.Tensor
     labels: torch.Tensor | None
@@ -123,7 +123,8 @@ class DDPOTrainer(Med3DTrainer):
     one process would have drawn.
 
     Raises:
-        ValueError: for a scheduler without step densities, sizes that do not divide, missing or unknown conditions.
+        ValueError: for a scheduler without step densities, sizes that do not divide, missing or unknown conditions; for
+            evaluations within a rollout when the best checkpoint is to be kept.
     """
 
     _name = "DDPO"
@@ -217,6 +218,12 @@ class DDPOTrainer(Med3DTrainer):
         self.rollouts_per_epoch = -(-len(train_dataset) // self.conditions_per_rollout)
         self.batches_per_rollout = args.num_iterations * args.steps_per_generation
         self.round_steps = self.batches_per_rollout // args.gradient_accumulation_steps
+        chooses = args.load_best_model_at_end or args.save_strategy == "best"
+        if chooses and args.eval_strategy == "steps" and args.eval_steps % self.round_steps:
+            raise ValueError(
+                f"eval_steps must be a multiple of {self.round_steps} to keep the best checkpoint, as checkpoints "
+                f"lie between two rollouts; got {args.eval_steps}."
+            )
         vae = pipeline.vae
         self.latent_shape = (vae.latent_channels, *vae.latent_shape(tuple(pipeline.config.volume_shape)))
 
@@ -483,7 +490,7 @@ class DDPOTrainer(Med3DTrainer):
         """Sample with the averaged weights, `eval_num_inference_steps` steps without noise, and score.
 
         Sample i belongs to row `i // num_generations`; its noise depends on the seed and i alone, so that calls before
-        and after training can be compared in pairs. With several processes each makes its share.
+        and after training can be compared in pairs. With several processes each makes its share and gets all.
         """
         seed = self.args.seed if seed is None else seed
         total, processes = len(conditions) * num_generations, self.accelerator.num_processes
@@ -517,11 +524,14 @@ class DDPOTrainer(Med3DTrainer):
                     ).volumes
                 volumes.append(self.decode(latents).cpu())
                 bar.update(len(chunk))
-        volumes = torch.cat(volumes)
         columns = {name: list(rows[name]) for name in rows.column_names}
-        rewards = score(self.reward_funcs, self.reward_names, volumes.to(self.accelerator.device), columns)
-        rewards = self.accelerator.gather(rewards.to(self.accelerator.device)).cpu()[:total]
-        return Scored(volumes, encode_rows(self.pipeline, rows).class_labels, rewards)
+        device = self.accelerator.device
+        rewards = score(self.reward_funcs, self.reward_names, torch.cat(volumes).to(device), columns)
+        rewards = self.accelerator.gather(rewards.to(device)).cpu()[:total]
+        # every batch (1, b, ...) becomes (processes, b, ...): not all volumes are on the device at once
+        volumes = torch.cat([self.accelerator.gather(batch[None].to(device)).cpu() for batch in volumes], dim=1)
+        asked = encode_rows(self.pipeline, conditions.select([i // num_generations for i in range(total)]))
+        return Scored(volumes.flatten(0, 1)[:total], asked.class_labels, rewards)
 
     def evaluate(
         self,
@@ -534,13 +544,9 @@ class DDPOTrainer(Med3DTrainer):
         start = time.perf_counter()
         scored = self.sample_and_score(conditions, self.args.num_generations_eval)
         metrics = {f"rewards/{name}": scored.rewards[:, r].nanmean().item() for r, name in enumerate(self.reward_names)}
-        local = {"quality/sharpness": sharpness(scored.volumes).nanmean().item()}
+        metrics["quality/sharpness"] = sharpness(scored.volumes).nanmean().item()
         if len(scored.volumes) > 1:
-            local["quality/diversity"] = diversity(scored.volumes[:DIVERSITY_OF]).mean
-        gathered = self.accelerator.gather(torch.tensor([list(local.values())], device=self.accelerator.device)).mean(
-            dim=0
-        )
-        metrics |= dict(zip(local, gathered.tolist(), strict=True))
+            metrics["quality/diversity"] = diversity(scored.volumes[:DIVERSITY_OF]).mean
         metrics["runtime"] = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
