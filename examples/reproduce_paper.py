@@ -55,7 +55,7 @@ from diffusers_med3d.files import once, write_json, write_whole
 from diffusers_med3d.hub import resolve
 from diffusers_med3d.metrics import VolumeSet
 from diffusers_med3d.trainers.base import use_all_cores
-from diffusers_med3d.trainers.spectrum_data import fingerprint, read_training_subjects
+from diffusers_med3d.trainers.spectrum_data import fingerprint, read_training_subjects, refuse_seen_subjects
 
 EXAMPLES = Path(__file__).parent
 BASE, CEILING = "pre-trained", "round-trip"
@@ -184,7 +184,9 @@ class Experiment:
         self._scans: dict[str, VolumeSet] = {}
         self._weights: dict[str, str] = {}
         split = load_split(data.split_file)
-        experiment.refuse_seen(split["validation"] + split["test"], read_training_subjects(resolve(args.base)))
+        refuse_seen_subjects(
+            split["validation"] + split["test"], read_training_subjects(resolve(args.base)), "the base"
+        )
         setting = {name: value for name, value in asdict(data).items() if name not in ("data_dir", "split_file")}
         setting |= {"split": experiment.content_hash(split), "base": fingerprint(self.base)}
         setting |= {reward.__name__: tensor_hash(reward.model.state_dict().items()) for reward in self.rewards}

@@ -15,8 +15,9 @@ import torch
 from transformers import HfArgumentParser
 
 from diffusers_med3d import figures
-from diffusers_med3d.data import DataArguments, VolumeDataset, load_split
+from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.files import write_json, write_whole
+from diffusers_med3d.hub import resolve
 from diffusers_med3d.metrics.bootstrap import (
     Interval,
     bootstrap_interval,
@@ -32,6 +33,7 @@ from diffusers_med3d.trainers.spectrum_data import (
     SpectrumDataset,
     build_spectrum,
     level_name,
+    read_training_subjects,
     score_spectrum,
     seeded,
     summarise,
@@ -112,7 +114,7 @@ def main() -> None:
     paths = build_spectrum(
         MedDiffusion3DPipeline.from_pretrained(args.generator).to(device),
         scans,
-        load_split(data.split_file)["train"],
+        read_training_subjects(resolve(args.generator)),
         output / f"spectrum-{args.part}",
         args.strengths,
         args.spectrum_steps,

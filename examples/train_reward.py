@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import HfArgumentParser, set_seed
 
 from diffusers_med3d.data import DataArguments, VolumeDataset
@@ -72,7 +73,7 @@ def build(args: RewardArguments) -> VolumeRewardModel | SliceRewardModel:
 
 
 def spectra(
-    data: DataArguments, reward: RewardArguments, args: RewardModelConfig
+    data: DataArguments, reward: RewardArguments, args: RewardModelConfig, share: tuple[int, int] = (0, 1)
 ) -> tuple[SpectrumDataset, SpectrumDataset]:
     """Spectrum of both folds, each made by the generator of the other, and of validation, by that of fold a."""
     root = Path(reward.spectrum_dir or Path(args.output_dir) / "spectrum")
@@ -93,6 +94,7 @@ def spectra(
                 None if part == "validation" else reward.levels_per_subject,
                 reward.spectrum_batch_size,
                 args.seed,
+                share,
             )
     return SpectrumDataset(paths["train"]), SpectrumDataset(paths["validation"])
 
@@ -104,7 +106,10 @@ def main() -> None:
     set_seed(args.seed)
     model = build(reward)
     model.check_input(torch.zeros(1, 1, *data.volume_shape))  # too small a grid, before hours of making the spectrum
-    with args.main_process_first(desc="making the spectrum"):
+    if args.world_size > 1:
+        spectra(data, reward, args, (args.process_index, args.world_size))
+        PartialState().wait_for_everyone()
+    with args.main_process_first(desc="making the spectrum"):  # all of it, or on a node's own disk what is not there
         train, validation = spectra(data, reward, args)
     trainer = RewardModelTrainer(model=model, args=args, train_dataset=train, eval_dataset=validation)
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))

@@ -255,7 +255,7 @@ def test_the_example_reports_resumes_and_refuses_another_trial(
         (("--real_per_class", "1", "3"), "3 real scans of class 1 were asked for, there are 1"),
         (("--seeds", "0"), "seeds must be at least 1, got 0"),
         (("--downsample", "4"), "needs 8 voxels a side"),
-        ((), "subjects that are to judge 'after' were in its training set, the first is 'sub-07'"),
+        ((), "subjects were in the training set of 'after', the first is 'sub-07'"),
     ):
         with pytest.raises(ValueError, match=message):
             launch(*flags)

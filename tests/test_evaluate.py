@@ -230,7 +230,7 @@ def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
         (("--num_samples", "0"), "0 samples leave none for a class"),
         (("--gate", "--guidance_scale", "2"), "without guidance and .* got .*guidance_scale=2.0"),
         (("--gate", "--eta", "1"), "with eta 0; got .*eta=1.0"),
-        ((), "1 of the 3 subjects that are to judge 'tiny-pipeline' were in its training set, the first is 'sub-05'"),
+        ((), "1 of 3 subjects were in the training set of 'tiny-pipeline', the first is 'sub-05'"),
     ],
 )
 def test_what_could_not_be_measured_is_refused_before_anything_is_sampled(

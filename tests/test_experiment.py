@@ -21,7 +21,6 @@ from diffusers_med3d.experiment import (
     measure,
     open_test,
     over_seeds,
-    refuse_seen,
     selection_score,
 )
 from diffusers_med3d.metrics import Figure, Interval, Report, VolumeSet, kid
@@ -95,12 +94,6 @@ def test_a_reward_that_differs_between_classes_weighs_no_less_within_them():
     rewards = torch.tensor([[[0.0, 1.0], [1.0, 0.5]], [[0.0, 1.0], [1.0, 0.5]], [[0.0, 1.0], [0.4, 0.0]]])
     of_classes = torch.tensor([[50.0, 0.0], [0.0, 0.0], [-50.0, 0.0]])[:, None]
     assert best_of(rewards + of_classes).tolist() == best_of(rewards).tolist() == [1, 1, 0]
-
-
-def test_a_base_that_saw_a_subject_that_judges_it_is_refused():
-    refuse_seen(["sub-3", "sub-4"], ["sub-1", "sub-2"])
-    with pytest.raises(ValueError, match="2 validation or test subjects .* the first is 'sub-2'"):
-        refuse_seen(["sub-3", "sub-2"], ["sub-3", "sub-1", "sub-2"])
 
 
 def test_networks_of_other_weights_have_other_hashes():

@@ -158,7 +158,7 @@ def test_a_killed_build_goes_on_where_it_stopped_and_ends_with_the_same_spectrum
         torch.testing.assert_close(load_file(one)["versions"], load_file(other)["versions"], atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("change", ["steps", "seed", "levels", "generator", "scan"])
+@pytest.mark.parametrize("change", ["steps", "seed", "levels", "generator", "scan", "class"])
 def test_a_spectrum_made_otherwise_is_refused_not_reused(change, tiny_pipeline, scans, tmp_path):
     build(tiny_pipeline, scans, tmp_path)
     changes = {"steps": {"num_inference_steps": 5}, "seed": {"seed": 1}, "levels": {"strengths": [0.0, 1.0]}}
@@ -167,8 +167,19 @@ def test_a_spectrum_made_otherwise_is_refused_not_reused(change, tiny_pipeline, 
             next(tiny_pipeline.unet.parameters()).add_(0.01)
     if change == "scan":
         scans[1]["volume"] = scans[1]["volume"] * 0.9
+    if change == "class":
+        scans[1]["class_label"] = (scans[1]["class_label"] + 1) % 3
     with pytest.raises(ValueError, match="delete .* or choose another folder"):
         build(tiny_pipeline, scans, tmp_path, **changes.get(change, {}))
+
+
+def test_processes_share_the_scans_and_make_what_one_would_make(tiny_pipeline, scans, tmp_path):
+    whole = build(tiny_pipeline, scans, tmp_path / "whole", batch_size=1)
+    for rank, made in ((1, ["sub-04-1"]), (0, ["sub-02-1", "sub-04-1"])):
+        paths = build(tiny_pipeline, scans, tmp_path / "shared", share=(rank, 2))
+        assert sorted(path.stem for path in (tmp_path / "shared").iterdir()) == made
+    for one, other in zip(whole, paths, strict=True):
+        torch.testing.assert_close(load_file(one)["versions"], load_file(other)["versions"], atol=2e-3, rtol=0)
 
 
 def test_a_subset_of_levels_keeps_both_ends_and_differs_between_subjects():
@@ -193,6 +204,7 @@ def test_two_scans_of_a_subject_have_a_file_each_and_the_null_class_works(tiny_p
     scans = VolumeDataset(data.data_dir, ["sub-01", "sub-08"], data)
     paths = build(tiny_pipeline, scans, tmp_path, trained_on=[])
     assert [path.name for path in paths] == [f"sub-0{name}.safetensors" for name in ("1-1", "1-2", "8-1")]
+    assert SpectrumDataset(paths).subjects.tolist() == [0, 0, 2]  # which scans are of one subject
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
@@ -273,6 +285,37 @@ def test_every_step_ranks_the_round_trip_above_every_kind_of_damage(tmp_path):
         assert beaten == set(DAMAGE_NAMES)
     assert sum(damaged.values()) == 12 * 12
     assert abs(damaged["real"] - damaged["round_trip"]) < 30 < min(damaged["real"], damaged["round_trip"])
+
+
+def test_a_hemisphere_never_comes_from_another_scan_of_the_same_subject(tmp_path):
+    dataset = toy_spectrum(tmp_path, 4)
+    dataset.subjects = torch.tensor([0, 0, 0, 3])
+    batch = torch.utils.data.default_collate([dataset[i] for i in range(4)])
+    batch["real"] = torch.stack([real * light for real, light in zip(batch["real"], (1, 0.99, 0.98, 0.5), strict=True)])
+    batch["versions"] = batch["real"][:, None].expand_as(batch["versions"]).clone()
+    batch["real"][3] = batch["versions"][3] = torch.where(batch["real"][3] > 0, 0.5, 0.0)  # no texture, so easily known
+    swapped = 0
+    for step in range(6):
+        drawn = draw_versions(batch, config(tmp_path, max_shift=0, symmetric_share=0.0), seeded(step))
+        for name, volume in list(zip(drawn.names, drawn.volumes, strict=True))[:21]:  # of the first three scans
+            if "half_swap" in name:
+                swapped += 1
+                own, other = sorted(side[side > 0].std().item() for side in (volume[:, :4], volume[:, -4:]))[::-1]
+                assert own > 2 * other
+    assert swapped
+    alone = {name: tensor[:3] for name, tensor in batch.items()}
+    for step in range(6):
+        assert not [n for n in draw_versions(alone, config(tmp_path), seeded(step)).names if "half_swap" in n]
+    dataset.subjects = torch.zeros(4, dtype=torch.long)
+    assert "half_swap" not in score_spectrum(lambda volumes: volumes.flatten(1).mean(1), dataset)[0]
+
+
+def test_scans_that_cannot_fill_a_step_of_all_processes_are_refused(tmp_path, monkeypatch):
+    train = toy_spectrum(tmp_path, 3)
+    RewardModelTrainer(tiny_model(), config(tmp_path), train)
+    monkeypatch.setattr(RewardModelConfig, "world_size", 2)
+    with pytest.raises(ValueError, match=r"3 scans cannot fill a step of 4 \(2 process"):
+        RewardModelTrainer(tiny_model(), config(tmp_path), train)
 
 
 def test_perfect_symmetry_changes_neither_label_nor_order(tmp_path):
@@ -388,7 +431,7 @@ def test_impossible_arguments_are_refused(wrong, tmp_path):
 
 
 def test_too_few_scans_for_a_batch_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="3 scans cannot fill a batch of 4"):
+    with pytest.raises(ValueError, match="3 scans cannot fill a step of 4 .1 process"):
         RewardModelTrainer(
             tiny_model(), config(tmp_path, per_device_train_batch_size=4), toy_spectrum(tmp_path / "t", 3)
         )
@@ -467,6 +510,9 @@ def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_argumen
         scores = [reward(spectrum[i]["real"][None]).item() for i in range(2)]
         assert [row["real"] for row in written["scores"][kind]] == pytest.approx(scores, abs=1e-4)
     assert {"report.md", "scores.png", "spectrum.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+    (tmp_path / "a" / TRAINING_SUBJECTS).write_text(json.dumps(SPLIT["validation"]))  # by another split
+    with pytest.raises(ValueError, match="2 of 2 subjects were in the training set of the generator"):
+        run_here("reward_report.py", report, monkeypatch)
 
 
 def test_the_report_refuses_a_severity_before_it_makes_a_spectrum():
@@ -487,7 +533,7 @@ def test_a_reward_that_knows_its_training_scans_is_found_out_within_each_class(d
 
 def test_the_training_script_refuses_generators_of_the_wrong_fold(script_arguments, tmp_path, monkeypatch):
     swapped = ["--generator_a", tmp_path / "b", "--generator_b", tmp_path / "a", "--output_dir", tmp_path / "x"]
-    with pytest.raises(ValueError, match="use the generator of the other fold"):
+    with pytest.raises(ValueError, match="the generator of the other fold"):
         run_here("train_reward.py", [*script_arguments["train"], *swapped, "--max_steps", 1], monkeypatch)
 
 

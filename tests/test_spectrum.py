@@ -192,7 +192,9 @@ def test_a_mirrored_half_makes_a_volume_symmetric_and_keeps_one_side():
 
 def test_the_partner_of_a_half_swap_is_the_subject_of_nearest_brightness():
     light = torch.tensor([brightness(scale * brain(0)) for scale in (1.0, 0.3, 0.85, 0.5)])
-    assert [nearest_in_brightness(light, subject) for subject in range(4)] == [2, 3, 0, 1]
+    assert [nearest_in_brightness(light, torch.arange(4), scan) for scan in range(4)] == [2, 3, 0, 1]
+    of_one = torch.tensor([0, 1, 0, 1])  # scans 0 and 2 are of one subject, 1 and 3 of another
+    assert [nearest_in_brightness(light, of_one, scan) for scan in range(4)] == [3, 2, 3, 2]
     assert brightness(torch.zeros(1, 4, 4, 4)) == 0
 
 

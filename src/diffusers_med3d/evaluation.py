@@ -33,7 +33,14 @@ from .trainers.conditions import (
     labels_of_scans,
     scan_rows,
 )
-from .trainers.spectrum_data import TRAINING_SUBJECTS, fingerprint, level_name, read_training_subjects, seeded
+from .trainers.spectrum_data import (
+    TRAINING_SUBJECTS,
+    fingerprint,
+    level_name,
+    read_training_subjects,
+    refuse_seen_subjects,
+    seeded,
+)
 
 SETTINGS, SCANS = "settings.json", "scans.json"
 STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -183,12 +190,7 @@ def check_unseen(model: str, subjects: Collection[str]) -> None:
     folder = Path(resolve(model))
     if not (folder / TRAINING_SUBJECTS).is_file():
         return
-    seen = sorted(set(subjects) & read_training_subjects(folder))
-    if seen:
-        raise ValueError(
-            f"{len(seen)} of the {len(set(subjects))} subjects that are to judge {folder.name!r} were in its training "
-            f"set, the first is {seen[0]!r}."
-        )
+    refuse_seen_subjects(subjects, read_training_subjects(folder), repr(folder.name))
 
 
 def check_pipeline(pipeline: MedDiffusion3DPipeline, data: DataArguments) -> None:

@@ -5,7 +5,7 @@ which sample of two is kept, when the test subjects may be opened, and what coun
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,16 +136,6 @@ def best_of(rewards: Tensor) -> Tensor:
     centred = rewards - rewards.mean(1, keepdim=True)
     scale = centred.flatten(0, 1).std(0, correction=0).clamp_min(1e-8)
     return (centred / scale).sum(-1).argmax(1)
-
-
-def refuse_seen(judges: Collection[str], trained_on: Collection[str]) -> None:
-    """Refuse a generator that was trained on subjects that are to judge it (ValueError with the first of them)."""
-    seen = sorted(set(judges) & set(trained_on))
-    if seen:
-        raise ValueError(
-            f"{len(seen)} validation or test subjects were in the training set of the base, the first is {seen[0]!r}; "
-            "they cannot judge it."
-        )
 
 
 def content_hash(description: Any) -> str:

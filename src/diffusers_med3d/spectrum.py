@@ -248,10 +248,16 @@ def brightness(volume: torch.Tensor) -> float:
     return float(anatomy.mean()) if anatomy.numel() else 0.0
 
 
-def nearest_in_brightness(light: torch.Tensor, subject: int) -> int:
-    """The other subject whose brightness in ``light`` (S,) is nearest, so that a half-swap is no matter of contrast."""
-    distance = (light - light[subject]).abs()
-    distance[subject] = torch.inf
+def nearest_in_brightness(light: torch.Tensor, subjects: torch.Tensor, scan: int) -> int:
+    """The scan of another subject whose brightness is nearest, so that a half-swap is no matter of contrast.
+
+    Args:
+        light: (N,) `brightness` of the scans.
+        subjects: (N,) a number per scan, the same for scans of one subject; at least two different ones.
+        scan: whose partner is sought.
+    """
+    distance = (light - light[scan]).abs()
+    distance[subjects == subjects[scan]] = torch.inf
     return int(distance.argmin())
 
 

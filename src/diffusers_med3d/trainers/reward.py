@@ -23,6 +23,7 @@ from .. import figures
 from ..models.reward import SliceRewardModel, VolumeRewardModel
 from ..spectrum import (
     DAMAGE_NAMES,
+    DAMAGES,
     HALF_SWAP,
     HALF_SWAP_SEVERITY,
     REAL,
@@ -49,7 +50,7 @@ class RewardModelConfig(Med3DConfig):
     output_dir: str = field(default="outputs/reward", metadata={"help": "Where everything is written."})
     max_steps: int = field(default=400, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "Subjects per device and step, at least 2 (a hemisphere comes from another one)."}
+        default=4, metadata={"help": "Scans per device and step, at least 2 (a hemisphere comes from another one)."}
     )
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Volumes at a time in evaluation."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
@@ -85,6 +86,9 @@ class RewardModelConfig(Med3DConfig):
         },
     )
     max_shift: int = field(default=3, metadata={"help": "Volumes are shifted by up to this many voxels per axis."})
+    ddp_timeout: int = field(
+        default=24 * 3600, metadata={"help": "Seconds that one process waits for others, which make the spectrum."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,14 +136,17 @@ def draw_versions(batch: dict[str, Tensor], args: RewardModelConfig, generator: 
     """Draw the versions of a training step.
 
     Args:
-        batch: ``real`` (S, C, X, Y, Z), ``versions`` (S, L, C, X, Y, Z), ``strengths`` (S, L).
+        batch: ``real`` (S, C, X, Y, Z), ``versions`` (S, L, C, X, Y, Z), ``strengths`` (S, L), ``subject`` (S,).
+            Scans of one subject alone are not half-swapped.
         args: how many of which, and how they are augmented.
         generator: all randomness, on the CPU.
     """
     real, versions, strengths = batch["real"], batch["versions"], batch["strengths"].tolist()
     count = real.shape[0]
     light = torch.tensor([brightness(volume) for volume in real])
-    kinds = iter(_deal(len(DAMAGE_NAMES), count * args.damaged_versions, generator))
+    subjects = batch["subject"].cpu()
+    possible = DAMAGE_NAMES if len(subjects.unique()) > 1 else tuple(DAMAGES)  # a half comes from another subject
+    kinds = iter(_deal(len(possible), count * args.damaged_versions, generator))
     volumes, labels, names = [], [], []
     orders: list[tuple[float, float, int]] = []  # strength, severity, kind; kind -1 is undamaged
     for subject in range(count):
@@ -160,7 +167,7 @@ def draw_versions(batch: dict[str, Tensor], args: RewardModelConfig, generator: 
             swap = DAMAGE_NAMES[kind] == HALF_SWAP
             share = _share(generator)
             severity = HALF_SWAP_SEVERITY if swap else args.min_severity + (1 - args.min_severity) * share
-            other = _same_level(batch, nearest_in_brightness(light, subject), strength) if swap else None
+            other = _same_level(batch, nearest_in_brightness(light, subjects, subject), strength) if swap else None
             group.append(damage(volume, DAMAGE_NAMES[kind], severity, generator, other))
             labels.append(damaged_label(strength, severity))
             orders.append((strength, severity, kind))
@@ -233,9 +240,11 @@ class RewardModelTrainer(Med3DTrainer):
         eval_dataset: SpectrumDataset | None = None,
         **kwargs,
     ) -> None:
-        if len(train_dataset) < args.per_device_train_batch_size:
+        wanted = args.per_device_train_batch_size * args.world_size
+        if len(train_dataset) < wanted:
             raise ValueError(
-                f"{len(train_dataset)} scans cannot fill a batch of {args.per_device_train_batch_size} subjects."
+                f"{len(train_dataset)} scans cannot fill a step of {wanted} ({args.world_size} process(es) with "
+                f"{args.per_device_train_batch_size} each)."
             )
         self.reward_model = model
         kwargs.setdefault("data_collator", default_collate)

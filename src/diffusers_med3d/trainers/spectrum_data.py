@@ -34,7 +34,7 @@ from ..spectrum import (
     partial_noising,
     rank_correlation,
 )
-from .conditions import call_arguments, encode_rows, scan_rows
+from .conditions import LABEL_COLUMN, call_arguments, encode_rows, scan_rows
 
 TRAINING_SUBJECTS = "training_subjects.json"
 """File beside a generator: JSON list of the subjects that it was trained on."""
@@ -58,13 +58,24 @@ def read_training_subjects(generator_folder: str | Path) -> set[str]:
     return set(map(str, json.loads(path.read_text())))
 
 
-def refuse_seen_subjects(subjects: Collection[str], trained_on: Collection[str]) -> None:
-    """A generator denoises the scans that it was trained on from memory: such a spectrum measures memorisation."""
+def refuse_seen_subjects(subjects: Collection[str], trained_on: Collection[str], generator: str) -> None:
+    """Refuse a generator that was trained on subjects that are to judge it, or whose spectrum it is to make.
+
+    It denoises the scans that it was trained on from memory: such a spectrum measures memorisation.
+
+    Args:
+        subjects, trained_on: ids.
+        generator: its name, for the message.
+
+    Raises:
+        ValueError: with their number and the first of them.
+    """
     seen = sorted(set(subjects) & set(trained_on))
     if seen:
         raise ValueError(
-            f"{len(seen)} of {len(set(subjects))} subjects were in the training set of the generator that is to make "
-            f"their spectrum, the first is {seen[0]!r}; use the generator of the other fold."
+            f"{len(seen)} of {len(set(subjects))} subjects were in the training set of {generator}, the first is "
+            f"{seen[0]!r}; they can neither judge it nor give it a spectrum to make (for that there is the generator "
+            "of the other fold)."
         )
 
 
@@ -93,12 +104,14 @@ def build_spectrum(
     levels_per_subject: int | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Path]:
     """Make the partial noisings of scans, one file per scan; files that are there already are kept.
 
     A file holds ``real`` (C, X, Y, Z), ``versions`` (L, C, X, Y, Z), both float16, and ``strengths`` (L,). It appears
     whole or not at all, so a run that was killed goes on with the scans it had not finished. A version depends on the
-    generator's weights, the scan, the strength, the steps and the seed, not on its batch (to rounding).
+    generator's weights, the scan and its class and conditions, the strength, the steps and the seed, not on its batch
+    (to rounding).
 
     Args:
         pipeline: the generator.
@@ -111,22 +124,23 @@ def build_spectrum(
         levels_per_subject: how many of the levels each subject gets, None for all.
         batch_size: scans at a time.
         seed: of the noise and of the choice of levels.
+        share: number of this process and of all processes, of which each makes the files of its own scans.
 
     Returns:
-        the files, in the order of ``volumes``.
+        the files of all scans, in the order of ``volumes``.
 
     Raises:
         ValueError: a subject that the generator has seen; files made with other settings or from another scan; a scan
             without a condition that the generator takes.
     """
-    refuse_seen_subjects([item["subject"] for item in volumes], trained_on)
+    refuse_seen_subjects([item["subject"] for item in volumes], trained_on, "the generator")
     if len(set(strengths)) < 2 or ROUND_TRIP not in strengths or not all(0 <= strength <= 1 for strength in strengths):
         raise ValueError(f"strengths must be 0 (round-trip) and others up to 1, got {list(strengths)}.")
     if levels_per_subject is not None and levels_per_subject < 2:
         raise ValueError(f"levels_per_subject must be at least 2 (the first and the last), got {levels_per_subject}.")
     asked = scan_rows(pipeline, volumes)
     encode_rows(pipeline, asked)  # refuses now what could not be denoised later
-    conditions = call_arguments(pipeline, asked)["conditions"] or {}
+    labels, conditions = call_arguments(pipeline, asked).values()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"generator": fingerprint(pipeline), "num_inference_steps": num_inference_steps, "seed": seed}
@@ -136,9 +150,12 @@ def build_spectrum(
         number = scans_of[subject] = scans_of.get(subject, 0) + 1
         path = folder / f"{quote(subject, safe='')}-{number}.safetensors"
         levels = subject_levels(subject, strengths, levels_per_subject, seed)
-        own = {"conditions": {name: values[scan] for name, values in conditions.items()}} if conditions else {}
+        own = {LABEL_COLUMN: labels[scan]}
+        own |= {"conditions": {name: values[scan] for name, values in conditions.items()}} if conditions else {}
         metadata = {"settings": json.dumps(settings | {"strengths": levels} | own, sort_keys=True)}
         paths.append(path)
+        if scan % share[1] != share[0]:
+            continue
         if path.exists():
             _check_file(path, metadata["settings"], item["volume"].as_tensor())
         else:
@@ -189,19 +206,23 @@ def _check_file(path: Path, settings: str, volume: Tensor) -> None:
 class SpectrumDataset(TorchDataset):
     """Scans and their partial noisings, read from the files of ``build_spectrum`` when asked for.
 
-    An item is ``{"real": (C, X, Y, Z), "versions": (L, C, X, Y, Z), "strengths": (L,)}``, float32.
+    An item is ``{"real": (C, X, Y, Z), "versions": (L, C, X, Y, Z), "strengths": (L,)}``, float32, and ``"subject"``
+    (): a number that scans of one subject share.
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         if not paths:
             raise ValueError("the spectrum has no files.")
         self.paths = [Path(path) for path in paths]
+        names = [path.stem.rsplit("-", 1)[0] for path in self.paths]
+        self.subjects = torch.tensor([names.index(name) for name in names])
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: tensor.float() for name, tensor in load_file(self.paths[index]).items()}
+        tensors = {name: tensor.float() for name, tensor in load_file(self.paths[index]).items()}
+        return tensors | {"subject": self.subjects[index]}
 
 
 def level_name(strength: float) -> str:
@@ -240,8 +261,8 @@ def score_spectrum(
             for severity in severities:
                 generator = seeded("damage", seed, index, kind, severity)
                 named[f"{kind}_{severity:.2g}"] = damage(item["real"], kind, severity, generator)
-        if len(dataset) > 1:
-            other = dataset[nearest_in_brightness(light, index)]["real"]
+        if (dataset.subjects != dataset.subjects[index]).any():
+            other = dataset[nearest_in_brightness(light, dataset.subjects, index)]["real"]
             generator = seeded("damage", seed, index, HALF_SWAP)
             named[HALF_SWAP] = damage(item["real"], HALF_SWAP, HALF_SWAP_SEVERITY, generator, other)
         scores = torch.cat(
