@@ -114,7 +114,7 @@ def by_class(scored: Scored, function: Callable[[torch.Tensor], float]) -> float
     groups = (
         [scored.volumes]
         if scored.labels is None
-        else [scored.volumes[scored.labels.cpu() == c] for c in scored.labels.unique()]
+        else [scored.volumes[scored.labels == c] for c in scored.labels.unique()]
     )
     values = [function(group[:8]) for group in groups if len(group) > 1]
     return sum(values) / len(values) if values else math.nan
@@ -196,7 +196,7 @@ def show(trainer: DDPOTrainer, pipeline: MedDiffusion3DPipeline, before: Scored,
     names = pipeline.config.class_names or []
     names = names if isinstance(names, dict) else {name: index for index, name in enumerate(names)}
     names = {index: name for name, index in names.items()}
-    labels = torch.zeros(len(before.volumes)) if before.labels is None else before.labels.cpu()
+    labels = torch.zeros(len(before.volumes)) if before.labels is None else before.labels
     for c in labels.unique().tolist():
         name = "sample" if before.labels is None else names.get(c, f"class {c}")
         for state, scored in (("before", before), ("after", after)):

@@ -36,18 +36,23 @@ def main() -> None:
     """Sample, draw, write."""
     data, args = HfArgumentParser([DataArguments, SheetArguments]).parse_args_into_dataclasses()
     names = short_names(args.pipeline)
-    pipelines = {names[one]: MedDiffusion3DPipeline.from_pretrained(one) for one in args.pipeline}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipelines = {names[one]: MedDiffusion3DPipeline.from_pretrained(one).to(device) for one in args.pipeline}
     scans = VolumeDataset.from_arguments(data, "train")
     rows = {}
     for index, name in enumerate(data.class_names):
         for model, pipeline in pipelines.items():
-            rows[f"{name}, {model}"] = pipeline(
-                class_labels=[index] * args.per_class,
-                num_inference_steps=args.num_inference_steps,
-                guidance_scale=args.guidance_scale,
-                eta=args.eta,
-                generator=[torch.Generator().manual_seed(args.seed + i) for i in range(args.per_class)],
-            ).volumes[:, :1]
+            rows[f"{name}, {model}"] = (
+                pipeline(
+                    class_labels=[index] * args.per_class,
+                    num_inference_steps=args.num_inference_steps,
+                    guidance_scale=args.guidance_scale,
+                    eta=args.eta,
+                    generator=[torch.Generator().manual_seed(args.seed + i) for i in range(args.per_class)],
+                )
+                .volumes[:, :1]
+                .cpu()
+            )
         real = [item["volume"].as_tensor() for item in scans if item["class_label"] == index][: args.per_class]
         rows[f"{name}, scans"] = torch.stack(real)[:, :1]
     save(orthogonal_views(rows, data.spacing), args.output)

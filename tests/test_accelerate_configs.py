@@ -63,7 +63,7 @@ def test_the_fsdp_configuration_makes_an_fsdp2_plugin(monkeypatch):
             monkeypatch.setenv(name, value)
     plugin = FullyShardedDataParallelPlugin()
     assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-    assert plugin.auto_wrap_policy.__name__ == "size_based_auto_wrap_policy" and plugin.min_num_params == 1_000_000
+    assert plugin.auto_wrap_policy is None
     assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
 
 

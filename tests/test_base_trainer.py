@@ -144,6 +144,22 @@ def test_bf16_stays_off_where_the_device_has_none(tmp_path, monkeypatch):
     assert Med3DConfig(output_dir=str(tmp_path)).bf16 is False
 
 
+def test_a_launch_on_the_cpu_stays_there_beside_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # what `accelerate launch --cpu` sets
+    args = Med3DConfig(output_dir=str(tmp_path), report_to="none")
+    assert args.use_cpu and args.device.type == "cpu" and args.bf16 is False
+
+
+def test_one_process_that_sees_several_gpus_takes_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(Med3DConfig, "_setup_devices", property(lambda self: torch.device("cpu")))
+    monkeypatch.setattr(Med3DConfig, "_n_gpu", 4, raising=False)
+    assert Med3DConfig(output_dir=str(tmp_path), report_to="none").n_gpu == 1
+
+
 def test_bf16_gradients_of_convolutions_on_two_voxels_are_no_garbage(tmp_path):
     # oneDNN's are uninitialised memory on CPUs with AMX
     model = torch.nn.Sequential(torch.nn.Conv3d(16, 16, 3, padding=1), torch.nn.Conv3d(16, 16, 3, padding=1))

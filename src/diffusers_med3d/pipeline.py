@@ -539,6 +539,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             torch.Size([2, 1, 64, 64, 64])
         """
         # 1. Check the arguments
+        affine = affine.cpu() if isinstance(affine, torch.Tensor) else affine
         self._check_inputs(
             num_inference_steps, guidance_scale, eta, generator, latents, output_type,
             volumes, strength, affine, callback_on_step_end_tensor_inputs,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch.nn import functional as F
 
 from ..hub import PublishMixin
@@ -79,6 +80,7 @@ class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
             mean = mean + atlas
         return mean, std
 
+    @apply_forward_hook  # so that enable_model_cpu_offload brings the weights to the device
     def encode_latents(self, volumes: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Encode volumes to normalised latents.
 
@@ -106,6 +108,7 @@ class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
         mean, std = self._statistics(latents)
         return latents.float() * std + mean
 
+    @apply_forward_hook
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode normalised latents (B, latent_channels, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1]."""
         return self.decode_raw(self.denormalize_latents(latents).to(self.dtype)).float().clamp(0.0, 1.0)

@@ -234,11 +234,9 @@ class AutoencoderTrainer(Med3DTrainer):
         results = {f"{metric_key_prefix}_{name}": value.mean().item() for name, value in values.items()}
         if isinstance(self.autoencoder, VQModel3D):
             results[f"{metric_key_prefix}_codes_used"] = self.codes_used(volumes)
-        self.log(results)
         picture = {"scan": volumes[:4, :1], "round trip": reconstructions[:4, :1]}
         self.log_figure("reconstructions", figures.orthogonal_views(picture))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
-        return results
+        return self.conclude_evaluation(results)
 
     def reconstruct(self, volumes: Tensor) -> Tensor:
         """Round trip through the posterior mean (VQ: the quantised code), clamped to [0, 1]."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from huggingface_hub import CommitInfo
@@ -30,7 +30,6 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import TrainerState
-from transformers.utils import is_torch_bf16_gpu_available
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -58,10 +57,10 @@ _TIMINGS = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 """What an evaluation logs that is no figure of the model."""
 
 
-def bf16_is_fast() -> bool:
+def bf16_is_fast(on_gpu: bool) -> bool:
     """Whether this device computes in bfloat16 natively: CUDA since Ampere, CPUs with AMX or AVX512-BF16."""
-    if torch.cuda.is_available():
-        return is_torch_bf16_gpu_available()
+    if on_gpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -127,6 +126,10 @@ class Med3DConfig(_BaseConfig):
             "help": "Folder of a checkpoint to go on from, or 'latest': the newest whole one of output_dir, if any."
         },
     )
+    ddp_timeout: int = field(
+        default=24 * 3600,
+        metadata={"help": "Seconds that processes wait for one that encodes scans or makes a spectrum for all."},
+    )
     weights_license: str = field(
         default="other",
         metadata={"help": "Licence of the weights, for the model card; cc-by-sa-3.0 when trained on IXI."},
@@ -134,12 +137,12 @@ class Med3DConfig(_BaseConfig):
 
     def __post_init__(self) -> None:
         use_all_cores()  # here, because scripts compute (a spectrum, latents) before there is a trainer
-        if not torch.cuda.is_available():
-            self.use_cpu = True
+        if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
+            self.use_cpu = True  # also after `accelerate launch --cpu`, of which transformers knows nothing
         if "activation_checkpointing" in _CHECKPOINTING and self.activation_checkpointing is None:
             self.activation_checkpointing = self.gradient_checkpointing
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and bf16_is_fast()
+            self.bf16 = not self.fp16 and bf16_is_fast(on_gpu=not self.use_cpu)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must be False: batches are our own, no columns of a dataset.")
         if not 0.0 <= self.ema_decay < 1.0:
@@ -153,6 +156,8 @@ class Med3DConfig(_BaseConfig):
                 f"save_total_limit must be at least 2, got {self.save_total_limit}: a killed save needs the other."
             )
         super().__post_init__()
+        if self.n_gpu > 1:
+            self._n_gpu = 1  # one process, one GPU: transformers would use nn.DataParallel, without autocast
 
 
 class _EMACallback(TrainerCallback):
@@ -160,6 +165,9 @@ class _EMACallback(TrainerCallback):
 
     def __init__(self, trainer: "Med3DTrainer") -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.trainer.ema.to(args.device)  # DeepSpeed places the weights only now
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         self.trainer.ema.step(self.trainer.ema_parameters)
@@ -365,6 +373,14 @@ class Med3DTrainer(_BaseTrainer):
             logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
             self._parts.clear()
         super().log(logs, start_time)
+
+    def conclude_evaluation(self, results: dict[str, float]) -> dict[str, float]:
+        """Log what an evaluation found and tell the callbacks: in all processes what the first one found, because they
+        decide by it whether to save, together."""
+        results = broadcast_object_list([results])[0]
+        self.log(results)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
+        return results
 
     def log_figure(self, name: str, figure: Figure) -> None:
         """Write a picture to ``output_dir/figures/<name>.png`` and to TensorBoard, on the main process."""

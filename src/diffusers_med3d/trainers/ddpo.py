@@ -73,7 +73,7 @@ class Chunk(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Samples of all processes: `volumes` (N, C, X, Y, Z) on the CPU, `labels` (N,), `rewards` (N, R)."""
+    """Samples of all processes, on the CPU: `volumes` (N, C, X, Y, Z), `labels` (N,), `rewards` (N, R)."""
 
     volumes: torch.Tensor
     labels: torch.Tensor | None
@@ -199,7 +199,8 @@ class DDPOTrainer(Med3DTrainer):
         )
         self.add_callback(_Boundaries(self))
         device = self.accelerator.device
-        pipeline.vae.to(device)
+        for module in (unet, pipeline.vae):  # FSDP and DeepSpeed place the network only when training begins
+            module.to(device)
         if self.reference is not None:
             self.reference.to(device)
         for func in self.reward_funcs:
@@ -531,7 +532,8 @@ class DDPOTrainer(Med3DTrainer):
         # every batch (1, b, ...) becomes (processes, b, ...): not all volumes are on the device at once
         volumes = torch.cat([self.accelerator.gather(batch[None].to(device)).cpu() for batch in volumes], dim=1)
         asked = encode_rows(self.pipeline, conditions.select([i // num_generations for i in range(total)]))
-        return Scored(volumes.flatten(0, 1)[:total], asked.class_labels, rewards)
+        labels = None if asked.class_labels is None else asked.class_labels.cpu()
+        return Scored(volumes.flatten(0, 1)[:total], labels, rewards)
 
     def evaluate(
         self,
@@ -549,12 +551,10 @@ class DDPOTrainer(Med3DTrainer):
             metrics["quality/diversity"] = diversity(scored.volumes[:DIVERSITY_OF]).mean
         metrics["runtime"] = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
         if scored.volumes.shape[1] == 1:
             picture = orthogonal_views({"samples": scored.volumes[:4]}, self.pipeline.config.spacing)
             self.log_figure(f"{metric_key_prefix}_samples", picture)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.conclude_evaluation(metrics)
 
     # Saving
 

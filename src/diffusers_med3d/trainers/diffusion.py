@@ -220,10 +220,11 @@ class LatentDiffusionTrainer(Med3DTrainer):
         self, noisy: Tensor, timesteps: Tensor, labels: Tensor | None, others: dict[str, Tensor] | None
     ) -> Tensor:
         """Karras et al. 2024, equation 3: guide + scale * (network at the start - guide)."""
-        strong, weak = (
-            _under(unet, others)(noisy, timesteps, labels, return_dict=False)[0].float()
-            for unet in (self.teacher, self.guide)
-        )
+        with self.accelerator.autocast():
+            strong, weak = (
+                _under(unet, others)(noisy, timesteps, labels, return_dict=False)[0].float()
+                for unet in (self.teacher, self.guide)
+            )
         return weak + self.args.autoguidance_scale * (strong - weak)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
@@ -255,9 +256,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
             results[f"{metric_key_prefix}_loss"] = torch.stack(losses).mean().item()
             if self.args.eval_samples:
                 results |= self._judge_samples(generator, metric_key_prefix)
-        self.log(results)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
-        return results
+        return self.conclude_evaluation(results)
 
     def _judge_samples(self, generator: torch.Generator, prefix: str) -> dict[str, float]:
         count = self.args.eval_samples
@@ -275,7 +274,9 @@ class LatentDiffusionTrainer(Med3DTrainer):
             ]
         )
         scans = self.eval_dataset.stack()
-        distance = metrics.kid(self._features(samples), self._reference_features)
+        with torch.autocast(self.args.device.type, enabled=False):  # as precise as those of the scans
+            features = self._features(samples)
+        distance = metrics.kid(features, self._reference_features)
         shown = min(count, 6)
         picture = {"scans": scans[:shown, :1], "samples": samples[:shown, :1]}
         spacing = self.pipeline.config.spacing

@@ -86,9 +86,6 @@ class RewardModelConfig(Med3DConfig):
         },
     )
     max_shift: int = field(default=3, metadata={"help": "Volumes are shifted by up to this many voxels per axis."})
-    ddp_timeout: int = field(
-        default=24 * 3600, metadata={"help": "Seconds that one process waits for others, which make the spectrum."}
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,10 +290,8 @@ class RewardModelTrainer(Med3DTrainer):
             rows = score_spectrum(score, dataset, seed=self.args.seed, batch_size=self.args.per_device_eval_batch_size)
         summary = summarise(rows)
         results = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
-        self.log(results)
         self._log_pictures(summary, dataset)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
-        return results
+        return self.conclude_evaluation(results)
 
     def _log_pictures(self, summary: dict[str, float], dataset: SpectrumDataset) -> None:
         item = dataset[0]
