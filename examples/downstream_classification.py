@@ -161,7 +161,9 @@ def main() -> None:
         "classifier": asdict(settings),
         "generators": generators,
         "training_subjects": real_subjects,
+        "training_labels": real_labels.tolist(),
         "unseen_subjects": unseen_subjects,
+        "unseen_labels": unseen_labels.tolist(),
         **({"antialias": True} if data.antialias else {}),  # told apart from results of before there was a choice
     }
     found = once(output / "setting.json", lambda: setting)

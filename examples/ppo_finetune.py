@@ -25,11 +25,10 @@ from transformers import HfArgumentParser, ProgressCallback
 from diffusers_med3d import DDPOConfig, DDPOTrainer, MedDiffusion3DPipeline, SliceReward, VolumeReward
 from diffusers_med3d.figures import curves, orthogonal_views
 from diffusers_med3d.files import write_whole
-from diffusers_med3d.hub import resolve
 from diffusers_med3d.metrics import diversity, noise_level, sharpness
 from diffusers_med3d.trainers.base import checkpoint_to_resume
 from diffusers_med3d.trainers.ddpo import Scored
-from diffusers_med3d.trainers.spectrum_data import TRAINING_SUBJECTS
+from diffusers_med3d.trainers.spectrum_data import TRAINING_SUBJECTS, training_subjects_file
 
 PICTURED_PER_CLASS = 2
 
@@ -123,6 +122,7 @@ def by_class(scored: Scored, function: Callable[[torch.Tensor], float]) -> float
 def compare(trainer: DDPOTrainer, before: Scored, after: Scored, seconds: dict[str, float]) -> dict:
     """All figures of the closing table."""
     results: dict = {"volumes": len(before.rewards), "rewards": {}, "quality": {}, "seconds": seconds}
+    results |= {"steps": trainer.state.global_step, "max_steps": trainer.state.max_steps}
     for r, name in enumerate(trainer.reward_names):
         results["rewards"][name] = {
             "before": mean_and_interval(before.rewards[:, r]),
@@ -164,6 +164,7 @@ def table(results: dict) -> str:
     for name, figures in results["quality"].items():
         difference = figures["after"] - figures["before"]
         rows.append((name, f"{figures['before']:.4f}", f"{figures['after']:.4f}", f"{difference:+.4f}"))
+    rows.append(("optimizer steps", "", f"{results['steps']} of {results['max_steps']}", ""))
     rows.append(("KL to the start", "0", "not measured" if results["kl"] is None else f"{results['kl']:.2e}", ""))
     rows.append(
         (
@@ -238,8 +239,8 @@ def main() -> None:
     trainer.accelerator.end_training()
     if not trainer.is_world_process_zero():
         return
-    known = Path(resolve(script.pipeline)) / TRAINING_SUBJECTS
-    if known.is_file():  # fine-tuning reads no scan: what the generator has seen is what it was made from
+    known = training_subjects_file(script.pipeline)
+    if known is not None:  # fine-tuning reads no scan: what the generator has seen is what it was made from
         write_whole(Path(args.output_dir) / TRAINING_SUBJECTS, known.read_text())
     results = compare(trainer, before, after, seconds)
     summary = table(results)

@@ -184,9 +184,7 @@ class Experiment:
         self._scans: dict[str, VolumeSet] = {}
         self._weights: dict[str, str] = {}
         split = load_split(data.split_file)
-        refuse_seen_subjects(
-            split["validation"] + split["test"], read_training_subjects(resolve(args.base)), "the base"
-        )
+        refuse_seen_subjects(split["validation"] + split["test"], read_training_subjects(args.base), "the base")
         setting = {name: value for name, value in asdict(data).items() if name not in ("data_dir", "split_file")}
         setting |= {"split": experiment.content_hash(split), "base": fingerprint(self.base)}
         setting |= {reward.__name__: tensor_hash(reward.model.state_dict().items()) for reward in self.rewards}
@@ -331,7 +329,7 @@ class Experiment:
         samples = len(self.data.class_names) * setting["group_size"]
         if samples % self.budget.batch_size:
             raise ValueError(f"batch_size {self.budget.batch_size} must divide the {samples} samples of a rollout.")
-        words = ["--pipeline", self.args.base, "--eval_volumes", "2"]
+        words = ["--pipeline", self.args.base, "--eval_volumes", "2", "--max_minutes", "inf"]
         words += ["--volume_reward", "" if rewards == "2d" else self.args.volume_reward]
         words += ["--slice_reward", "" if rewards == "3d" else self.args.slice_reward]
         chosen = {
@@ -503,6 +501,7 @@ def continued(e: Experiment) -> str:
         return {"best": names[best], "tried": [{"learning_rate": rate, "kid": kid} for rate, kid in tried.items()]}
 
     made_from = {"rates": budget.continued_learning_rates, "samples": budget.num_samples, **setting}
+    made_from |= {"extractor": e.args.extractors[0], "sampler": [budget.guidance_scales[0], budget.sampling_steps[0]]}
     return f"{e.result('continued', made_from, make)['best']}, {steps} steps"
 
 
@@ -516,7 +515,8 @@ def sampler(e: Experiment) -> str:
         best, tried = experiment.coordinate_sweep(grid, lambda one: e.judge(Candidate(e.args.base, **one))["kid"])
         return {"best": best, "tried": [{**one, "kid": own} for one, own in tried]}
 
-    return experiment.table(e.result("sampler", {**grid, "samples": e.budget.num_samples}, make)["tried"])
+    made_from = {**grid, "samples": e.budget.num_samples, "extractor": e.args.extractors[0]}
+    return experiment.table(e.result("sampler", made_from, make)["tried"])
 
 
 def evaluate(e: Experiment) -> str:

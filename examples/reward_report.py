@@ -17,7 +17,6 @@ from transformers import HfArgumentParser
 from diffusers_med3d import figures
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.files import write_json, write_whole
-from diffusers_med3d.hub import resolve
 from diffusers_med3d.metrics.bootstrap import (
     Interval,
     bootstrap_interval,
@@ -114,7 +113,7 @@ def main() -> None:
     paths = build_spectrum(
         MedDiffusion3DPipeline.from_pretrained(args.generator).to(device),
         scans,
-        read_training_subjects(resolve(args.generator)),
+        read_training_subjects(args.generator),
         output / f"spectrum-{args.part}",
         args.strengths,
         args.spectrum_steps,

@@ -53,12 +53,14 @@ class ModelArguments:
     )
 
 
-def build(args: ModelArguments) -> AutoencoderKL3D | VQModel3D:
+def build(args: ModelArguments, in_channels: int) -> AutoencoderKL3D | VQModel3D:
     """The network that the arguments describe."""
     if args.init_from:
         return (VQModel3D if args.kind == "vq" else AutoencoderKL3D).from_pretrained(args.init_from)
     if args.kind == "vq":
         return VQModel3D(
+            in_channels=in_channels,
+            out_channels=in_channels,
             channels=args.channels,
             num_res_layers=args.num_res_blocks,
             num_res_channels=args.channels,
@@ -67,6 +69,8 @@ def build(args: ModelArguments) -> AutoencoderKL3D | VQModel3D:
             decay=args.codebook_decay,
         )
     autoencoder = AutoencoderKL3D(
+        in_channels=in_channels,
+        out_channels=in_channels,
         channels=args.channels,
         latent_channels=args.latent_channels,
         num_res_blocks=args.num_res_blocks,
@@ -83,10 +87,11 @@ def main() -> None:
         [DataArguments, ModelArguments, AutoencoderConfig]
     ).parse_args_into_dataclasses()
     set_seed(args.seed)
+    scans = VolumeDataset.from_arguments(data, "train")
     trainer = AutoencoderTrainer(
-        model=build(model),
+        model=build(model, in_channels=len(scans[0]["volume"])),
         args=args,
-        train_dataset=VolumeDataset.from_arguments(data, "train"),
+        train_dataset=scans,
         eval_dataset=VolumeDataset.from_arguments(data, "validation"),
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))

@@ -33,8 +33,9 @@ class ModelArguments:
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Pipeline (also one from MONAI) whose UNet training starts from, with its classes and its "
-            "noise schedule; random weights when not set."
+            "help": "Pipeline (also one from MONAI) whose UNet training starts from, with its classes, channel names "
+            "and noise schedule; --prediction_type, --shift and what shapes the network then do nothing. Not set: "
+            "random weights."
         },
     )
     autoguide: str | None = field(
@@ -104,6 +105,7 @@ def main() -> None:
     if model.init_from:
         start = MedDiffusion3DPipeline.from_pretrained(model.init_from)
         unet, scheduler, class_names = start.unet, start.scheduler, start.config.class_names
+        model.channel_names = model.channel_names or start.config.channel_names
     else:
         unet = DiffusionUNet3D(
             in_channels=autoencoder.latent_channels,
@@ -137,7 +139,7 @@ def main() -> None:
         eval_dataset=VolumeDataset.from_arguments(data, "validation"),
         guide=MedDiffusion3DPipeline.from_pretrained(model.autoguide) if model.autoguide else None,
         earlier_subjects=set().union(
-            *(read_training_subjects(resolve(seen)) for seen in (model.init_from, model.autoguide) if seen)
+            *(read_training_subjects(seen) for seen in (model.init_from, model.autoguide) if seen)
         ),
     )
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))

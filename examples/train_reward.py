@@ -15,7 +15,6 @@ from accelerate import PartialState
 from transformers import HfArgumentParser, set_seed
 
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.hub import resolve
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.pipeline import MedDiffusion3DPipeline
 from diffusers_med3d.trainers.base import checkpoint_to_resume
@@ -59,9 +58,10 @@ class RewardArguments:
     spectrum_batch_size: int = field(default=16, metadata={"help": "Scans at a time when the spectrum is made."})
 
 
-def build(args: RewardArguments) -> VolumeRewardModel | SliceRewardModel:
+def build(args: RewardArguments, in_channels: int) -> VolumeRewardModel | SliceRewardModel:
     """The network that the arguments describe."""
     common = {
+        "in_channels": in_channels,
         "channels": args.channels,
         "norm_num_groups": args.norm_num_groups,
         "num_members": args.num_members,
@@ -82,7 +82,7 @@ def spectra(
         if generator is None:
             continue
         pipeline = MedDiffusion3DPipeline.from_pretrained(generator).to(args.device)
-        trained_on = read_training_subjects(resolve(generator))
+        trained_on = read_training_subjects(generator)
         for part in parts:
             paths["validation" if part == "validation" else "train"] += build_spectrum(
                 pipeline,
@@ -104,8 +104,11 @@ def main() -> None:
     parser = HfArgumentParser([DataArguments, RewardArguments, RewardModelConfig])
     data, reward, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
-    model = build(reward)
-    model.check_input(torch.zeros(1, 1, *data.volume_shape))  # too small a grid, before hours of making the spectrum
+    in_channels = MedDiffusion3DPipeline.from_pretrained(reward.generator_a).vae.config.in_channels
+    model = build(reward, in_channels)
+    model.check_input(
+        torch.zeros(1, in_channels, *data.volume_shape)
+    )  # too small a grid, before hours of making the spectrum
     if args.world_size > 1:
         spectra(data, reward, args, (args.process_index, args.world_size))
         PartialState().wait_for_everyone()

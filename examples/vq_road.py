@@ -138,7 +138,7 @@ def drive(args: RoadArguments) -> dict[str, dict[str, float]]:
 
     ppo = ["--pipeline", str(root / "generator-a"), "--volume_reward", str(root / "reward-3d")]
     ppo += ["--slice_reward", str(root / "reward-2d"), "--max_steps", str(args.ppo_steps)]
-    ppo += ["--eval_volumes", str(args.eval_volumes)]
+    ppo += ["--eval_volumes", str(args.eval_volumes), "--max_minutes", "inf"]
     results = root / "ppo" / "results.json"
     road["ppo"] = run_stage(
         "4 PPO", root / "ppo", "ppo_finetune.py", ppo, lambda output: json.loads(results.read_text())

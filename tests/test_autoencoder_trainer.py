@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -328,6 +330,21 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, scans):
 def run_script(*arguments: str) -> subprocess.CompletedProcess:
     script = REPOSITORY / "examples" / "train_autoencoder.py"
     return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ)
+
+
+def test_the_script_takes_as_many_channels_as_the_scans_have(tmp_path, brains_folder):
+    shutil.copytree(brains_folder, tmp_path / "scans")
+    for path in (tmp_path / "scans" / "images").iterdir():
+        image = nibabel.load(path)
+        both = np.stack([image.get_fdata(), image.get_fdata()[::-1]], axis=-1).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(both, image.affine), path)
+    (tmp_path / "split.json").write_text(json.dumps(SPLIT))
+    common = ["--data_dir", str(tmp_path / "scans"), "--split_file", str(tmp_path / "split.json"), "--max_steps", "1"]
+    common += ["--volume_shape", "16", "16", "16", "--spacing", "12", "12", "12", "--channels", "4", "8", "8"]
+    common += ["--latent_channels", "2", "--crop_size", "0", "--per_device_train_batch_size", "2"]
+    done = run_script(*common, "--output_dir", str(tmp_path / "out"), "--adversarial_weight", "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert AutoencoderKL3D.from_pretrained(tmp_path / "out").config.in_channels == 2
 
 
 def test_the_script_trains_two_steps_is_resumed_and_writes_a_loadable_autoencoder(tmp_path, brains_folder):

@@ -274,7 +274,9 @@ def test_the_script_goes_on_from_a_maisi_pipeline(tiny_vae, brains_folder, tmp_p
         num_class_embeds=4, context_names=["age"],
     )  # fmt: skip
     names = {"ct": 1, "other": 2, "mri": 3}
-    start = MedDiffusion3DPipeline(tiny_vae, unet, flow_scheduler(1.5), VOLUME_SHAPE, SPACING, class_names=names)
+    start = MedDiffusion3DPipeline(
+        tiny_vae, unet, flow_scheduler(1.5), VOLUME_SHAPE, SPACING, class_names=names, channel_names=["flair"]
+    )
     start.save_pretrained(tmp_path / "start")
     (tmp_path / "start" / "training_subjects.json").write_text('["somebody else"]')
     split = {
@@ -293,6 +295,7 @@ def test_the_script_goes_on_from_a_maisi_pipeline(tiny_vae, brains_folder, tmp_p
     )  # fmt: skip
     trained = MedDiffusion3DPipeline.from_pretrained(tmp_path / "out")
     assert isinstance(trained.unet, DiffusionUNetMaisi3D) and trained.config.class_names == names
+    assert trained.config.channel_names == ["flair"]
     assert trained.scheduler.config.shift == 1.5
     moved = [not torch.equal(p, q) for p, q in zip(trained.unet.parameters(), unet.parameters(), strict=True)]
     assert any(moved)

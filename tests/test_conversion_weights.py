@@ -301,6 +301,10 @@ def test_a_pipeline_goes_to_monais_classes_and_back_with_equal_volumes(tiny_pipe
     torch.testing.assert_close(*runs, atol=1e-5, rtol=1e-5)
     with pytest.raises(FileExistsError, match="exists already"):
         save_monai_bundle(tiny_pipeline, folder)
+    with pytest.warns(UserWarning, match="scheduler.timesteps = "):
+        half = save_monai_bundle(tiny_pipeline.to(torch.float16), tmp_path / "half")
+    autoencoder.load_state_dict(read_weights(half / "models" / "autoencoder.safetensors")[0])
+    torch.testing.assert_close(autoencoder.decode(latents / config["scale_factor"]), decoded, atol=5e-3, rtol=5e-3)
 
 
 @torch.no_grad()

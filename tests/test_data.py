@@ -177,7 +177,12 @@ def test_a_single_edge_belongs_to_the_lower_class(age, label):
 
 def test_labels_that_are_class_names_need_no_edges():
     assert [class_of(name, ["LGG", "HGG"], []) for name in ("HGG", "LGG", None)] == [1, 0, 2]
-    assert [class_of(number, ["0", "1"], []) for number in (1, 0, "1")] == [1, 0, 1]
+    assert [class_of(number, ["0", "1"], []) for number in (1, 0, "1", 1.0)] == [
+        1,
+        0,
+        1,
+        1,
+    ]  # float: a column with gaps
     with pytest.raises(ValueError, match="'hgg' is none of the classes"):
         class_of("hgg", ["LGG", "HGG"], [])
 
@@ -271,6 +276,10 @@ def nothing_above_zero(path: Path) -> None:
     rewrite(path, nibabel.load(path).get_fdata().astype(np.float32) - 2000)
 
 
+def hounsfield(path: Path) -> None:
+    rewrite(path, nibabel.load(path).get_fdata().astype(np.float32) - 300)  # air far below 0, the rest above
+
+
 def rewrite(path: Path, array: np.ndarray) -> None:
     nibabel.save(nibabel.Nifti1Image(array, nibabel.load(path).affine), path)
 
@@ -300,6 +309,7 @@ def flat_picture(path: Path) -> None:
         (unknown_voxels, "cannot be read as NIfTI"),
         (negative_side, "cannot be read as NIfTI"),
         (nothing_above_zero, "cannot be prepared: nothing in the scan is above 0"),
+        (hounsfield, "cannot be prepared: intensities reach from -300 to [0-9.]+; they must be positive"),
         (not_a_number, "holds 2 NaN or infinite voxels"),
         (all_zero, "is empty: every voxel is 0.0"),
         (flat_picture, r"must have 3 or 4 axes, got shape \(8, 8\)"),

@@ -248,6 +248,13 @@ def test_the_example_reports_resumes_and_refuses_another_trial(
         with pytest.raises(ValueError, match=rf"results of another trial \(other {changed}\)"):
             launch("--seeds", "2", *flags)
 
+    corrected = shutil.copytree(brains_folder, tmp_path / "corrected") / "metadata.csv"
+    rows = corrected.read_text()
+    corrected.write_text(rows.replace("sub-01,22.5", "sub-01,62").replace("sub-06,62", "sub-06,22.5"))
+    assert corrected.read_text() != rows
+    with pytest.raises(ValueError, match=r"results of another trial \(other training_labels\)"):
+        launch("--seeds", "2", "--steps", "2", "--data_dir", str(corrected.parent))
+
     # what could not be trained or judged is refused before anything is sampled
     shutil.rmtree(out)
     (tmp_path / "after" / "training_subjects.json").write_text('["sub-01", "sub-07"]')

@@ -99,6 +99,9 @@ def test_sampling_goes_on_where_it_stopped_and_does_not_depend_on_the_batch(data
     assert torch.allclose(sample("d", 1, eta=1.0).volumes, noisy.volumes, atol=1e-4)
     with pytest.raises(ValueError, match=r"seeds must differ.*\[0, 0\]"):
         sample("b", 3, seeds=(0, 0))
+    data.class_names, data.class_edges = ["young", "old"], [50.0]  # class 1 was middle
+    with pytest.raises(ValueError, match=r"other settings.*'classes'"):
+        sample("a", 3, labels=(0, 1))
 
 
 def test_a_generator_of_another_grid_or_other_classes_is_refused(data, tiny_pipeline):
@@ -150,8 +153,8 @@ def test_versions_of_other_scans_are_not_taken_for_these(data, tiny_pipeline, tm
     with pytest.raises(ValueError, match=r"other settings.*'labels': \(\[0, 1, 2\], \[0, 1, 1\]\)"):
         make(VolumeSet(scans.volumes, [0, 1, 1], scans.subjects))
     data.antialias = True
-    with pytest.raises(ValueError, match=r"'antialias': \(False, True\)"):
-        make(scans)
+    with pytest.raises(ValueError, match=r"made with other settings.*'voxels'"):
+        make(evaluation.volume_set(VolumeDataset.from_arguments(data, "validation")))
 
 
 def spread(name: str, count: int, offset: float, width: float = 0.05) -> VolumeSet:

@@ -36,6 +36,7 @@ from diffusers_med3d import (
 )
 from diffusers_med3d.cards import NOT_FOR_CLINICAL_USE, missing, sections
 from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.evaluation import check_unseen
 from diffusers_med3d.hub import (
     PublishMixin,
     bundled_names,
@@ -46,6 +47,7 @@ from diffusers_med3d.hub import (
     resolve,
 )
 from diffusers_med3d.trainers.reward import RewardModelTrainer
+from diffusers_med3d.trainers.spectrum_data import read_training_subjects
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PIPELINE_FILES = {
@@ -121,6 +123,17 @@ def test_a_reward_model_goes_to_the_hub_and_back_as_a_reward(hub, tiny_volumes, 
     loaded = reward.from_pretrained("org/reward", token=hub.token)
     assert torch.equal(loaded(tiny_volumes), reward(model)(tiny_volumes))
     assert type(AutoModel.from_pretrained("org/reward")) is kind
+
+
+def test_a_generator_on_the_hub_says_what_it_was_trained_on_and_one_that_does_not_is_refused(hub, tiny_pipeline):
+    tiny_pipeline.push_to_hub("org/tiny", token=hub.token)
+    with pytest.raises(FileNotFoundError, match="org/tiny has no training_subjects.json"):
+        read_training_subjects("org/tiny")
+    check_unseen("org/tiny", ["sub-01"])  # nobody can tell
+    HfApi().upload_file(path_or_fileobj=b'["sub-01"]', path_in_repo="training_subjects.json", repo_id="org/tiny")
+    assert read_training_subjects("org/tiny") == {"sub-01"}
+    with pytest.raises(ValueError, match="1 of 2 subjects were in the training set of 'tiny'"):
+        check_unseen("org/tiny", ["sub-01", "sub-02"])
 
 
 def test_an_autoencoder_alone_gets_a_card_too(hub, tiny_vae):

@@ -161,6 +161,8 @@ def test_a_local_folder_goes_before_a_bundled_name_and_hub_ids_pass_through(tmp_
     Path("brain-t1").mkdir()
     assert resolve("brain-t1") == "brain-t1"
     assert resolve("org/name") == "org/name"
+    Path("adapter.safetensors").touch()
+    assert resolve("adapter.safetensors") == "adapter.safetensors"
 
 
 @pytest.mark.parametrize("name", [name for name in bundled_names() if "reward" not in name])

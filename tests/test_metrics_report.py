@@ -23,6 +23,7 @@ from diffusers_med3d.metrics import (
     ms_ssim,
     sharpness,
 )
+from diffusers_med3d.metrics.sets import Sets
 
 SIZE = 16
 
@@ -287,6 +288,28 @@ def test_classes_with_one_subject_are_pooled_and_the_report_says_so():
     report = evaluate({"m": samples}, lonely, TRAIN, [COARSE], (3, 3, 3), num_resamples=20)
     assert any("pooled" in note and "class 1" in note for note in report.notes)
     assert np.isfinite(report.figure("KID").sets["m"].value)
+
+
+def test_pooled_classes_leave_the_floor_the_mix_of_the_reference():
+    rng = np.random.default_rng(0)
+    train_labels = [0] * 20 + [1] * 60 + [2] * 20  # the reference has nine of class 0, one of class 1, none of class 2
+    brightness = np.array([0.2, 0.5, 0.9])[train_labels]
+    dots = torch.from_numpy(brightness[:, None, None, None, None] + 0.01 * rng.random((100, 1, 16, 16, 16)))
+    train = VolumeSet(dots.float(), train_labels, [f"t{i // 2}" for i in range(100)])  # two scans of every subject
+    labels = [0] * 9 + [1]
+    reference = VolumeSet(train.volumes[[*range(9), 20]], labels, [f"r{i}" for i in range(10)])
+    samples = VolumeSet(reference.volumes, labels, [f"s{i}" for i in range(10)])
+    sets = Sets({"m": samples}, reference, train, num_resamples=400, seed=0)
+    values = brightness + 0.005
+    expected = 0.9 * 0.2 + 0.1 * 0.5 + 0.005
+    means = sets.mean("floor", values)
+    assert means[0] == pytest.approx(expected) and means.mean() == pytest.approx(expected, abs=0.01)
+    rows = np.concatenate([sets.floor_rows() for _ in range(200)])
+    assert values[rows].mean() == pytest.approx(expected, abs=0.02) and not set(rows) & set(range(80, 100))
+    weights = sets.floor_weights()
+    assert (weights @ values / weights.sum(1)).mean() == pytest.approx(expected, abs=0.02)
+    assert (weights[:, ::2] == weights[:, 1::2]).all()  # all scans of a subject are drawn together
+    assert weights.sum(1).mean() == pytest.approx(10)
 
 
 @pytest.mark.parametrize(

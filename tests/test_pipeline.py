@@ -383,6 +383,7 @@ VOLUME = torch.zeros(1, 1, 16, 16, 16)
         ({"volumes": VOLUME, "strength": 1.2}, r"strength must lie in \[0, 1\], got 1.2"),
         ({"volumes": VOLUME, "strength": float("nan")}, "strength must lie in"),
         ({"volumes": VOLUME, "strength": 0.04, "num_inference_steps": 10}, "num_inference_steps >= 13"),
+        ({"volumes": VOLUME, "strength": 0.05, "num_inference_steps": 10}, "num_inference_steps >= 11"),
         ({"volumes": VOLUME[0], "strength": 0.5}, r"volumes must have shape \(B, C, X, Y, Z\)"),
         ({"volumes": VOLUME.repeat(1, 2, 1, 1, 1), "strength": 0.5}, "volumes must have 1 channel"),
         ({"volumes": VOLUME + 2, "strength": 0.5}, r"volumes must lie in \[0, 1\], got \[2, 2\]"),

@@ -90,6 +90,7 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
     frozen = (out / "frozen.json").read_text()
     assert json.loads(frozen)["setting"] == {"learning_rate": 1e-5, "beta": 0.01, "window": 2, "group_size": 2}
     assert not list(out.rglob("checkpoint-*"))
+    assert "| max_minutes | inf |" in (out / "arms" / "both-0" / "README.md").read_text()  # all steps, however slow
     with pytest.raises(ValueError, match=r"frozen.json was made with other settings.*'rl_steps': \(2, 3\)"):
         launch("--steps", "arms", "--rl_steps", "3")
     with pytest.raises(ValueError, match=r"'learning_rate': \(1e-05, 2e-05\)"):
@@ -188,5 +189,7 @@ def test_a_sweep_freezes_the_better_setting_of_a_flow_and_is_not_made_again(laun
 
 def test_a_base_that_was_trained_on_subjects_that_judge_is_refused(launch, tmp_path):
     (tmp_path / "base" / "training_subjects.json").write_text(json.dumps(["sub-25", "sub-27"]))
-    with pytest.raises(ValueError, match="1 validation or test subjects .* the first is 'sub-27'"):
+    with pytest.raises(
+        ValueError, match="1 of 10 subjects were in the training set of the base, the first is 'sub-27'"
+    ):
         launch("--steps", "gate")

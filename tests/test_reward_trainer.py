@@ -531,6 +531,13 @@ def test_a_reward_that_knows_its_training_scans_is_found_out_within_each_class(d
     assert training_above_unseen([2.0, 2.0, 2.0], [1.0] * 4, training, unseen).value == 1
 
 
+@pytest.mark.parametrize("kind", ["3d", "2d"])
+def test_the_training_script_takes_as_many_channels_as_the_generator_makes(kind):
+    script = runpy.run_path(str(EXAMPLES / "train_reward.py"))
+    arguments = script["RewardArguments"](generator_a="a", kind=kind, channels=[8, 16], norm_num_groups=4)
+    assert script["build"](arguments, in_channels=2)(torch.rand(1, 2, 16, 16, 16)).shape == (1,)
+
+
 def test_the_training_script_refuses_generators_of_the_wrong_fold(script_arguments, tmp_path, monkeypatch):
     swapped = ["--generator_a", tmp_path / "b", "--generator_b", tmp_path / "a", "--output_dir", tmp_path / "x"]
     with pytest.raises(ValueError, match="the generator of the other fold"):

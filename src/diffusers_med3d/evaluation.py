@@ -19,12 +19,22 @@ from tqdm.auto import tqdm
 
 from . import figures
 from .data import FOREGROUND_THRESHOLD, DataArguments, VolumeDataset, to_meta_tensor, volume_transform
+from .data.latents import tensor_hash
 from .files import write_json, write_whole
-from .hub import resolve
 from .metrics import Extractor, Report, VolumeSet, bootstrap_interval, evaluate
 from .metrics.report import FLOOR, REFERENCE
 from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
-from .spectrum import DAMAGES, FULL_SAMPLE, HALF_SWAP, HALF_SWAP_SEVERITY, ROUND_TRIP, damage, partial_noising
+from .spectrum import (
+    DAMAGES,
+    FULL_SAMPLE,
+    HALF_SWAP,
+    HALF_SWAP_SEVERITY,
+    ROUND_TRIP,
+    brightness,
+    damage,
+    nearest_in_brightness,
+    partial_noising,
+)
 from .trainers.conditions import (
     LABEL_COLUMN,
     call_arguments,
@@ -34,12 +44,12 @@ from .trainers.conditions import (
     scan_rows,
 )
 from .trainers.spectrum_data import (
-    TRAINING_SUBJECTS,
     fingerprint,
     level_name,
     read_training_subjects,
     refuse_seen_subjects,
     seeded,
+    training_subjects_file,
 )
 
 SETTINGS, SCANS = "settings.json", "scans.json"
@@ -181,16 +191,14 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 def check_unseen(model: str, subjects: Collection[str]) -> None:
     """Refuse a generator that was trained on subjects that are to judge it, as far as that is known.
 
-    It is of a folder or bundled generator with the list that the training scripts leave beside it. Of one from the
-    Hub nobody can tell here.
+    It is where the list that the training scripts leave beside a generator is there.
 
     Raises:
         ValueError: with their number and the first of them.
     """
-    folder = Path(resolve(model))
-    if not (folder / TRAINING_SUBJECTS).is_file():
+    if training_subjects_file(model) is None:
         return
-    refuse_seen_subjects(subjects, read_training_subjects(folder), repr(folder.name))
+    refuse_seen_subjects(subjects, read_training_subjects(model), repr(Path(model).name))
 
 
 def check_pipeline(pipeline: MedDiffusion3DPipeline, data: DataArguments) -> None:
@@ -291,6 +299,7 @@ def sample_volumes(
         "guidance_scale": guidance_scale,
         "eta": eta,
         "background": background,
+        "classes": list(data.class_names),
     }
     asked = asked_for(pipeline, labels, data, like)
     if condition_names(pipeline):
@@ -380,12 +389,12 @@ def gate_versions(
     if condition_names(pipeline):
         settings["like"] = asked.to_dict()
     _check_settings(folder, settings)
-    made_of = {"subjects": scans.subjects, "labels": scans.labels, "antialias": data.antialias}
+    made_of = {"subjects": scans.subjects, "labels": scans.labels, "voxels": tensor_hash([("", scans.volumes)])}
     _check_settings(folder, made_of, SCANS)
     levels = {level_name(strength): strength for strength in (ROUND_TRIP, *sorted(strengths), FULL_SAMPLE)}
     versions = {}
     pipeline.set_progress_bar_config(disable=True)
-    kinds = [*levels, *DAMAGES, *([HALF_SWAP] if len(scans) > 1 else [])]
+    kinds = [*levels, *DAMAGES, *([HALF_SWAP] if len(set(scans.subjects)) > 1 else [])]
     with tqdm(total=len(kinds) * len(scans), desc="making the gate's versions", unit="volume") as progress:
         for name in kinds:
             own = [f"{name} {subject}" if name == level_name(FULL_SAMPLE) else subject for subject in scans.subjects]
@@ -416,8 +425,11 @@ def gate_versions(
 
 
 def _damaged(scans: VolumeSet, index: int, kind: str, severity: float, seed: int) -> Tensor:
-    other = scans.volumes[(index + 1) % len(scans)] if kind == HALF_SWAP else None
-    severity = HALF_SWAP_SEVERITY if kind == HALF_SWAP else severity
+    other = None
+    if kind == HALF_SWAP:
+        light = torch.tensor([brightness(volume) for volume in scans.volumes])
+        subjects = torch.tensor([scans.subjects.index(subject) for subject in scans.subjects])
+        other, severity = scans.volumes[nearest_in_brightness(light, subjects, index)], HALF_SWAP_SEVERITY
     return damage(scans.volumes[index], kind, severity, seeded("gate", seed, index, kind), other)
 
 

@@ -40,20 +40,21 @@ def bundled_names() -> list[str]:
 def resolve(name_or_path: str | os.PathLike) -> str:
     """Turn a bundled name into its folder; leave local paths and Hub ids as they are.
 
-    A bundled name is a bare name: without a slash, and not itself a local folder.
+    A bundled name is a bare name: without a slash, and not itself a local folder or file.
 
     Args:
-        name_or_path: ``"brain-t1"``, a local folder, or a Hub id ``"org/name"``.
+        name_or_path: ``"brain-t1"``, a local folder or file, or a Hub id ``"org/name"``.
 
     Raises:
-        ValueError: a bare name that is neither bundled nor a local folder.
+        ValueError: a bare name that is neither bundled nor a local folder or file.
     """
     name = os.fspath(name_or_path)
-    if os.path.isdir(name) or "/" in name or os.sep in name:
+    if os.path.exists(name) or "/" in name or os.sep in name:
         return name
     if name not in bundled_names():
         raise ValueError(
-            f"{name!r} is no bundled checkpoint and no local folder. Bundled: {', '.join(bundled_names()) or 'none'}. "
+            f"{name!r} is no bundled checkpoint and no local folder or file. "
+            f"Bundled: {', '.join(bundled_names()) or 'none'}. "
             "A model on the Hub has an id with a slash, such as 'org/name'."
         )
     return str(CHECKPOINTS / name)
@@ -196,7 +197,7 @@ class PublishMixin:
                 the saved one.
 
         Raises:
-            ValueError: a bare name that is neither bundled nor a local folder.
+            ValueError: a bare name that is neither bundled nor a local folder or file.
         """
         return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
 

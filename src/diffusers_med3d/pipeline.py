@@ -426,8 +426,8 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             raise ValueError(f"strength must lie in [0, 1], got {strength}.")
         if strength > 0 and round(strength * num_inference_steps) == 0:
             raise ValueError(
-                f"strength={strength} is less than half of one of {num_inference_steps} steps; "
-                f"use num_inference_steps >= {math.ceil(0.5 / strength)}, or strength 0 for a round trip."
+                f"strength={strength} is no more than half of one of {num_inference_steps} steps; "
+                f"use num_inference_steps >= {math.floor(0.5 / strength) + 1}, or strength 0 for a round trip."
             )
         check_volumes(volumes, self.vae.config.in_channels)
         if len(volumes) == 0:

@@ -208,6 +208,9 @@ def _fold_statistics(vae: Autoencoder, state: dict[str, Tensor]) -> None:
             "MONAI knows one scale factor for the whole latent; this VQModel3D has a mean or standard deviations per "
             "channel, which cannot go into its codebook."
         )
+    for name in ("quant_conv_mu", "quant_conv_log_sigma", "post_quant_conv"):
+        for part in ("weight", "bias"):
+            state[f"{name}.conv.{part}"] = state[f"{name}.conv.{part}"].float()  # of a half precision pipeline
     mean, std = torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
     rows = std.view(-1, 1, 1, 1, 1)
     state["quant_conv_mu.conv.weight"] /= rows

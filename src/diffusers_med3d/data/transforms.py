@@ -39,6 +39,23 @@ def shift_volume(volume: torch.Tensor, shift: Sequence[int]) -> torch.Tensor:
     return volume
 
 
+def check_positive(volume: MetaTensor) -> MetaTensor:
+    """The volume as it is, if its intensities are positive on a background of 0; what lies below 0 would become 0.
+
+    Raises:
+        ValueError: a channel (of CT in Hounsfield units, or of z-scores) where what lies below 0 weighs more than 1 %
+            of what lies above; so much is left to interpolation that overshoots.
+    """
+    for channel in volume:
+        below, above = (float(side.double().sum()) for side in ((-channel).clamp(min=0), channel.clamp(min=0)))
+        if above and below > 0.01 * above:
+            raise ValueError(
+                f"intensities reach from {float(channel.min()):.4g} to {float(channel.max()):.4g}; they must be "
+                "positive on a background of 0 (shift them: Hounsfield units by 1024, say)."
+            )
+    return volume
+
+
 def scale_foreground(volume: MetaTensor) -> MetaTensor:
     """Robust range: 0 stays 0 and the 99.5th percentile of what is above 0 becomes 1, clipped, channel by channel."""
     scaled = []
@@ -71,6 +88,7 @@ def volume_transform(volume_shape: Sequence[int], spacing: Sequence[float], anti
     smooth = [partial(smooth_for_spacing, spacing=spacing)] if antialias else []
     return Compose(
         [
+            check_positive,
             Orientation(axcodes="RAS"),
             *smooth,
             Spacing(pixdim=tuple(spacing), mode="bilinear", padding_mode="zeros"),

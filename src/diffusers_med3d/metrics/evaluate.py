@@ -134,7 +134,7 @@ def _similarity_figures(sets: Sets, max_pairs: int, seed: int) -> list[Figure]:
         pairs = ms_ssim_matrix(one.volumes[torch.from_numpy(rows)], labels.tolist(), max_pairs=max_pairs, seed=seed)
         pairs = pairs.double().numpy()
         allowed = distinct(subjects, subjects) & np.isfinite(pairs)
-        weights = sets.weights[name][:, rows]
+        weights = sets.weights[name][:, rows] / (sets.balance[rows] if name == FLOOR else 1)  # balanced when drawn
         mean[name] = weighted_pair_mean(
             pairs, allowed, weights, labels, weights, labels, sets.shares, within_class=True
         )

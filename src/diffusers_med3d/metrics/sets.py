@@ -119,11 +119,18 @@ class Sets:
                 "over pairs within a class are impossible."
             )
             self.labels = {name: np.zeros_like(labels) for name, labels in self.labels.items()}
+        # of every training scan: what brings their class mix to the reference's; within a class they are alike
+        self.balance = np.ones(len(train))
+        if few:
+            wanted, found = class_shares(reference.labels), class_shares(train.labels)
+            self.balance = np.array([wanted.get(c, 0.0) / found[c] for c in train.labels])
+            self.labels[FLOOR][self.balance == 0] = -1  # a class that the reference lacks
         self.shares = class_shares(self.labels[REFERENCE])
         self.weights = {
             name: bootstrap_weights(one.subjects, self.labels[name], num_resamples, seed)
             for name, one in self.all.items()
         }
+        self.weights[FLOOR] *= self.balance
         # made from the reference scans themselves, as round-trips are: no independent set
         self.derived = {name for name, one in models.items() if set(one.subjects) & set(reference.subjects)}
         self.rng = np.random.default_rng([seed, 1])
@@ -152,20 +159,25 @@ class Sets:
 
     def floor_rows(self) -> NDArray[np.int64]:
         """A draw of as many training scans of each class, without replacement."""
-        labels = self.labels[FLOOR]
-        rows = [
-            self.rng.choice(np.flatnonzero(labels == c), count, replace=False)
-            for c, count in self.matched_counts.items()
-        ]
+        rows = []
+        for c, count in self.matched_counts.items():
+            members = np.flatnonzero(self.labels[FLOOR] == c)
+            balance = self.balance[members]
+            chances = None if (balance == balance[0]).all() else balance / balance.sum()
+            rows.append(self.rng.choice(members, count, replace=False, p=chances))
         return np.sort(np.concatenate(rows))
 
     def floor_weights(self) -> NDArray[np.float64]:
-        """(R, T): as many training scans of each class as matched, drawn with replacement."""
-        labels = self.labels[FLOOR]
-        weights = np.zeros((self.num_resamples, len(labels)))
+        """(R, T): about as many training scans of each class as matched; subjects are drawn, with replacement."""
+        subjects = np.asarray(self.all[FLOOR].subjects)
+        weights = np.zeros((self.num_resamples, len(subjects)))
         for c, count in self.matched_counts.items():
-            members = np.flatnonzero(labels == c)
-            weights[:, members] = self.rng.multinomial(count, [1 / len(members)] * len(members), self.num_resamples)
+            members = np.flatnonzero(self.labels[FLOOR] == c)
+            balance = dict(zip(subjects[members], self.balance[members], strict=True))  # of each subject
+            chances = np.array(list(balance.values())) / sum(balance.values())
+            draws = max(1, round(count * len(balance) / len(members)))
+            drawn = dict(zip(balance, self.rng.multinomial(draws, chances, self.num_resamples).T, strict=True))
+            weights[:, members] = np.stack([drawn[subject] for subject in subjects[members]], axis=1)
         return weights
 
     def mean(self, name: str, values: Tensor | NDArray, rows: NDArray | None = None) -> NDArray[np.float64]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -19,6 +21,7 @@ from tqdm.auto import tqdm
 from ..data import VolumeDataset
 from ..data.latents import tensor_hash
 from ..files import whole_file
+from ..hub import resolve
 from ..pipeline import MedDiffusion3DPipeline
 from ..spectrum import (
     DAMAGES,
@@ -45,15 +48,33 @@ def seeded(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
-def read_training_subjects(generator_folder: str | Path) -> set[str]:
-    """Subjects that a generator was trained on, from the file beside it."""
-    path = Path(generator_folder) / TRAINING_SUBJECTS
-    if not path.is_file():
+def training_subjects_file(generator: str | Path) -> Path | None:
+    """The file beside a generator (bundled name, folder or Hub id) that tells which subjects it was trained on.
+
+    None where there is none, or the Hub cannot be reached.
+    """
+    folder = Path(resolve(generator))
+    if folder.is_dir():
+        return path if (path := folder / TRAINING_SUBJECTS).is_file() else None
+    try:
+        return Path(hf_hub_download(str(generator), TRAINING_SUBJECTS))
+    except (HfHubHTTPError, HFValidationError, OSError):  # OSError: also offline
+        return None
+
+
+def read_training_subjects(generator: str | Path) -> set[str]:
+    """Subjects that a generator (bundled name, folder or Hub id) was trained on, from the file beside it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = training_subjects_file(generator)
+    if path is None:
         raise FileNotFoundError(
-            f"{path.parent} has no {TRAINING_SUBJECTS} (a JSON list of subject ids), so nobody can tell which subjects "
-            "it has seen; examples/train_diffusion.py writes it. For a generator from elsewhere (a converted one, say) "
-            "write it yourself: the ids that your metadata give to subjects it was trained on, or, if there are none, "
-            f"echo '[]' > {path}"
+            f"{generator} has no {TRAINING_SUBJECTS} (a JSON list of subject ids), so nobody can tell which subjects "
+            "it has seen; examples/train_diffusion.py writes it. For a generator from elsewhere (a converted one, say; "
+            "one from the Hub downloaded to a folder) write it yourself: the ids that your metadata give to subjects "
+            f"it was trained on, or, if there are none, echo '[]' > {Path(generator) / TRAINING_SUBJECTS}"
         )
     return set(map(str, json.loads(path.read_text())))
 
