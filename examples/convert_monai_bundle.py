@@ -76,7 +76,10 @@ def prepared_scans(folder: str, volume_shape: Sequence[int], spacing: Sequence[f
     """Scans of a folder, prepared one after the other as our own training does it."""
     transform = volume_transform(volume_shape, spacing)
     for i, row in enumerate(tqdm(read_scans(folder), desc="encoding scans", unit="scan")):
-        yield transform(to_meta_tensor(*decode_nifti(row["nifti"], f"row {i}"))).as_tensor()
+        try:
+            yield transform(to_meta_tensor(*decode_nifti(row["nifti"], f"row {i}"))).as_tensor()
+        except RuntimeError as error:  # MONAI's wrapper of what a transform raised
+            raise ValueError(f"row {i} cannot be prepared: {error.__cause__ or error}") from error
 
 
 def main(args: ConvertArguments) -> None:

@@ -329,7 +329,7 @@ class Experiment:
         samples = len(self.data.class_names) * setting["group_size"]
         if samples % self.budget.batch_size:
             raise ValueError(f"batch_size {self.budget.batch_size} must divide the {samples} samples of a rollout.")
-        words = ["--pipeline", self.args.base, "--eval_volumes", "2", "--max_minutes", "inf"]
+        words = ["--pipeline", self.args.base, "--eval_volumes", "2"]
         words += ["--volume_reward", "" if rewards == "2d" else self.args.volume_reward]
         words += ["--slice_reward", "" if rewards == "3d" else self.args.slice_reward]
         chosen = {
@@ -340,6 +340,7 @@ class Experiment:
             "per_device_train_batch_size": self.budget.batch_size,
             "steps_per_generation": samples // self.budget.batch_size,
             "max_steps": steps,
+            "max_minutes": "inf",
             "seed": seed,
             "flags": self.args.rl_flags,
         }
@@ -482,7 +483,6 @@ def continued(e: Experiment) -> str:
     )
     words = [*flags(asdict(e.data)), "--autoencoder", e.args.base, "--autoencoder_subfolder", "vae"]
     words += ["--init_from", resolve(e.args.base), "--eval_samples", "0"]
-    words += ["--channel_names", *(e.base.config.channel_names or [])] if e.base.config.channel_names else []
     setting = {
         "per_device_train_batch_size": frozen["batch_size"],
         "max_steps": steps,

@@ -183,6 +183,7 @@ def test_labels_that_are_class_names_need_no_edges():
         1,
         1,
     ]  # float: a column with gaps
+    assert class_of(1.0, ["0.5", "1.0"], []) == 1
     with pytest.raises(ValueError, match="'hgg' is none of the classes"):
         class_of("hgg", ["LGG", "HGG"], [])
 

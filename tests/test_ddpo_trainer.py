@@ -695,7 +695,9 @@ def test_the_best_checkpoint_is_kept_only_where_evaluations_meet_checkpoints(tin
         "metric_for_best_model": "rewards/brightness",
         "max_steps": 4,
     }
-    with pytest.raises(ValueError, match="eval_steps must be a multiple of 2 to keep the best checkpoint.* got 1"):
+    with pytest.raises(
+        ValueError, match="eval_steps must be a whole multiple of 2 to keep the best checkpoint.* got 1"
+    ):
         make_trainer(tiny_pipeline, tmp_path, eval_steps=1, save_steps=1, **options)
     trainer = make_trainer(tiny_pipeline, tmp_path, eval_steps=2, save_steps=2, **options)
     trainer.train()

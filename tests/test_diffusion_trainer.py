@@ -369,7 +369,7 @@ def test_samples_and_scans_are_compared_at_one_precision(tiny_pipeline, scans, t
     features, autocast = trainer._features, []
 
     def record(volumes):
-        autocast.append(torch.is_autocast_enabled("cpu"))
+        autocast.append(torch.is_autocast_enabled(trainer.args.device.type))
         return features(volumes)
 
     trainer._features = record

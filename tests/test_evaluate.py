@@ -152,7 +152,10 @@ def test_versions_of_other_scans_are_not_taken_for_these(data, tiny_pipeline, tm
     make(scans)
     with pytest.raises(ValueError, match=r"other settings.*'labels': \(\[0, 1, 2\], \[0, 1, 1\]\)"):
         make(VolumeSet(scans.volumes, [0, 1, 1], scans.subjects))
-    data.antialias = True
+    data.class_names = ["young", "old", "middle"]
+    with pytest.raises(ValueError, match=r"made with other settings.*'classes'"):
+        make(scans)
+    data.class_names, data.antialias = ["young", "middle", "old"], True
     with pytest.raises(ValueError, match=r"made with other settings.*'voxels'"):
         make(evaluation.volume_set(VolumeDataset.from_arguments(data, "validation")))
 

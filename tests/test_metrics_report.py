@@ -304,12 +304,17 @@ def test_pooled_classes_leave_the_floor_the_mix_of_the_reference():
     expected = 0.9 * 0.2 + 0.1 * 0.5 + 0.005
     means = sets.mean("floor", values)
     assert means[0] == pytest.approx(expected) and means.mean() == pytest.approx(expected, abs=0.01)
-    rows = np.concatenate([sets.floor_rows() for _ in range(200)])
-    assert values[rows].mean() == pytest.approx(expected, abs=0.02) and not set(rows) & set(range(80, 100))
+    rows = sets.floor_rows()
+    assert np.bincount(sets.floor_labels[rows]).tolist() == [9, 1] and len(sets.matched_rows("m")) == 10
+    drawn = np.where(np.isin(np.arange(100), rows), values, np.nan)
+    assert sets.floor_mean(drawn)[0] == pytest.approx(expected)
     weights = sets.floor_weights()
     assert (weights @ values / weights.sum(1)).mean() == pytest.approx(expected, abs=0.02)
     assert (weights[:, ::2] == weights[:, 1::2]).all()  # all scans of a subject are drawn together
     assert weights.sum(1).mean() == pytest.approx(10)
+    many = VolumeSet(samples.volumes.repeat(10, 1, 1, 1, 1), labels * 10, [f"s{i}" for i in range(100)])
+    sets = Sets({"m": many}, reference, train, num_resamples=2, seed=0)  # more than the training scans allow
+    assert np.bincount(sets.floor_labels[sets.floor_rows()]).tolist() == [20, 2] and len(sets.matched_rows("m")) == 22
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_the_example_runs_and_is_resumed(tiny_pipeline_folder, tiny_rewards, tmp
     assert MedDiffusion3DPipeline.from_pretrained(out)(num_samples=1, num_inference_steps=2).volumes.isfinite().all()
     assert json.loads((out / "training_subjects.json").read_text()) == ["sub-01"]
     first = json.loads((out / "results.json").read_text())
+    assert (first["steps"], first["max_steps"]) == (2, 2) and "| optimizer steps" in card
     assert first["volumes"] == 6 and all(len(v["difference"]) == 2 for v in first["rewards"].values())
 
     launch(*flags, "--max_steps", "4", "--resume_from_checkpoint", "latest")

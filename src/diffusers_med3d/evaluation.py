@@ -49,7 +49,6 @@ from .trainers.spectrum_data import (
     read_training_subjects,
     refuse_seen_subjects,
     seeded,
-    training_subjects_file,
 )
 
 SETTINGS, SCANS = "settings.json", "scans.json"
@@ -196,9 +195,11 @@ def check_unseen(model: str, subjects: Collection[str]) -> None:
     Raises:
         ValueError: with their number and the first of them.
     """
-    if training_subjects_file(model) is None:
+    try:
+        trained_on = read_training_subjects(model)
+    except FileNotFoundError:
         return
-    refuse_seen_subjects(subjects, read_training_subjects(model), repr(Path(model).name))
+    refuse_seen_subjects(subjects, trained_on, repr(Path(model).name))
 
 
 def check_pipeline(pipeline: MedDiffusion3DPipeline, data: DataArguments) -> None:
@@ -385,6 +386,7 @@ def gate_versions(
         "severity": severity,
         "seed": seed,
         "background": background,
+        "classes": list(data.class_names),
     }
     if condition_names(pipeline):
         settings["like"] = asked.to_dict()

@@ -67,8 +67,8 @@ def _manifold(sets: Sets, features: Mapping[str, Tensor], k: int) -> dict[str, D
         of_scans += np.stack([found.recall, found.coverage]) / FLOOR_DRAWS
         of_floor[:, rows] += np.stack([found.precision, found.density, np.ones(len(rows))])
     drawn = np.where(of_floor[2] > 0, of_floor[2], np.nan)
-    draws["precision"][FLOOR] = sets.mean(FLOOR, of_floor[0] / drawn)
-    draws["density"][FLOOR] = sets.mean(FLOOR, of_floor[1] / drawn)
+    draws["precision"][FLOOR] = sets.floor_mean(of_floor[0] / drawn)
+    draws["density"][FLOOR] = sets.floor_mean(of_floor[1] / drawn)
     draws["recall"][FLOOR], draws["coverage"][FLOOR] = (sets.mean(REFERENCE, values) for values in of_scans)
     for name in sets.models:
         if name not in sets.derived:
@@ -134,7 +134,7 @@ def _similarity_figures(sets: Sets, max_pairs: int, seed: int) -> list[Figure]:
         pairs = ms_ssim_matrix(one.volumes[torch.from_numpy(rows)], labels.tolist(), max_pairs=max_pairs, seed=seed)
         pairs = pairs.double().numpy()
         allowed = distinct(subjects, subjects) & np.isfinite(pairs)
-        weights = sets.weights[name][:, rows] / (sets.balance[rows] if name == FLOOR else 1)  # balanced when drawn
+        weights = (sets.floor_resamples if name == FLOOR else sets.weights[name])[:, rows]
         mean[name] = weighted_pair_mean(
             pairs, allowed, weights, labels, weights, labels, sets.shares, within_class=True
         )

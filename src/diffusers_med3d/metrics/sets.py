@@ -119,24 +119,35 @@ class Sets:
                 "over pairs within a class are impossible."
             )
             self.labels = {name: np.zeros_like(labels) for name, labels in self.labels.items()}
-        # of every training scan: what brings their class mix to the reference's; within a class they are alike
-        self.balance = np.ones(len(train))
+        wanted, found = class_shares(reference.labels), class_shares(train.labels)
+        balance = np.array([wanted.get(c, 0.0) / found[c] for c in train.labels])
         if few:
-            wanted, found = class_shares(reference.labels), class_shares(train.labels)
-            self.balance = np.array([wanted.get(c, 0.0) / found[c] for c in train.labels])
-            self.labels[FLOOR][self.balance == 0] = -1  # a class that the reference lacks
+            self.labels[FLOOR][balance == 0] = -1  # a class that the reference lacks
         self.shares = class_shares(self.labels[REFERENCE])
         self.weights = {
             name: bootstrap_weights(one.subjects, self.labels[name], num_resamples, seed)
             for name, one in self.all.items()
         }
-        self.weights[FLOOR] *= self.balance
+        self.floor_resamples = self.weights[FLOOR]  # for what `floor_rows` draws, which has the reference's mix
+        if few:
+            self.weights[FLOOR] = self.floor_resamples * balance
         # made from the reference scans themselves, as round-trips are: no independent set
         self.derived = {name for name, one in models.items() if set(one.subjects) & set(reference.subjects)}
         self.rng = np.random.default_rng([seed, 1])
         self.num_resamples = num_resamples
-        sized = [self.labels[name] for name in (FLOOR, *self.models) if name not in self.derived]
-        self.matched_counts = {c: min(int((labels == c).sum()) for labels in sized) for c in self.shares}
+        # Volumes per class that every model and the training scans have. Training scans are drawn by their own classes,
+        # also where classes are pooled.
+        self.floor_labels = np.asarray(train.labels)
+        sized = [self.labels[name] for name in self.models if name not in self.derived]
+        if few:
+            most = min(len(train) * found[c] / share for c, share in wanted.items())
+            count = min([int(most), *map(len, sized)])
+            self.floor_counts = {c: round(count * share) for c, share in wanted.items()}
+            self.matched_counts = {0: sum(self.floor_counts.values())}
+        else:
+            sized.append(self.floor_labels)
+            self.matched_counts = {c: min(int((labels == c).sum()) for labels in sized) for c in self.shares}
+            self.floor_counts = self.matched_counts
 
     def _check(self, models: Mapping[str, VolumeSet], reference: VolumeSet, train: VolumeSet) -> None:
         if not models or {REFERENCE, FLOOR} & set(models):
@@ -159,26 +170,31 @@ class Sets:
 
     def floor_rows(self) -> NDArray[np.int64]:
         """A draw of as many training scans of each class, without replacement."""
-        rows = []
-        for c, count in self.matched_counts.items():
-            members = np.flatnonzero(self.labels[FLOOR] == c)
-            balance = self.balance[members]
-            chances = None if (balance == balance[0]).all() else balance / balance.sum()
-            rows.append(self.rng.choice(members, count, replace=False, p=chances))
+        labels = self.floor_labels
+        rows = [
+            self.rng.choice(np.flatnonzero(labels == c), count, replace=False) for c, count in self.floor_counts.items()
+        ]
         return np.sort(np.concatenate(rows))
 
     def floor_weights(self) -> NDArray[np.float64]:
-        """(R, T): about as many training scans of each class as matched; subjects are drawn, with replacement."""
+        """(R, T): on average as many training scans of each class as matched; subjects are drawn, with replacement."""
         subjects = np.asarray(self.all[FLOOR].subjects)
         weights = np.zeros((self.num_resamples, len(subjects)))
-        for c, count in self.matched_counts.items():
-            members = np.flatnonzero(self.labels[FLOOR] == c)
-            balance = dict(zip(subjects[members], self.balance[members], strict=True))  # of each subject
-            chances = np.array(list(balance.values())) / sum(balance.values())
-            draws = max(1, round(count * len(balance) / len(members)))
-            drawn = dict(zip(balance, self.rng.multinomial(draws, chances, self.num_resamples).T, strict=True))
-            weights[:, members] = np.stack([drawn[subject] for subject in subjects[members]], axis=1)
+        for c, count in self.floor_counts.items():
+            members = np.flatnonzero(self.floor_labels == c)
+            own = list(dict.fromkeys(subjects[members]))
+            scans = len(members) / len(own)  # of a subject
+            draws = max(1, round(count / scans))
+            counts = self.rng.multinomial(draws, [1 / len(own)] * len(own), self.num_resamples)
+            drawn = dict(zip(own, counts.T, strict=True))
+            chosen = np.stack([drawn[subject] for subject in subjects[members]], axis=1)
+            weights[:, members] = chosen * (count / (draws * scans))
         return weights
+
+    def floor_mean(self, values: NDArray) -> NDArray[np.float64]:
+        """Mean of one value per training scan, NaN where `floor_rows` never drew it, under all weights: (1 + R,)."""
+        drawn = [c for c in self.all[REFERENCE].labels if self.floor_counts[c]]
+        return weighted_mean(values, self.floor_resamples, self.floor_labels, class_shares(drawn))
 
     def mean(self, name: str, values: Tensor | NDArray, rows: NDArray | None = None) -> NDArray[np.float64]:
         """Class-weighted mean of one value per volume (or per row in `rows`) under all weights: (1 + R,)."""

@@ -128,7 +128,10 @@ class Med3DConfig(_BaseConfig):
     )
     ddp_timeout: int = field(
         default=24 * 3600,
-        metadata={"help": "Seconds that processes wait for one that encodes scans or makes a spectrum for all."},
+        metadata={
+            "help": "Seconds that processes on GPUs wait for one that encodes scans or makes a spectrum for all; on "
+            "CPUs it is torch's half an hour."
+        },
     )
     weights_license: str = field(
         default="other",

@@ -222,8 +222,8 @@ class DDPOTrainer(Med3DTrainer):
         chooses = args.load_best_model_at_end or args.save_strategy == "best"
         if chooses and args.eval_strategy == "steps" and args.eval_steps % self.round_steps:
             raise ValueError(
-                f"eval_steps must be a multiple of {self.round_steps} to keep the best checkpoint, as checkpoints "
-                f"lie between two rollouts; got {args.eval_steps}."
+                f"eval_steps must be a whole multiple of {self.round_steps} to keep the best checkpoint, which lies "
+                f"between two rollouts; got {args.eval_steps}."
             )
         vae = pipeline.vae
         self.latent_shape = (vae.latent_channels, *vae.latent_shape(tuple(pipeline.config.volume_shape)))

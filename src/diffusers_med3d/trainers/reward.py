@@ -45,7 +45,7 @@ from .spectrum_data import SpectrumDataset, level_name, score_spectrum, seeded, 
 
 @dataclass
 class RewardModelConfig(Med3DConfig):
-    """Arguments of ``RewardModelTrainer``. A batch counts subjects, of each of which several versions are scored."""
+    """Arguments of ``RewardModelTrainer``. A batch counts scans, of each of which several versions are scored."""
 
     output_dir: str = field(default="outputs/reward", metadata={"help": "Where everything is written."})
     max_steps: int = field(default=400, metadata={"help": "Optimizer steps."})
@@ -91,7 +91,7 @@ class RewardModelConfig(Med3DConfig):
         super().__post_init__()
         if self.per_device_train_batch_size < 2:
             raise ValueError(
-                f"per_device_train_batch_size must be at least 2 subjects, got {self.per_device_train_batch_size}."
+                f"per_device_train_batch_size must be at least 2 scans, got {self.per_device_train_batch_size}."
             )
         if self.clean_versions < 2 or self.damaged_versions < 0:
             raise ValueError(

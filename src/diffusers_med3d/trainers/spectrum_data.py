@@ -3,6 +3,7 @@ evaluation of reward models."""
 
 import json
 import random
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from itertools import chain
@@ -11,7 +12,7 @@ from urllib.parse import quote
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,14 +52,17 @@ def seeded(*key: object) -> torch.Generator:
 def training_subjects_file(generator: str | Path) -> Path | None:
     """The file beside a generator (bundled name, folder or Hub id) that tells which subjects it was trained on.
 
-    None where there is none, or the Hub cannot be reached.
+    None where there is none; with a warning where the Hub cannot be asked.
     """
     folder = Path(resolve(generator))
     if folder.is_dir():
         return path if (path := folder / TRAINING_SUBJECTS).is_file() else None
     try:
         return Path(hf_hub_download(str(generator), TRAINING_SUBJECTS))
-    except (HfHubHTTPError, HFValidationError, OSError):  # OSError: also offline
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None
+    except OSError as error:
+        warnings.warn(f"nobody knows which subjects {generator} was trained on: {error}", stacklevel=2)
         return None
 
 
@@ -70,11 +74,12 @@ def read_training_subjects(generator: str | Path) -> set[str]:
     """
     path = training_subjects_file(generator)
     if path is None:
+        folder = Path(generator) if Path(generator).is_dir() else Path("FOLDER")  # one from the Hub, downloaded
         raise FileNotFoundError(
             f"{generator} has no {TRAINING_SUBJECTS} (a JSON list of subject ids), so nobody can tell which subjects "
-            "it has seen; examples/train_diffusion.py writes it. For a generator from elsewhere (a converted one, say; "
-            "one from the Hub downloaded to a folder) write it yourself: the ids that your metadata give to subjects "
-            f"it was trained on, or, if there are none, echo '[]' > {Path(generator) / TRAINING_SUBJECTS}"
+            "it has seen; examples/train_diffusion.py writes it. For a generator from elsewhere (a converted one, say) "
+            "write it into its folder yourself: the ids that your metadata give to subjects it was trained on, or, if "
+            f"there are none, echo '[]' > {folder / TRAINING_SUBJECTS}"
         )
     return set(map(str, json.loads(path.read_text())))
 
