@@ -106,9 +106,8 @@ def main() -> None:
     set_seed(args.seed)
     in_channels = MedDiffusion3DPipeline.from_pretrained(reward.generator_a).vae.config.in_channels
     model = build(reward, in_channels)
-    model.check_input(
-        torch.zeros(1, in_channels, *data.volume_shape)
-    )  # too small a grid, before hours of making the spectrum
+    # Too small a grid is refused now, before hours of making the spectrum
+    model.check_input(torch.zeros(1, in_channels, *data.volume_shape))
     if args.world_size > 1:
         spectra(data, reward, args, (args.process_index, args.world_size))
         PartialState().wait_for_everyone()

@@ -102,9 +102,8 @@ def test_two_processes_have_the_advantages_of_one(tiny_pipeline_folder, tmp_path
         assert one["logs"][0][key] == pytest.approx(two["logs"][0][key], rel=1e-3, abs=1e-7)
     for name, values in one["weights"].items():
         torch.testing.assert_close(torch.tensor(values), torch.tensor(two["weights"][name]), rtol=1e-2, atol=2e-3)
-    for ours, theirs in zip(
-        one["scored"], two["scored"], strict=True
-    ):  # volumes, labels, rewards: all in every process
+    # volumes, labels, rewards: all in every process
+    for ours, theirs in zip(one["scored"], two["scored"], strict=True):
         ours, theirs = torch.tensor(ours), torch.tensor(theirs)
         assert len(ours) == len(theirs) == 9
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2, equal_nan=True)

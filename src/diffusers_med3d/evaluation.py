@@ -396,6 +396,7 @@ def gate_versions(
     levels = {level_name(strength): strength for strength in (ROUND_TRIP, *sorted(strengths), FULL_SAMPLE)}
     versions = {}
     pipeline.set_progress_bar_config(disable=True)
+    light = torch.tensor([brightness(volume) for volume in scans.volumes])
     kinds = [*levels, *DAMAGES, *([HALF_SWAP] if len(set(scans.subjects)) > 1 else [])]
     with tqdm(total=len(kinds) * len(scans), desc="making the gate's versions", unit="volume") as progress:
         for name in kinds:
@@ -415,7 +416,7 @@ def gate_versions(
                         **call_arguments(pipeline, asked.select(rows)),
                     )
                 else:
-                    made = torch.stack([_damaged(scans, i, name, severity, seed) for i in rows])
+                    made = torch.stack([_damaged(scans, i, name, severity, seed, light) for i in rows])
                 for volume, i in zip(clear_background(made, background), rows, strict=True):
                     _save(volume, scan_names[i], folder / name, pipeline.affine(), data.spacing)
                 progress.update(len(rows))
@@ -426,10 +427,9 @@ def gate_versions(
     return versions
 
 
-def _damaged(scans: VolumeSet, index: int, kind: str, severity: float, seed: int) -> Tensor:
+def _damaged(scans: VolumeSet, index: int, kind: str, severity: float, seed: int, light: Tensor) -> Tensor:
     other = None
     if kind == HALF_SWAP:
-        light = torch.tensor([brightness(volume) for volume in scans.volumes])
         subjects = torch.tensor([scans.subjects.index(subject) for subject in scans.subjects])
         other, severity = scans.volumes[nearest_in_brightness(light, subjects, index)], HALF_SWAP_SEVERITY
     return damage(scans.volumes[index], kind, severity, seeded("gate", seed, index, kind), other)

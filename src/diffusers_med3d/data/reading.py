@@ -135,9 +135,8 @@ def class_of(value: object, class_names: Sequence[str], class_edges: Sequence[fl
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return len(class_names)
     if not class_edges:
-        if (
-            isinstance(value, float) and value.is_integer() and str(value) not in class_names
-        ):  # a column of integers with gaps is read as floats
+        # A column of integers with gaps is read as floats
+        if isinstance(value, float) and value.is_integer() and str(value) not in class_names:
             value = int(value)
         if str(value) not in class_names:
             raise ValueError(f"label {value!r} is none of the classes {list(class_names)}.")

@@ -119,9 +119,9 @@ class Sets:
                 "over pairs within a class are impossible."
             )
             self.labels = {name: np.zeros_like(labels) for name, labels in self.labels.items()}
-        wanted, found = class_shares(reference.labels), class_shares(train.labels)
-        balance = np.array([wanted.get(c, 0.0) / found[c] for c in train.labels])
         if few:
+            wanted, found = class_shares(reference.labels), class_shares(train.labels)
+            balance = np.array([wanted.get(c, 0.0) / found[c] for c in train.labels])
             self.labels[FLOOR][balance == 0] = -1  # a class that the reference lacks
         self.shares = class_shares(self.labels[REFERENCE])
         self.weights = {
