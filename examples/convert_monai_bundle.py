@@ -21,7 +21,8 @@ from transformers import HfArgumentParser
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.conversion import convert_bundle, read_bundle, save_monai_bundle
 from diffusers_med3d.conversion.definitions import bundle_config_files
-from diffusers_med3d.data import decode_nifti, read_scans, to_meta_tensor, volume_transform
+from diffusers_med3d.data import read_scans, volume_transform
+from diffusers_med3d.data.volumes import prepare
 from diffusers_med3d.files import whole_folder
 
 BUNDLE_PARTS = ["configs/*.json", "configs/*.yaml", "configs/*.yml", "models/*"]
@@ -76,10 +77,7 @@ def prepared_scans(folder: str, volume_shape: Sequence[int], spacing: Sequence[f
     """Scans of a folder, prepared one after the other as our own training does it."""
     transform = volume_transform(volume_shape, spacing)
     for i, row in enumerate(tqdm(read_scans(folder), desc="encoding scans", unit="scan")):
-        try:
-            yield transform(to_meta_tensor(*decode_nifti(row["nifti"], f"row {i}"))).as_tensor()
-        except RuntimeError as error:  # MONAI's wrapper of what a transform raised
-            raise ValueError(f"row {i} cannot be prepared: {error.__cause__ or error}") from error
+        yield prepare(row["nifti"], f"row {i}", transform).as_tensor()
 
 
 def main(args: ConvertArguments) -> None:

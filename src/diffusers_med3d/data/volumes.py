@@ -5,12 +5,23 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from monai.data import MetaTensor
+from monai.transforms import Compose
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from .reading import DataArguments, check_columns, class_of, decode_nifti, read_scans
 from .split import PARTS, load_split
 from .transforms import to_meta_tensor, volume_transform
+
+
+def prepare(nifti: dict, name: str, transform: Compose) -> MetaTensor:
+    """A row's NIfTI through ``volume_transform``; what cannot be used is refused (ValueError) by its name."""
+    scan = to_meta_tensor(*decode_nifti(nifti, name))
+    try:
+        return transform(scan)
+    except RuntimeError as error:  # MONAI's wrapper of what a transform raised
+        raise ValueError(f"scan of {name} cannot be prepared: {error.__cause__ or error}") from error
 
 
 class VolumeDataset(TorchDataset):
@@ -44,11 +55,7 @@ class VolumeDataset(TorchDataset):
         self.items = []
         for subject, i in tqdm(order, desc="reading scans", unit="scan"):
             row = rows[i]
-            scan = to_meta_tensor(*decode_nifti(row["nifti"], subject))
-            try:
-                volume = transform(scan)
-            except RuntimeError as error:  # MONAI's wrapper of what a transform raised
-                raise ValueError(f"scan of {subject} cannot be prepared: {error.__cause__ or error}") from error
+            volume = prepare(row["nifti"], subject, transform)
             label = class_of(row[args.label_column], args.class_names, args.class_edges)
             self.items.append({"volume": volume, "class_label": label, "subject": subject})
 
