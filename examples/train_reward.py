@@ -5,6 +5,7 @@
 
 Two generators, each trained on one fold of the training subjects, make the spectrum of the other fold's subjects: no
 scan is denoised by a network that may know it by heart. Give the same --spectrum_dir to the runs with --kind 3d and 2d.
+The generator that will be fine-tuned (--generator) adds full samples: a reward knows the faults that it has seen.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from transformers import HfArgumentParser, set_seed
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.pipeline import MedDiffusion3DPipeline
+from diffusers_med3d.spectrum import FULL_SAMPLE
 from diffusers_med3d.trainers.base import checkpoint_to_resume
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer
 from diffusers_med3d.trainers.spectrum_data import SpectrumDataset, build_spectrum, read_training_subjects
@@ -30,6 +32,17 @@ class RewardArguments:
     generator_b: str | None = field(
         default=None,
         metadata={"help": "Pipeline trained on fold b; makes the spectrum of fold a. Not set: fold b alone is used."},
+    )
+    generator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pipeline that will be fine-tuned, trained on both folds, say: adds a full sample per training "
+            "scan (of its class; no scan is denoised) and makes the spectrum of validation in place of generator_a."
+        },
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "Reward model (folder, bundled name or Hub id) to go on from, in place of a new network."},
     )
     kind: str = field(
         default="3d", metadata={"help": "3d (VolumeRewardModel) or 2d (SliceRewardModel).", "choices": ["3d", "2d"]}
@@ -59,7 +72,9 @@ class RewardArguments:
 
 
 def build(args: RewardArguments, in_channels: int) -> VolumeRewardModel | SliceRewardModel:
-    """The network that the arguments describe."""
+    """The network that the arguments describe, or the one to go on from."""
+    if args.init_from:
+        return (SliceRewardModel if args.kind == "2d" else VolumeRewardModel).from_pretrained(args.init_from)
     common = {
         "in_channels": in_channels,
         "channels": args.channels,
@@ -75,28 +90,36 @@ def build(args: RewardArguments, in_channels: int) -> VolumeRewardModel | SliceR
 def spectra(
     data: DataArguments, reward: RewardArguments, args: RewardModelConfig, share: tuple[int, int] = (0, 1)
 ) -> tuple[SpectrumDataset, SpectrumDataset]:
-    """Spectrum of both folds, each made by the generator of the other, and of validation, by that of fold a."""
+    """Spectra of training and validation.
+
+    Each fold's is made by the generator of the other, with a full sample per scan by the generator to be fine-tuned;
+    that of validation by the latter, or without one by that of fold a.
+    """
     root = Path(reward.spectrum_dir or Path(args.output_dir) / "spectrum")
-    paths: dict[str, list[Path]] = {"train": [], "validation": []}
-    for name, generator, parts in (("a", reward.generator_a, ("b", "validation")), ("b", reward.generator_b, ("a",))):
-        if generator is None:
-            continue
-        pipeline = MedDiffusion3DPipeline.from_pretrained(generator).to(args.device)
-        trained_on = read_training_subjects(generator)
-        for part in parts:
-            paths["validation" if part == "validation" else "train"] += build_spectrum(
-                pipeline,
-                VolumeDataset.from_arguments(data, part),
-                trained_on,
-                root / f"{part}-by-generator-{name}",
-                reward.strengths,
-                reward.spectrum_steps,
-                None if part == "validation" else reward.levels_per_subject,
-                reward.spectrum_batch_size,
-                args.seed,
-                share,
-            )
-    return SpectrumDataset(paths["train"]), SpectrumDataset(paths["validation"])
+    folds = {"b": ("a", reward.generator_a)}  # part: name and generator
+    if reward.generator_b is not None:
+        folds["a"] = ("b", reward.generator_b)
+    everything, full = (reward.strengths, reward.levels_per_subject), ([FULL_SAMPLE], None)
+    jobs = [("train", part, f"-{name}", generator, *everything) for part, (name, generator) in folds.items()]
+    if reward.generator:
+        jobs += [("more", part, "", reward.generator, *full) for part in folds]
+    name, judge = ("", reward.generator) if reward.generator else ("-a", reward.generator_a)
+    jobs.append(("validation", "validation", name, judge, reward.strengths, None))
+    paths: dict[str, list[Path]] = {"train": [], "more": [], "validation": []}
+    for use, part, name, generator, strengths, levels in jobs:
+        paths[use] += build_spectrum(
+            MedDiffusion3DPipeline.from_pretrained(generator).to(args.device),
+            VolumeDataset.from_arguments(data, part),
+            read_training_subjects(generator),
+            root / f"{part}-by-generator{name}",
+            strengths,
+            reward.spectrum_steps,
+            levels,
+            reward.spectrum_batch_size,
+            args.seed,
+            share,
+        )
+    return SpectrumDataset(paths["train"], paths["more"]), SpectrumDataset(paths["validation"])
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,21 @@ def test_a_generator_never_makes_the_spectrum_of_a_subject_it_was_trained_on(tin
     with pytest.raises(ValueError, match="sub-04.*other fold"):
         build(tiny_pipeline, scans, tmp_path / "spectrum", trained_on=["sub-01", "sub-04"])
     assert not (tmp_path / "spectrum").exists()
+
+
+def test_full_samples_alone_may_be_made_by_a_generator_that_saw_the_subjects(tiny_pipeline, scans, tmp_path):
+    paths = build(tiny_pipeline, scans, tmp_path / "spectrum")
+    everyone = [item["subject"] for item in scans]
+    full = build(tiny_pipeline, scans, tmp_path / "full", trained_on=everyone, strengths=[1.0])
+    alone, joined = SpectrumDataset(full)[1], SpectrumDataset(paths, full)[1]
+    assert alone["strengths"].tolist() == [1.0] and joined["strengths"].tolist() == [*LEVELS, 1.0]
+    assert torch.equal(joined["versions"], torch.cat([SpectrumDataset(paths)[1]["versions"], alone["versions"]]))
+    for volume in scans:  # nothing of a scan is in its full sample
+        volume["volume"] = volume["volume"] * 0.5
+    other = build(tiny_pipeline, scans, tmp_path / "darker", trained_on=everyone, strengths=[1.0])
+    assert torch.equal(SpectrumDataset(other)[1]["versions"], alone["versions"])
+    with pytest.raises(ValueError, match="1 other scans than the 2"):
+        SpectrumDataset(paths, full[:1])
 
 
 def test_a_generator_that_does_not_say_what_it_was_trained_on_is_refused(tmp_path):
@@ -485,6 +501,25 @@ def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
     assert "rank_correlation" in card
     assert str(tmp_path) not in card + (output / "config.json").read_text()
     assert list(output.rglob("events.out.tfevents*"))
+
+
+def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_on_with(script_arguments, tmp_path):
+    tiny_pipeline = tmp_path / "tuned"
+    shutil.copytree(tmp_path / "a", tiny_pipeline)
+    (tiny_pipeline / TRAINING_SUBJECTS).write_text(json.dumps([*SPLIT["folds"]["a"], *SPLIT["folds"]["b"]]))
+    tiny_model().save_pretrained(tmp_path / "before")
+    arguments = [*script_arguments["train"], *script_arguments["generators"], "--generator", tiny_pipeline]
+    arguments += ["--init_from", tmp_path / "before", "--learning_rate", 0, "--max_steps", 1]
+    run_script("train_reward.py", [*arguments, "--kind", "3d", "--output_dir", tmp_path / "after"])
+    before, after = (VolumeRewardModel.from_pretrained(tmp_path / name) for name in ("before", "after"))
+    torch.testing.assert_close(weights(after).float(), weights(before), atol=1e-3, rtol=1e-3)
+    made = {path.name for path in (tmp_path / "spectrum").iterdir()}
+    assert made == {f"{part}-by-generator" for part in ("a", "b", "validation")} | {
+        "a-by-generator-b",
+        "b-by-generator-a",
+    }
+    for name, levels in (("a-by-generator/sub-01-1", [1.0]), ("validation-by-generator/sub-06-1", [0.0, 0.5, 1.0])):
+        assert load_file(tmp_path / "spectrum" / f"{name}.safetensors")["strengths"].tolist() == levels
 
 
 def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_arguments, tmp_path, monkeypatch, capsys):

@@ -143,9 +143,10 @@ def build_spectrum(
         pipeline: the generator.
         volumes: scans of subjects that the generator has not seen, which are denoised as their classes and metadata say
             (see ``scan_rows``).
-        trained_on: subjects that it has seen.
+        trained_on: subjects that it has seen. For them too there may be full samples alone (``strengths`` [1]): new
+            volumes of a scan's class, for which no scan is denoised.
         folder: where the files are.
-        strengths: levels in [0, 1], 0 among them and at least two; see ``partial_noising``.
+        strengths: levels in [0, 1], 0 among them and at least two, or 1 alone; see ``partial_noising``.
         num_inference_steps: steps of a full sample.
         levels_per_subject: how many of the levels each subject gets, None for all.
         batch_size: scans at a time.
@@ -159,9 +160,11 @@ def build_spectrum(
         ValueError: a subject that the generator has seen; files made with other settings or from another scan; a scan
             without a condition that the generator takes.
     """
-    refuse_seen_subjects([item["subject"] for item in volumes], trained_on, "the generator")
-    if len(set(strengths)) < 2 or ROUND_TRIP not in strengths or not all(0 <= strength <= 1 for strength in strengths):
-        raise ValueError(f"strengths must be 0 (round-trip) and others up to 1, got {list(strengths)}.")
+    levels = set(strengths)
+    if levels != {FULL_SAMPLE}:
+        refuse_seen_subjects([item["subject"] for item in volumes], trained_on, "the generator")
+        if len(levels) < 2 or ROUND_TRIP not in levels or not all(0 <= strength <= 1 for strength in levels):
+            raise ValueError(f"strengths must be 0 (round-trip) and others up to 1, or 1 alone, got {list(strengths)}.")
     if levels_per_subject is not None and levels_per_subject < 2:
         raise ValueError(f"levels_per_subject must be at least 2 (the first and the last), got {levels_per_subject}.")
     asked = scan_rows(pipeline, volumes)
@@ -192,7 +195,7 @@ def build_spectrum(
         for start in range(0, len(todo), batch_size):
             chunk = todo[start : start + batch_size]
             versions: list[dict[float, Tensor]] = [{} for _ in chunk]
-            for strength in sorted(set(strengths)):
+            for strength in sorted(levels):
                 rows = [i for i, (*_, levels, _) in enumerate(chunk) if strength in levels]
                 if not rows:
                     continue
@@ -234,12 +237,21 @@ class SpectrumDataset(TorchDataset):
 
     An item is ``{"real": (C, X, Y, Z), "versions": (L, C, X, Y, Z), "strengths": (L,)}``, float32, and ``"subject"``
     (): a number that scans of one subject share.
+
+    Args:
+        paths: one file per scan.
+        more: further versions of the same scans, in files of the same names; of another generator, say.
     """
 
-    def __init__(self, paths: Sequence[str | Path]) -> None:
+    def __init__(self, paths: Sequence[str | Path], more: Sequence[str | Path] = ()) -> None:
         if not paths:
             raise ValueError("the spectrum has no files.")
         self.paths = [Path(path) for path in paths]
+        self.more = [Path(path) for path in more]
+        if self.more and [path.name for path in self.more] != [path.name for path in self.paths]:
+            raise ValueError(
+                f"the further versions are of {len(self.more)} other scans than the {len(self.paths)} given."
+            )
         names = [path.stem.rsplit("-", 1)[0] for path in self.paths]
         self.subjects = torch.tensor([names.index(name) for name in names])
 
@@ -247,8 +259,11 @@ class SpectrumDataset(TorchDataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        tensors = {name: tensor.float() for name, tensor in load_file(self.paths[index]).items()}
-        return tensors | {"subject": self.subjects[index]}
+        tensors = load_file(self.paths[index])
+        if self.more:
+            further = load_file(self.more[index])
+            tensors |= {name: torch.cat([tensors[name], further[name]]) for name in ("versions", "strengths")}
+        return {name: tensor.float() for name, tensor in tensors.items()} | {"subject": self.subjects[index]}
 
 
 def level_name(strength: float) -> str:
