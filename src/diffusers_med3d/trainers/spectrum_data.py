@@ -160,10 +160,9 @@ def build_spectrum(
         ValueError: a subject that the generator has seen; files made with other settings or from another scan; a scan
             without a condition that the generator takes.
     """
-    levels = set(strengths)
-    if levels != {FULL_SAMPLE}:
+    if set(strengths) != {FULL_SAMPLE}:
         refuse_seen_subjects([item["subject"] for item in volumes], trained_on, "the generator")
-        if len(levels) < 2 or ROUND_TRIP not in levels or not all(0 <= strength <= 1 for strength in levels):
+        if len(set(strengths)) < 2 or ROUND_TRIP not in strengths or not all(0 <= s <= 1 for s in strengths):
             raise ValueError(f"strengths must be 0 (round-trip) and others up to 1, or 1 alone, got {list(strengths)}.")
     if levels_per_subject is not None and levels_per_subject < 2:
         raise ValueError(f"levels_per_subject must be at least 2 (the first and the last), got {levels_per_subject}.")
@@ -195,7 +194,7 @@ def build_spectrum(
         for start in range(0, len(todo), batch_size):
             chunk = todo[start : start + batch_size]
             versions: list[dict[float, Tensor]] = [{} for _ in chunk]
-            for strength in sorted(levels):
+            for strength in sorted(set(strengths)):
                 rows = [i for i, (*_, levels, _) in enumerate(chunk) if strength in levels]
                 if not rows:
                     continue
