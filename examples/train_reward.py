@@ -9,6 +9,7 @@ The generator that will be fine-tuned (--generator) adds full samples: a reward 
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -96,20 +97,19 @@ def spectra(
     that of validation by the latter, or without one by that of fold a.
     """
     root = Path(reward.spectrum_dir or Path(args.output_dir) / "spectrum")
-    folds = {"b": ("a", reward.generator_a)}  # part: name and generator
-    if reward.generator_b is not None:
-        folds["a"] = ("b", reward.generator_b)
-    everything, full = (reward.strengths, reward.levels_per_subject), ([FULL_SAMPLE], None)
-    jobs = [("train", part, f"-{name}", generator, *everything) for part, (name, generator) in folds.items()]
-    if reward.generator:
-        jobs += [("more", part, "", reward.generator, *full) for part in folds]
-    name, judge = ("", reward.generator) if reward.generator else ("-a", reward.generator_a)
-    jobs.append(("validation", "validation", name, judge, reward.strengths, None))
-    paths: dict[str, list[Path]] = {"train": [], "more": [], "validation": []}
-    for use, part, name, generator, strengths, levels in jobs:
-        paths[use] += build_spectrum(
-            MedDiffusion3DPipeline.from_pretrained(generator).to(args.device),
-            VolumeDataset.from_arguments(data, part),
+
+    @cache
+    def scans(part: str) -> VolumeDataset:
+        return VolumeDataset.from_arguments(data, part)
+
+    @cache
+    def pipeline(generator: str) -> MedDiffusion3DPipeline:
+        return MedDiffusion3DPipeline.from_pretrained(generator).to(args.device)
+
+    def make(part: str, generator: str, name: str, strengths: list[float], levels: int | None) -> list[Path]:
+        return build_spectrum(
+            pipeline(generator),
+            scans(part),
             read_training_subjects(generator),
             root / f"{part}-by-generator{name}",
             strengths,
@@ -119,7 +119,18 @@ def spectra(
             args.seed,
             share,
         )
-    return SpectrumDataset(paths["train"], paths["more"]), SpectrumDataset(paths["validation"])
+
+    folds = {"b": (reward.generator_a, "-a")}
+    if reward.generator_b is not None:
+        folds["a"] = (reward.generator_b, "-b")
+    train, more = [], []
+    for part, (generator, name) in folds.items():
+        train += make(part, generator, name, reward.strengths, reward.levels_per_subject)
+        if reward.generator:
+            more += make(part, reward.generator, "", [FULL_SAMPLE], None)
+    judge, name = (reward.generator, "") if reward.generator else (reward.generator_a, "-a")
+    validation = make("validation", judge, name, reward.strengths, None)
+    return SpectrumDataset(train, more), SpectrumDataset(validation)
 
 
 def main() -> None:

@@ -504,11 +504,11 @@ def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
 
 
 def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_on_with(script_arguments, tmp_path):
-    tiny_pipeline = tmp_path / "tuned"
-    shutil.copytree(tmp_path / "a", tiny_pipeline)
-    (tiny_pipeline / TRAINING_SUBJECTS).write_text(json.dumps([*SPLIT["folds"]["a"], *SPLIT["folds"]["b"]]))
+    tuned = tmp_path / "tuned"
+    shutil.copytree(tmp_path / "a", tuned)
+    (tuned / TRAINING_SUBJECTS).write_text(json.dumps([*SPLIT["folds"]["a"], *SPLIT["folds"]["b"]]))
     tiny_model().save_pretrained(tmp_path / "before")
-    arguments = [*script_arguments["train"], *script_arguments["generators"], "--generator", tiny_pipeline]
+    arguments = [*script_arguments["train"], *script_arguments["generators"], "--generator", tuned]
     arguments += ["--init_from", tmp_path / "before", "--learning_rate", 0, "--max_steps", 1]
     run_script("train_reward.py", [*arguments, "--kind", "3d", "--output_dir", tmp_path / "after"])
     before, after = (VolumeRewardModel.from_pretrained(tmp_path / name) for name in ("before", "after"))
