@@ -1,10 +1,9 @@
-"""MONAI's published generators in, and pipelines out to MONAI. docs/monai.md has a command for every published model.
+"""Convert published MONAI and NVIDIA generators to pipelines. docs/monai.md has a command for every published model.
 
 python examples/convert_monai_bundle.py --bundle MONAI/brats_mri_generative_diffusion --estimate_from DATA \\
     --output_dir brats
 python examples/convert_monai_bundle.py --config network.json scheduler.json --autoencoder_weights autoencoder.pt \\
     --unet_weights unet.pt --scale_factor 0.92 --volume_shape 64 64 64 --spacing 3 3 3 --output_dir mine
-python examples/convert_monai_bundle.py --to_monai mine --output_dir mine-monai
 """
 
 import json
@@ -18,12 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffusers_med3d import MedDiffusion3DPipeline
-from diffusers_med3d.conversion import convert_bundle, read_bundle, save_monai_bundle
+from diffusers_med3d.conversion import convert_bundle, read_bundle
 from diffusers_med3d.conversion.definitions import bundle_config_files
 from diffusers_med3d.data import read_scans, volume_transform
 from diffusers_med3d.data.volumes import prepare
-from diffusers_med3d.files import whole_folder
+from diffusers_med3d.utils.files import whole_folder
 
 BUNDLE_PARTS = ["configs/*.json", "configs/*.yaml", "configs/*.yml", "models/*"]
 
@@ -55,10 +53,6 @@ class ConvertArguments:
         default_factory=list, metadata={"help": "Names of the numbers of the cross-attention. Default: the config's."}
     )
     intensity: str = field(default="[0, 1]", metadata={"help": "In words, what 0 and 1 stand for."})
-    to_monai: str | None = field(
-        default=None,
-        metadata={"help": "The other way: bundled name, folder or Hub id of a pipeline to write for MONAI."},
-    )
 
 
 def weights_file(given: str | None, folder: Path | None, names: Sequence[str], option: str) -> Path:
@@ -84,10 +78,6 @@ def main(args: ConvertArguments) -> None:
     output = Path(args.output_dir)
     if output.exists():
         raise FileExistsError(f"{output} exists already; give a folder that does not.")
-    if args.to_monai is not None:
-        save_monai_bundle(MedDiffusion3DPipeline.from_pretrained(args.to_monai), output)
-        print(f"wrote {output}")
-        return
     folder, files = None, list(args.config)
     if args.bundle is not None:
         local = os.path.isdir(args.bundle)

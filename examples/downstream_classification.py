@@ -20,14 +20,22 @@ import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from diffusers_med3d import MedDiffusion3DPipeline, figures
+from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.downstream import ARMS, FIGURES, ClassifierSettings, draw_real, estimates, prepare, run_arm
-from diffusers_med3d.evaluation import check_pipeline, check_unseen, sample_volumes, volume_set
-from diffusers_med3d.files import once, write_json, write_whole
-from diffusers_med3d.metrics import VolumeSet
+from diffusers_med3d.evaluation import VolumeSet, figures
+from diffusers_med3d.evaluation.downstream import (
+    ARMS,
+    FIGURES,
+    ClassifierSettings,
+    draw_real,
+    estimates,
+    prepare,
+    run_arm,
+)
+from diffusers_med3d.evaluation.sampling import check_pipeline, check_unseen, sample_volumes, volume_set
 from diffusers_med3d.trainers.base import use_all_cores
-from diffusers_med3d.trainers.spectrum_data import fingerprint
+from diffusers_med3d.utils.files import once, write_json, write_whole
+from diffusers_med3d.utils.hashing import pipeline_hash
 
 SAMPLING_SEED = 2_000_003  # samples of no other script
 
@@ -149,7 +157,7 @@ def main() -> None:
             like=scans,
         )
         volumes, labels, _ = two_classes(samples, data)
-        synthetic[name], generators[name] = (prepare(volumes, settings), labels), fingerprint(pipeline)
+        synthetic[name], generators[name] = (prepare(volumes, settings), labels), pipeline_hash(pipeline)
 
     setting = {
         "part": args.part,

@@ -22,16 +22,14 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from diffusers_med3d import MedDiffusion3DPipeline, evaluation
+from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset, check_columns, read_scans
-from diffusers_med3d.files import write_json
+from diffusers_med3d.evaluation import check_mix, check_scans, evaluate
+from diffusers_med3d.evaluation import sampling as evaluation
 from diffusers_med3d.metrics import (
     EXTRACTORS,
     Extractor,
     NamedExtractor,
-    check_mix,
-    check_scans,
-    evaluate,
     extractor,
     features_of,
     intensity_tissues,
@@ -39,6 +37,7 @@ from diffusers_med3d.metrics import (
 )
 from diffusers_med3d.metrics.tissue import Segmenter
 from diffusers_med3d.trainers.base import use_all_cores
+from diffusers_med3d.utils.files import write_json
 
 TISSUES = ["dark (fluid)", "middle (grey)", "bright (white)"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from diffusers_med3d import cards
-from diffusers_med3d.files import write_whole
+from diffusers_med3d.hub import cards
+from diffusers_med3d.utils.files import write_whole
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 

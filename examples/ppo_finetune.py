@@ -23,12 +23,12 @@ from scipy.stats import t as student_t
 from transformers import HfArgumentParser, ProgressCallback
 
 from diffusers_med3d import DDPOConfig, DDPOTrainer, MedDiffusion3DPipeline, SliceReward, VolumeReward
-from diffusers_med3d.figures import curves, orthogonal_views
-from diffusers_med3d.files import write_whole
+from diffusers_med3d.data.training_subjects import TRAINING_SUBJECTS, training_subjects_file
+from diffusers_med3d.evaluation.figures import curves, orthogonal_views
 from diffusers_med3d.metrics import diversity, noise_level, sharpness
 from diffusers_med3d.trainers.base import checkpoint_to_resume
 from diffusers_med3d.trainers.ddpo import Scored
-from diffusers_med3d.trainers.spectrum_data import TRAINING_SUBJECTS, training_subjects_file
+from diffusers_med3d.utils.files import write_whole
 
 PICTURED_PER_CLASS = 2
 

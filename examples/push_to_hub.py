@@ -17,7 +17,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 from transformers import HfArgumentParser
 
-from diffusers_med3d import __version__, cards, hub
+from diffusers_med3d import __version__
+from diffusers_med3d.hub import cards
+from diffusers_med3d.hub import publish as hub
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from transformers import HfArgumentParser
 
-from diffusers_med3d import figures
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.files import write_json, write_whole
+from diffusers_med3d.data.training_subjects import read_training_subjects
+from diffusers_med3d.evaluation import figures
 from diffusers_med3d.metrics.bootstrap import (
     Interval,
     bootstrap_interval,
@@ -24,19 +24,14 @@ from diffusers_med3d.metrics.bootstrap import (
     class_shares,
     weighted_pair_mean,
 )
-from diffusers_med3d.pipeline import MedDiffusion3DPipeline
-from diffusers_med3d.rewards import SliceReward, VolumeReward
-from diffusers_med3d.spectrum import DAMAGE_NAMES, damage
+from diffusers_med3d.pipelines.med_diffusion_3d import MedDiffusion3DPipeline
+from diffusers_med3d.rewards.damage import DAMAGE_NAMES, damage
+from diffusers_med3d.rewards.learned import SliceReward, VolumeReward
+from diffusers_med3d.rewards.spectrum_dataset import SpectrumDataset, build_spectrum
+from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, summarise
 from diffusers_med3d.trainers.base import use_all_cores
-from diffusers_med3d.trainers.spectrum_data import (
-    SpectrumDataset,
-    build_spectrum,
-    level_name,
-    read_training_subjects,
-    score_spectrum,
-    seeded,
-    summarise,
-)
+from diffusers_med3d.utils.files import write_json, write_whole
+from diffusers_med3d.utils.seeding import seeded
 
 WANTED = {"rank_correlation": ">= 0.95", "damage_below_round_trip": "1"}
 

@@ -13,8 +13,8 @@ from transformers import HfArgumentParser
 
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.evaluation import short_names
-from diffusers_med3d.figures import orthogonal_views, save
+from diffusers_med3d.evaluation.figures import orthogonal_views, save
+from diffusers_med3d.evaluation.sampling import short_names
 
 
 @dataclass

@@ -15,11 +15,11 @@ from transformers import HfArgumentParser, set_seed
 import diffusers_med3d  # noqa: F401  (registers the classes with diffusers)
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.figures import curves
-from diffusers_med3d.hub import resolve
+from diffusers_med3d.data.training_subjects import read_training_subjects
+from diffusers_med3d.evaluation.figures import curves
+from diffusers_med3d.hub.resolve import resolve
 from diffusers_med3d.trainers.base import checkpoint_to_resume
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
-from diffusers_med3d.trainers.spectrum_data import read_training_subjects
 
 
 @dataclass

@@ -17,12 +17,13 @@ from accelerate import PartialState
 from transformers import HfArgumentParser, set_seed
 
 from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.data.training_subjects import read_training_subjects
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
-from diffusers_med3d.pipeline import MedDiffusion3DPipeline
-from diffusers_med3d.spectrum import FULL_SAMPLE
+from diffusers_med3d.pipelines.med_diffusion_3d import MedDiffusion3DPipeline
+from diffusers_med3d.rewards.spectrum import FULL_SAMPLE
+from diffusers_med3d.rewards.spectrum_dataset import SpectrumDataset, build_spectrum
 from diffusers_med3d.trainers.base import checkpoint_to_resume
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer
-from diffusers_med3d.trainers.spectrum_data import SpectrumDataset, build_spectrum, read_training_subjects
 
 
 @dataclass

@@ -22,7 +22,7 @@ from transformers.trainer_pt_utils import safe_globals
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from diffusers_med3d import figures
+from diffusers_med3d.evaluation import figures
 from diffusers_med3d.trainers.base import (
     COMPLETE_MARKER,
     Med3DConfig,

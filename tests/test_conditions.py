@@ -9,20 +9,14 @@ import torch
 from peft import LoraConfig
 
 from conftest import SPACING, VOLUME_SHAPE, awaken, run_example
-from diffusers_med3d import (
-    DDPOConfig,
-    DDPOTrainer,
-    DiffusionUNetMaisi3D,
-    MedDiffusion3DPipeline,
-    VolumeRewardModel,
-    evaluation,
-)
+from diffusers_med3d import DDPOConfig, DDPOTrainer, DiffusionUNetMaisi3D, MedDiffusion3DPipeline, VolumeRewardModel
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.reading import read_scans
-from diffusers_med3d.flow import flow_scheduler
-from diffusers_med3d.trainers.conditions import call_arguments, encode_rows
+from diffusers_med3d.evaluation import sampling as evaluation
+from diffusers_med3d.pipelines.conditions import call_arguments, encode_rows
+from diffusers_med3d.rewards.spectrum_dataset import SpectrumDataset, build_spectrum
+from diffusers_med3d.schedulers.flow import flow_scheduler
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer
-from diffusers_med3d.trainers.spectrum_data import SpectrumDataset, build_spectrum
 
 ROWS = {
     "class_label": ["mri", None, "ct"],

@@ -1,4 +1,4 @@
-"""Weights in every published layout, the missing scale factor, and the way back to MONAI."""
+"""Weights in every published layout and the missing scale factor."""
 
 import importlib.util
 import json
@@ -9,27 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi
 from monai.bundle import ConfigParser
 from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
 from safetensors.torch import save_file
 
 from conftest import awaken
-from diffusers_med3d import AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, MedDiffusion3DPipeline
+from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.conversion import (
     Definition,
     convert_bundle,
     estimate_scale_factor,
     read_bundle,
     read_weights,
-    save_monai_bundle,
-    to_monai_definition,
-    to_monai_state_dict,
 )
-from diffusers_med3d.conversion.convert import negate_prediction_
 from diffusers_med3d.conversion.networks import build_autoencoder, build_unet
-from diffusers_med3d.conversion.to_monai import scheduler_definition, scheduler_lines
 from diffusers_med3d.conversion.weights import attention_without_fc, load_exactly
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "convert_monai_bundle.py"
@@ -269,160 +263,17 @@ def test_the_scale_factor_is_estimated_over_all_volumes_with_the_posteriors_nois
 
 
 @torch.no_grad()
-def test_a_pipeline_goes_to_monais_classes_and_back_with_equal_volumes(tiny_pipeline, tmp_path):
-    with pytest.warns(UserWarning, match="scheduler.timesteps = "):
-        folder = save_monai_bundle(tiny_pipeline, tmp_path / "monai")
-    config = json.loads((folder / "configs" / "inference.json").read_text())
-    parser = ConfigParser(config)
-    autoencoder, unet = (parser.get_parsed_content(name) for name in ("autoencoder_def", "network_def"))
-    autoencoder.load_state_dict(read_weights(folder / "models" / "autoencoder.safetensors")[0])
-    unet.load_state_dict(read_weights(folder / "models" / "diffusion.safetensors")[0])
-
-    volumes, latents = torch.rand(1, 1, 16, 16, 16), torch.randn(1, 4, 4, 4, 4)
-    vae = tiny_pipeline.vae
-    mean, sigma = autoencoder.eval().encode(volumes)  # statistics per channel are in the weights now
-    torch.testing.assert_close(mean * config["scale_factor"], vae.encode_latents(volumes), atol=1e-5, rtol=1e-5)
-    std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    torch.testing.assert_close(sigma, vae.encode(volumes)[1] / std, atol=1e-5, rtol=1e-5)
-    decoded = autoencoder.decode(latents / config["scale_factor"])
-    torch.testing.assert_close(decoded.clamp(0, 1), vae.decode_latents(latents), atol=1e-5, rtol=1e-5)
-    labels = torch.tensor([2])
-    expected = tiny_pipeline.unet(latents, 9, labels).sample
-    torch.testing.assert_close(unet.eval()(latents, torch.tensor([9]), class_labels=labels), expected)
-
-    back, _ = convert_bundle(
-        read_bundle([folder / "configs" / "inference.json"]),
-        folder / "models" / "autoencoder.safetensors",
-        folder / "models" / "diffusion.safetensors",
-    )
-    back.set_progress_bar_config(disable=True)
-    assert back.scheduler.config.timestep_spacing == "leading"
-    runs = [p(class_labels=1, latents=latents, num_inference_steps=4).volumes for p in (tiny_pipeline, back)]
-    torch.testing.assert_close(*runs, atol=1e-5, rtol=1e-5)
-    with pytest.raises(FileExistsError, match="exists already"):
-        save_monai_bundle(tiny_pipeline, folder)
-    with pytest.warns(UserWarning, match="scheduler.timesteps = "):
-        half = save_monai_bundle(tiny_pipeline.to(torch.float16), tmp_path / "half")
-    autoencoder.load_state_dict(read_weights(half / "models" / "autoencoder.safetensors")[0])
-    torch.testing.assert_close(autoencoder.decode(latents / config["scale_factor"]), decoded, atol=5e-3, rtol=5e-3)
+def test_weights_load_into_monais_class_as_they_are(tiny_unet):
+    config = {name: value for name, value in tiny_unet.config.items() if name in UNET or name == "num_class_embeds"}
+    theirs = DiffusionModelUNet(spatial_dims=3, **config).eval()
+    theirs.load_state_dict(tiny_unet.state_dict())
+    latents, labels = torch.randn(1, 4, 4, 4, 4), torch.tensor([2])
+    expected = tiny_unet(latents, 9, labels).sample
+    torch.testing.assert_close(theirs(latents, torch.tensor([9]), class_labels=labels), expected)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("spacing", "zero_snr", "lines"), [("trailing", True, 2), ("leading", False, 1)])
-def test_what_a_config_cannot_say_of_a_scheduler_is_warned_of_and_the_lines_given_make_monai_sample_the_same(
-    tiny_pipeline, tmp_path, spacing, zero_snr, lines
-):
-    options = {"timestep_spacing": spacing, "rescale_betas_zero_snr": zero_snr, "steps_offset": 1}
-    tiny_pipeline.scheduler = DDIMScheduler.from_config(tiny_pipeline.scheduler.config, **options)
-    with pytest.warns(UserWarning, match="it would give other volumes"):
-        folder = save_monai_bundle(tiny_pipeline, tmp_path / "monai")
-    config = json.loads((folder / "configs" / "inference.json").read_text())
-    assert len(config["scheduler_lines"]) == lines
-    files = [folder / "models" / f"{name}.safetensors" for name in ("autoencoder", "diffusion")]
-    unet = ConfigParser(config).get_parsed_content("network_def").eval()
-    unet.load_state_dict(read_weights(files[1])[0])
-    noise = torch.randn(1, 4, 4, 4, 4)
-
-    def sample(lines: list[str]) -> torch.Tensor:
-        scheduler, image = ConfigParser(config).get_parsed_content("noise_scheduler"), noise
-        scheduler.set_timesteps(6)
-        for line in lines:
-            exec(line, {"torch": torch, "scheduler": scheduler, "N": 6, "T": scheduler.num_train_timesteps})
-        for t in scheduler.timesteps:
-            prediction = unet(image, t[None], class_labels=torch.tensor([1]))
-            image, _ = scheduler.step(prediction, t, image)
-        return image
-
-    arguments = {"class_labels": 1, "latents": noise, "num_inference_steps": 6, "output_type": "latent"}
-    latents = tiny_pipeline(**arguments).volumes
-    torch.testing.assert_close(sample(config["scheduler_lines"]), latents, atol=1e-5, rtol=1e-5)
-    assert (sample([]) - latents).abs().max() > 1e-2
-    back, _ = convert_bundle(read_bundle([folder / "configs" / "inference.json"]), *files)
-    back.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(back(**arguments).volumes, latents, atol=1e-5, rtol=1e-5)
-
-
-def test_a_scheduler_that_a_config_says_in_full_needs_no_lines(tiny_scheduler):
-    spread = DDIMScheduler.from_config(tiny_scheduler.config, timestep_spacing="linspace", steps_offset=1)
-    assert scheduler_definition(spread, (4, 4, 4))["steps_offset"] == 0  # diffusers uses it for "leading" alone
-    assert scheduler_lines(spread) == scheduler_lines(FlowMatchEulerDiscreteScheduler()) == []
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "message"),
-    [
-        (DDIMScheduler(trained_betas=[0.1, 0.2]), "trained_betas"),
-        (DDIMScheduler(thresholding=True), "'thresholding': True"),
-        (DDIMScheduler(beta_schedule="squaredcos_cap_v2"), "squaredcos_cap_v2"),
-        (DDPMScheduler(rescale_betas_zero_snr=True), "rescale_betas_zero_snr=True .*; set a DDIMScheduler"),
-        (DDPMScheduler(variance_type="fixed_small_log"), "fixed_small_log"),
-        (FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), "'shift_terminal': 0.1"),
-    ],
-)
-def test_schedulers_that_monai_does_not_have_are_refused_on_the_way_back(scheduler, message):
-    with pytest.raises(ValueError, match=message):
-        scheduler_definition(scheduler, (4, 4, 4))
-
-
-@torch.no_grad()
-def test_a_flow_with_conditions_goes_to_maisis_classes_and_back(tmp_path):
-    torch.manual_seed(4)
-    unet = DiffusionUNetMaisi3D(
-        in_channels=2, out_channels=2, channels=(8, 16), num_res_blocks=1, attention_levels=(False, True),
-        num_head_channels=8, norm_num_groups=4, include_spacing=False, context_names=["age", "volume"],
-        concat_context=True, include_fc=True,
-    )  # fmt: skip
-    vae = AutoencoderKLMaisi3D(
-        channels=(4, 8), latent_channels=2, num_res_blocks=(1, 1), attention_levels=(False, False), norm_num_groups=4,
-        latents_mean=[0.0, 0.0], latents_std=[0.5, 0.5],
-    )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipeline = MedDiffusion3DPipeline(awaken(vae), awaken(unet), scheduler, volume_shape=(8, 8, 8))
-    pipeline.set_progress_bar_config(disable=True)
-    folder = save_monai_bundle(pipeline, tmp_path / "monai")
-    parser = ConfigParser(json.loads((folder / "configs" / "inference.json").read_text().replace("@", "")))
-    theirs = parser.get_parsed_content("network_def")
-    theirs.load_state_dict(read_weights(folder / "models" / "diffusion.safetensors")[0])
-
-    latents, values = torch.randn(1, 2, 4, 4, 4), torch.tensor([[0.3, 0.7]])
-    conditions = unet.encode_conditions({"age": 0.3, "volume": 0.7}, 1)
-    velocity = unet(latents, 500.0, conditions=conditions).sample
-    maps = values[..., None, None, None].expand(-1, -1, 4, 4, 4)
-    expected = theirs.eval()(torch.cat([latents, maps], 1), torch.tensor([500.0]), context=values[:, None])
-    torch.testing.assert_close(velocity, -expected, atol=1e-5, rtol=1e-5)  # MONAI's flows point the other way
-    monai_scheduler = parser.get_parsed_content("noise_scheduler")
-    monai_scheduler.set_timesteps(4, input_img_size_numel=64)
-    assert monai_scheduler.timesteps.tolist() == [1000, 900, 750, 500]
-
-    config = read_bundle([folder / "configs" / "inference.json"])
-    files = [folder / "models" / f"{name}.safetensors" for name in ("autoencoder", "diffusion")]
-    back, _ = convert_bundle(config, *files)
-    back.set_progress_bar_config(disable=True)
-    assert back.unet.config.context_names == ["age", "volume"]
-    assert back.scheduler.config.shift == pytest.approx(3.0)
-    arguments = {"latents": latents, "num_inference_steps": 3, "conditions": {"age": 0.3, "volume": 0.7}}
-    torch.testing.assert_close(pipeline(**arguments).volumes, back(**arguments).volumes, atol=1e-5, rtol=1e-5)
-
-
-def test_what_monai_does_not_have_is_refused_on_the_way_back(tiny_unet, tiny_vae, tiny_vq):
-    config = {key: value for key, value in tiny_unet.config.items() if not key.startswith("_")}
-    for name in ("sample_skip", "sample_gate"):
-        with pytest.raises(ValueError, match=f"no {name}"):
-            to_monai_state_dict(DiffusionUNet3D(**{**config, name: True}))
-    with pytest.raises(ValueError, match="no num_modes"):
-        to_monai_state_dict(DiffusionUNet3D(**{**config, "num_modes": 2, "mode_shape": (4, 4, 4)}))
-    tiny_vae.set_latent_statistics(torch.zeros(4), torch.ones(4), torch.zeros(4, 4, 4, 4))
-    with pytest.raises(ValueError, match="no atlas of latents"):
-        to_monai_state_dict(tiny_vae)
-    definition = to_monai_definition(tiny_vq)
-    theirs = ConfigParser({"net": definition}).get_parsed_content("net")
-    theirs.load_state_dict(to_monai_state_dict(tiny_vq))
-    prediction = tiny_unet(torch.ones(1, 4, 4, 4, 4), 3).sample
-    torch.testing.assert_close(negate_prediction_(tiny_unet)(torch.ones(1, 4, 4, 4, 4), 3).sample, -prediction)
-
-
-@torch.no_grad()
-def test_the_script_converts_a_bundle_folder_both_ways(bundle, brains_folder, example, tmp_path, capsys):
+def test_the_script_converts_a_bundle_folder(bundle, brains_folder, example, tmp_path, capsys):
     def run(**arguments: Any) -> None:
         example.main(example.ConvertArguments(**arguments))
 
@@ -438,14 +289,6 @@ def test_the_script_converts_a_bundle_folder_both_ways(bundle, brains_folder, ex
     assert not list(tmp_path.glob("tmp*"))
     with pytest.raises(FileExistsError, match="exists already"):
         run(bundle=str(bundle), scale_factor=1.0, output_dir=ours)
-
-    with pytest.warns(UserWarning, match="scheduler.timesteps = "):
-        run(to_monai=ours, output_dir=str(tmp_path / "monai"))
-    run(bundle=str(tmp_path / "monai"), output_dir=str(tmp_path / "again"))
-    again = MedDiffusion3DPipeline.from_pretrained(tmp_path / "again")
-    assert again.vae.config.latents_std == pytest.approx(pipeline.vae.config.latents_std)
-    for name, tensor in pipeline.unet.state_dict().items():
-        assert torch.equal(tensor, again.unet.state_dict()[name])
 
     with pytest.raises(ValueError, match="give --unet_weights"):
         (bundle / "models" / "unet.pt").rename(bundle / "models" / "renamed.pt")

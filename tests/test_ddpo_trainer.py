@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
-from diffusers_med3d.lora import LORA_FILE
+from diffusers_med3d.pipelines.lora import LORA_FILE
 from diffusers_med3d.rl import clipped_loss, group_advantages, log_prob, rollout, transition
 from diffusers_med3d.trainers import ddpo
 from diffusers_med3d.trainers.base import last_checkpoint

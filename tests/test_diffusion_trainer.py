@@ -14,7 +14,8 @@ import torch
 from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.data.latents import LatentDataset, augment
+from diffusers_med3d.data.latents import LatentDataset
+from diffusers_med3d.data.transforms import flip_and_shift
 from diffusers_med3d.trainers.base import last_checkpoint
 from diffusers_med3d.trainers.diffusion import (
     LatentDiffusionConfig,
@@ -76,7 +77,7 @@ def test_augmentation_shifts_and_flips_without_touching_a_voxels_value():
     volume[0, 3:7, 3:7, 3:7] = torch.rand(4, 4, 4) + 0.1
     seen = set()
     for seed in range(40):
-        moved = augment(volume, torch.Generator().manual_seed(seed), max_shift=2)
+        moved = flip_and_shift(volume, torch.Generator().manual_seed(seed), max_shift=2)
         assert moved.shape == volume.shape
         corner = tuple(int(i) for i in torch.nonzero(moved[0]).amin(0))
         assert all(1 <= c <= 5 for c in corner)
@@ -91,7 +92,7 @@ def test_augmentation_shifts_and_flips_without_touching_a_voxels_value():
 def test_what_is_shifted_out_does_not_come_in_on_the_other_side():
     volume = torch.rand(1, 6, 7, 8) + 0.1
     for seed in range(12):
-        moved = augment(volume, torch.Generator().manual_seed(seed), max_shift=2)
+        moved = flip_and_shift(volume, torch.Generator().manual_seed(seed), max_shift=2)
         generator = torch.Generator().manual_seed(seed)
         flip = torch.rand((), generator=generator) < 0.5
         shifts = torch.randint(-2, 3, (3,), generator=generator).tolist()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from diffusers_med3d.downstream import (
+from diffusers_med3d.evaluation.downstream import (
     ARMS,
     CONTRASTS,
     Arm,
@@ -24,8 +24,8 @@ from diffusers_med3d.downstream import (
     run_arm,
     shuffle_labels,
 )
-from diffusers_med3d.files import once
 from diffusers_med3d.metrics import bootstrap_weights
+from diffusers_med3d.utils.files import once
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "downstream_classification.py"
 QUICK = ClassifierSettings(steps=40, batch_size=8, downsample=1, learning_rate=5e-3)

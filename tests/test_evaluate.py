@@ -14,10 +14,11 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from diffusers_med3d import evaluation
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.metrics import NamedExtractor, VolumeSet
-from diffusers_med3d.spectrum import DAMAGE_NAMES
+from diffusers_med3d.evaluation import VolumeSet
+from diffusers_med3d.evaluation import sampling as evaluation
+from diffusers_med3d.metrics import NamedExtractor
+from diffusers_med3d.rewards.damage import DAMAGE_NAMES
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "evaluate.py"
 SPLIT = {

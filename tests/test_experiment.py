@@ -1,4 +1,4 @@
-"""The decisions of examples/reproduce_paper.py."""
+"""The decisions of benchmarks/paper/reproduce_paper.py."""
 
 import json
 import math
@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_med3d.data.latents import tensor_hash
-from diffusers_med3d.experiment import (
+from diffusers_med3d.evaluation import Figure, Report, VolumeSet
+from diffusers_med3d.metrics import Interval, kid
+from diffusers_med3d.utils.hashing import tensor_hash
+from experiment import (
     PHASES,
     at_most,
     below_zero,
@@ -23,7 +25,6 @@ from diffusers_med3d.experiment import (
     over_seeds,
     selection_score,
 )
-from diffusers_med3d.metrics import Figure, Interval, Report, VolumeSet, kid
 
 GRID = {"learning_rate": [1e-5, 3e-5], "beta": [0.01, 0.04], "window": [2, 3]}
 

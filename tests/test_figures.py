@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from diffusers_med3d import figures
+from diffusers_med3d.evaluation import figures
 
 
 def cube_at(x: int, y: int, z: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from diffusers_med3d.files import once, whole_file, whole_folder, write_json, write_whole
+from diffusers_med3d.utils.files import once, whole_file, whole_folder, write_json, write_whole
 
 
 def test_a_file_appears_whole_in_a_folder_that_is_made_for_it(tmp_path):

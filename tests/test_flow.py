@@ -14,11 +14,11 @@ from diffusers import (
 from conftest import SPACING, VOLUME_SHAPE
 from diffusers_med3d import DiffusionUNet3D, LatentDiffusionConfig, LatentDiffusionTrainer, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.flow import flow_batch, flow_scheduler, set_timesteps, shift_times
 from diffusers_med3d.models import DiffusionUNet3DOutput
 from diffusers_med3d.rl import check_scheduler, deterministic_step, gaussian_kl, log_prob, rollout, transition
-from diffusers_med3d.rl.rollout import generators_for
+from diffusers_med3d.schedulers.flow import flow_batch, flow_scheduler, set_timesteps, shift_times
 from diffusers_med3d.trainers.diffusion import default_scheduler
+from diffusers_med3d.utils.seeding import generators_for
 
 MEAN, STD = 0.7, 0.5  # of the data in every closed form
 

@@ -19,7 +19,7 @@ from diffusers_med3d import (
     DiffusionUNetMaisi3D,
     MedDiffusion3DPipeline,
 )
-from diffusers_med3d.flow import flow_scheduler
+from diffusers_med3d.schedulers.flow import flow_scheduler
 from diffusers_med3d.trainers.diffusion import default_scheduler
 
 TESTS = Path(__file__).parent

@@ -34,20 +34,13 @@ from diffusers_med3d import (
     VolumeRewardModel,
     VQModel3D,
 )
-from diffusers_med3d.cards import NOT_FOR_CLINICAL_USE, missing, sections
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.evaluation import check_unseen
-from diffusers_med3d.hub import (
-    PublishMixin,
-    bundled_names,
-    check_publishable,
-    model_files,
-    public_name,
-    publish,
-    resolve,
-)
+from diffusers_med3d.data.training_subjects import read_training_subjects
+from diffusers_med3d.evaluation.sampling import check_unseen
+from diffusers_med3d.hub.cards import NOT_FOR_CLINICAL_USE, missing, sections
+from diffusers_med3d.hub.publish import PublishMixin, check_publishable, model_files, publish
+from diffusers_med3d.hub.resolve import bundled_names, public_name, resolve
 from diffusers_med3d.trainers.reward import RewardModelTrainer
-from diffusers_med3d.trainers.spectrum_data import read_training_subjects
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PIPELINE_FILES = {

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import diffusers_med3d
 from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, MedDiffusion3DPipeline, VolumeRewardModel, VQModel3D
-from diffusers_med3d.hub import bundled_names, resolve
+from diffusers_med3d.hub.resolve import bundled_names, resolve
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> str:

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_med3d import DDPOConfig, DDPOTrainer, DiffusionUNet3D, MedDiffusion3DPipeline
-from diffusers_med3d.lora import LORA_FILE, lora_layers, write_lora
+from diffusers_med3d.pipelines.conditions import Conditions
+from diffusers_med3d.pipelines.lora import LORA_FILE, lora_layers, write_lora
 from diffusers_med3d.rl import transition
-from diffusers_med3d.trainers.conditions import Conditions
 from diffusers_med3d.trainers.lora import add_lora
 
 NOISE = torch.randn(2, 4, 4, 4, 4, generator=torch.Generator().manual_seed(7))

@@ -8,13 +8,12 @@ import scipy.linalg
 import torch
 from scipy.spatial.distance import cdist
 
+from diffusers_med3d.evaluation import VolumeSet, check_scans, evaluate
+from diffusers_med3d.evaluation.sets import Sets
 from diffusers_med3d.metrics import (
     NamedExtractor,
     ScatteringFeatures,
-    VolumeSet,
     bootstrap_weights,
-    check_scans,
-    evaluate,
     features_of,
     intensity_tissues,
     interior_spectrum,
@@ -23,7 +22,6 @@ from diffusers_med3d.metrics import (
     ms_ssim,
     sharpness,
 )
-from diffusers_med3d.metrics.sets import Sets
 
 SIZE = 16
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_med3d import MedDiffusion3DPipeline
-from diffusers_med3d.hub import CHECKPOINTS, bundled_names
+from diffusers_med3d.hub.resolve import CHECKPOINTS, bundled_names
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

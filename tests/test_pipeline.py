@@ -16,7 +16,7 @@ from monai.data import MetaTensor
 
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.models import DiffusionUNet3DOutput
-from diffusers_med3d.pipeline import guided_prediction
+from diffusers_med3d.pipelines.med_diffusion_3d import guided_prediction
 from diffusers_med3d.trainers.diffusion import default_scheduler
 
 SCHEDULERS = [

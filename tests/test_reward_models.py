@@ -5,7 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel, box_filter, mirror
-from diffusers_med3d.rewards import SliceReward, VolumeReward
+from diffusers_med3d.rewards.learned import SliceReward, VolumeReward
 
 TINY = {"channels": (8, 16), "norm_num_groups": 4, "compare_sides": True}
 MODELS = pytest.mark.parametrize("model_class", [VolumeRewardModel, SliceRewardModel])

@@ -14,27 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE
 from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.data.training_subjects import TRAINING_SUBJECTS, read_training_subjects
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
-from diffusers_med3d.rewards import SliceReward, VolumeReward
-from diffusers_med3d.spectrum import (
-    DAMAGE_NAMES,
-    REAL,
-    clean_label,
-    damage,
-    gaussian_smooth,
-)
+from diffusers_med3d.rewards.damage import DAMAGE_NAMES, damage, gaussian_smooth
+from diffusers_med3d.rewards.learned import SliceReward, VolumeReward
+from diffusers_med3d.rewards.spectrum import REAL, clean_label
+from diffusers_med3d.rewards.spectrum_dataset import SpectrumDataset, build_spectrum, subject_levels
+from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, summarise
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer, draw_versions
-from diffusers_med3d.trainers.spectrum_data import (
-    TRAINING_SUBJECTS,
-    SpectrumDataset,
-    build_spectrum,
-    level_name,
-    read_training_subjects,
-    score_spectrum,
-    seeded,
-    subject_levels,
-    summarise,
-)
+from diffusers_med3d.utils.seeding import seeded
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LEVELS = [0.0, 0.5, 1.0]

@@ -8,29 +8,31 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_med3d.data.transforms import FOREGROUND_THRESHOLD, shift_volume
-from diffusers_med3d.spectrum import (
+from diffusers_med3d.rewards.damage import (
     DAMAGE_NAMES,
     DAMAGES,
     HALF_SWAP,
     HALF_SWAP_SEVERITY,
-    REAL,
     augment,
     bias_field,
     brightness,
-    clean_label,
     clear_haze,
     contrast,
     damage,
-    damaged_label,
-    dominance,
     gaussian_smooth,
     mirror_hemisphere,
     nearest_in_brightness,
+    swap_hemisphere,
+)
+from diffusers_med3d.rewards.spectrum import (
+    REAL,
+    clean_label,
+    damaged_label,
+    dominance,
     neighbours_in_order,
     partial_noising,
     rank_correlation,
     spectrum_loss,
-    swap_hemisphere,
 )
 
 

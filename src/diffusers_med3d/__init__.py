@@ -11,8 +11,8 @@ from diffusers.pipelines import pipeline_loading_utils
 
 from .models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from .models.reward import SliceRewardModel, VolumeRewardModel
-from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput, guided_prediction
-from .rewards import SliceReward, VolumeReward
+from .pipelines.med_diffusion_3d import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput, guided_prediction
+from .rewards.learned import SliceReward, VolumeReward
 
 if TYPE_CHECKING:
     from .trainers.autoencoder import AutoencoderConfig, AutoencoderTrainer

@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..pipeline import MedDiffusion3DPipeline
+from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from .definitions import BundleConfig
 from .networks import Autoencoder, UNet, build_autoencoder, build_scheduler, build_unet
 from .weights import attention_without_fc, load_exactly, read_weights

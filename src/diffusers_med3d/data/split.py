@@ -5,7 +5,7 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..files import write_json
+from ..utils.files import write_json
 
 PARTS = ("train", "validation", "test")
 

@@ -39,6 +39,21 @@ def shift_volume(volume: torch.Tensor, shift: Sequence[int]) -> torch.Tensor:
     return volume
 
 
+def flip_and_shift(volume: torch.Tensor, generator: torch.Generator, max_shift: int) -> torch.Tensor:
+    """Flip left-right half of the time and shift by up to ``max_shift`` whole voxels per axis.
+
+    No interpolation, so nothing is blurred. What leaves on one side is background as long as the volume is padded.
+
+    Args:
+        volume: (C, X, Y, Z), RAS.
+        generator: on the CPU.
+    """
+    if torch.rand((), generator=generator) < 0.5:
+        volume = volume.flip(1)
+    shifts = torch.randint(-max_shift, max_shift + 1, (3,), generator=generator).tolist()
+    return shift_volume(volume, shifts).contiguous()
+
+
 def check_positive(volume: MetaTensor) -> MetaTensor:
     """The volume as it is, if its intensities are positive on a background of 0; what lies below 0 would become 0.
 

@@ -6,7 +6,7 @@ import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch.nn import functional as F
 
-from ..hub import PublishMixin
+from ..hub.publish import PublishMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
 

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from monai.networks.blocks import Convolution, ResidualUnit
 from torch import nn
 
-from ..hub import PublishMixin
+from ..hub.publish import PublishMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_volumes
 

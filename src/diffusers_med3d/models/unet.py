@@ -12,7 +12,7 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import nn
 
-from ..hub import PublishMixin
+from ..hub.publish import PublishMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
 

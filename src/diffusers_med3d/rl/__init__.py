@@ -1,7 +1,8 @@
 """Reinforcement learning of a diffusion policy as pure functions: transition -> objective -> rollout, no framework."""
 
+from ..utils.seeding import derive_seed, generators_for
 from .objective import Advantages, as_reward_tensor, clip_fraction, clipped_loss, group_advantages
-from .rollout import Trajectory, derive_seed, deterministic_steps, generators_for, rollout, rollout_window
+from .rollout import Trajectory, deterministic_steps, rollout, rollout_window
 from .transition import Transition, check_scheduler, deterministic_step, gaussian_kl, log_prob, transition
 
 __all__ = [

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from ..flow import check_supported
+from ..schedulers.flow import check_supported
 from .flow import flow_sde, flow_times
 
 Scheduler = DDIMScheduler | DDPMScheduler | FlowMatchEulerDiscreteScheduler

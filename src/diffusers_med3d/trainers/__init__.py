@@ -1,0 +1,1 @@
+"""One trainer and one config per stage, on TRL's base."""

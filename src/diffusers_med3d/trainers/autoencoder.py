@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import Dataset as TorchDataset
 
-from .. import figures, metrics
+from .. import metrics
 from ..data import FOREGROUND_THRESHOLD, VolumeDataset
+from ..evaluation import figures
 from ..models import AutoencoderKL3D, VQModel3D
 from .base import Med3DConfig, Med3DTrainer
 from .losses import gradient_l1, kl_to_standard_normal, spectral_l1

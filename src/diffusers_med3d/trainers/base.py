@@ -33,7 +33,9 @@ from transformers.trainer_callback import TrainerState
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from .. import cards, figures, hub
+from ..evaluation import figures
+from ..hub import cards
+from ..hub import publish as hub
 
 COMPLETE_MARKER = "complete"
 """Last file written into a checkpoint: without it the run was killed while saving."""

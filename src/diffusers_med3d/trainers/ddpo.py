@@ -29,13 +29,14 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from ..figures import orthogonal_views
-from ..flow import set_timesteps
-from ..hub import public_name
-from ..lora import lora_layers, write_lora
+from ..evaluation.figures import orthogonal_views
+from ..hub.resolve import public_name
 from ..metrics import diversity, sharpness
-from ..pipeline import MedDiffusion3DPipeline, guided_prediction
-from ..rewards import SliceReward, VolumeReward
+from ..pipelines.conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
+from ..pipelines.lora import lora_layers, write_lora
+from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline, guided_prediction
+from ..rewards.learned import SliceReward, VolumeReward
+from ..rewards.scoring import RewardFunc, reward_names, score
 from ..rl import (
     Trajectory,
     check_scheduler,
@@ -51,12 +52,11 @@ from ..rl import (
     rollout_window,
     transition,
 )
+from ..schedulers.flow import set_timesteps
 from .base import Med3DTrainer, keep_small_convolutions_exact
-from .conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
 from .lora import add_lora, check_no_lora, enable_lora, merged
-from .scoring import RewardFunc, reward_names, score
 
 INITIAL, SHARED_INITIAL, STEP, EVALUATION = range(4)  # what a random stream is for; part of its seed
 REFERENCE_FILE = "reference.safetensors"

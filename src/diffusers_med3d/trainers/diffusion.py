@@ -10,17 +10,18 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from .. import figures, metrics
+from .. import metrics
 from ..data import VolumeDataset
 from ..data.latents import LatentDataset
-from ..files import write_json
-from ..flow import flow_batch, flow_scheduler, is_flow
+from ..data.training_subjects import TRAINING_SUBJECTS
+from ..evaluation import figures
 from ..models import AutoencoderKL3D, VQModel3D
-from ..pipeline import MedDiffusion3DPipeline
+from ..pipelines.conditions import call_arguments, encode_rows, scan_rows
+from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
+from ..schedulers.flow import flow_batch, flow_scheduler, is_flow
+from ..utils.files import write_json
 from .base import Med3DConfig, Med3DTrainer
-from .conditions import call_arguments, encode_rows, scan_rows
 from .muon import Muon
-from .spectrum_data import TRAINING_SUBJECTS
 
 SAMPLE_WEIGHT_CAP = 5.0
 """Largest weight of a timestep when the network predicts the sample (min-SNR-gamma, arXiv 2303.09556, gamma = 5)."""

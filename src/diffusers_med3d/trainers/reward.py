@@ -19,28 +19,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .. import figures
+from ..evaluation import figures
 from ..models.reward import SliceRewardModel, VolumeRewardModel
-from ..spectrum import (
+from ..rewards.damage import (
     DAMAGE_NAMES,
     DAMAGES,
     HALF_SWAP,
     HALF_SWAP_SEVERITY,
-    REAL,
-    ROUND_TRIP,
     augment,
     brightness,
-    clean_label,
     clear_haze,
     damage,
-    damaged_label,
-    dominance,
     mirror_hemisphere,
     nearest_in_brightness,
-    spectrum_loss,
 )
+from ..rewards.spectrum import REAL, ROUND_TRIP, clean_label, damaged_label, dominance, spectrum_loss
+from ..rewards.spectrum_dataset import SpectrumDataset
+from ..rewards.spectrum_scores import level_name, score_spectrum, summarise
+from ..utils.seeding import seeded
 from .base import Med3DConfig, Med3DTrainer
-from .spectrum_data import SpectrumDataset, level_name, score_spectrum, seeded, summarise
 
 
 @dataclass
