@@ -205,7 +205,7 @@ def test_impossible_levels_are_refused(wrong, tiny_pipeline, scans, tmp_path):
 
 
 def test_two_scans_of_a_subject_have_a_file_each_and_the_null_class_works(tiny_pipeline, data, tmp_path):
-    scans = VolumeDataset(data.data_dir, ["sub-01", "sub-08"], data)
+    scans = VolumeDataset(data.data_dir, ["sub-01", "sub-08"], **data.reading())
     paths = build(tiny_pipeline, scans, tmp_path, trained_on=[])
     assert [path.name for path in paths] == [f"sub-0{name}.safetensors" for name in ("1-1", "1-2", "8-1")]
     assert SpectrumDataset(paths).subjects.tolist() == [0, 0, 2]  # which scans are of one subject
@@ -545,8 +545,8 @@ def test_the_report_refuses_a_severity_before_it_makes_a_spectrum():
 
 def test_a_reward_that_knows_its_training_scans_is_found_out_within_each_class(data):
     training_above_unseen = runpy.run_path(str(EXAMPLES / "reward_report.py"))["training_above_unseen"]
-    training = VolumeDataset(data.data_dir, ["sub-02", "sub-03", "sub-04"], data)  # young, young, middle
-    unseen = VolumeDataset(data.data_dir, ["sub-01", "sub-05", "sub-07"], data)  # two scans young, middle, old
+    training = VolumeDataset(data.data_dir, ["sub-02", "sub-03", "sub-04"], **data.reading())  # young, young, middle
+    unseen = VolumeDataset(data.data_dir, ["sub-01", "sub-05", "sub-07"], **data.reading())  # two scans young, middle, old
     interval = training_above_unseen([0.9, 0.4, 0.1], [0.5, 0.4, 0.6, 0.0], training, unseen)
     # young: 0.9 wins twice, 0.4 loses once and ties once; middle: loses; old has no training scan
     assert interval.value == pytest.approx(2 / 3 * 2.5 / 4 + 1 / 3 * 0)
