@@ -28,8 +28,11 @@ def open_nifti(entry: dict, subject: str) -> nibabel.Nifti1Image:
     Raises:
         ValueError: no NIfTI, naming the subject.
     """
+    path, content = entry["path"], entry["bytes"]
     try:
-        return Nifti().decode_example({"path": entry["path"], "bytes": entry["bytes"]})
+        if content is None and not path.endswith((".nii", ".nii.gz", ".NII", ".NII.GZ")) and Path(path).is_file():
+            content = Path(path).read_bytes()  # nibabel looks for a.Nii.gz under the name a.nii.gz
+        return Nifti().decode_example({"path": path, "bytes": content})
     except Exception as error:  # a damaged header makes nibabel raise almost anything
         raise ValueError(f"{scan_name(entry, subject)} cannot be read as NIfTI: {error}") from error
 

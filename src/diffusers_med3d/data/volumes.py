@@ -162,9 +162,7 @@ class VolumeDataset(TorchDataset):
         if num_channels is None and self.settings.channel_names:
             num_channels = len(self.settings.channel_names)
         num_channels = check_scans(chosen, [subject for subject, _ in order], num_channels)
-        self.metadata = chosen.remove_columns("nifti")
-        if not isinstance(source, Dataset):
-            self.metadata = _typed(self.metadata, self.settings.subject_column)
+        self.metadata = _typed(chosen.remove_columns("nifti"), self.settings.subject_column)
         self.items, self.placements = [], []
         for (subject, i), entry in zip(tqdm(order, desc="reading scans", unit="scan"), chosen["nifti"], strict=True):
             scan = to_meta_tensor(*decode_nifti(entry, subject, num_channels))
@@ -202,7 +200,7 @@ class VolumeDataset(TorchDataset):
         names = (*self.class_names, "no class")
         subjects = len({item["subject"] for item in self.items})
         lines = [
-            f"{len(self)} scans of {subjects} subjects, "
+            f"{len(self)} scan(s) of {subjects} subject(s), "
             + ", ".join(f"{names[label]}: {counts[label]}" for label in sorted(counts)),
             f"grid {_times(shape)} voxels of {_times(spacing)} mm = {_times(grid.tolist())} mm; anatomy "
             f"{_times(middle.tolist())} mm (median), {_times(largest.tolist())} mm (largest)",
@@ -231,8 +229,10 @@ def _times(values: Sequence[float]) -> str:
 
 def _typed(metadata: Dataset, subject_column: str) -> Dataset:
     """Metadata whose columns of text that are all numbers are numbers; subjects stay text."""
-    columns = {
-        name: [str(value) for value in metadata[name]] if name == subject_column else as_numbers(metadata[name][:])
-        for name in metadata.column_names
-    }
-    return Dataset.from_dict(columns)
+    names = metadata.column_names
+    for name in names:
+        values = metadata[name][:]
+        numbers = values if name == subject_column else as_numbers(values)
+        if numbers != values:
+            metadata = metadata.remove_columns(name).add_column(name, numbers)
+    return metadata.select_columns(names)
