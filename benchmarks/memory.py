@@ -6,13 +6,24 @@ Networks as wide as those of `brain-t1`, random weights, float32, one volume at 
 read, on a CPU that of torch's.
 """
 
-import argparse
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch.autograd import profiler
+from transformers import HfArgumentParser
 
 from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, VolumeRewardModel
+
+
+@dataclass
+class MemoryArguments:
+    """What is measured."""
+
+    sizes: list[int] = field(default_factory=lambda: [32, 64, 96, 128], metadata={"help": "Voxels per side."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute the UNet's blocks in the backward pass."}
+    )
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
@@ -73,10 +84,7 @@ def measure(size: int, device: str, checkpointing: bool) -> list[int]:
 
 def main() -> None:
     """Print one Markdown row per size, in GiB."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 96, 128], help="Voxels per side.")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="Recompute the UNet's blocks in backward.")
-    args = parser.parse_args()
+    (args,) = HfArgumentParser(MemoryArguments).parse_args_into_dataclasses()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("| volume | decode | denoise one step | score (3D reward) | train the UNet, batch 1 |\n|---|---|---|---|---|")
     for size in args.sizes:
