@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py --sizes 32 64 96 128
 
-Networks as wide as those of `brain-t1`, random weights, float32, one volume at a time. On a GPU the peak of its allocator is
-read, on a CPU that of torch's.
+Networks as wide as those of `brain-t1`, random weights, float32, one volume at a time. On a GPU the peak of its
+allocator is read, on a CPU that of torch's.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,9 @@
 """Every Python and shell block of the README, the docs and the cards' sources.
 
-Python blocks run as printed, in the order of their page, with few denoising and optimizer steps. A block that cannot run
-is preceded by the line `*Not run in the tests: REASON.*`, which the reader sees too. Shell blocks run in bash with stand-ins
-for the programs, which write down how they were called; every call of a script is then parsed by that script's own parser.
+Python blocks run as printed, in the order of their page, with few denoising and optimizer steps. A block that cannot
+run is preceded by the line `*Not run in the tests: REASON.*`, which the reader sees too. Shell blocks run in bash with
+stand-ins for the programs, which write down how they were called; every call of a script is then parsed by that
+script's own parser.
 """
 
 import json
@@ -29,7 +30,8 @@ NOT_RUN = re.compile(r"\*Not run in the tests: (?P<reason>[^*]+)\.\*\n$")
 FEWER = {  # what a page prints -> what the test runs instead
     r"num_inference_steps=\d+": "num_inference_steps=2",
     r"strength=0\.\d+, num_inference_steps=2": "strength=0.5, num_inference_steps=4",
-    r"DDPOConfig\(": "DDPOConfig(max_steps=1, per_device_train_batch_size=2, num_generations=2, num_inference_steps=3, ",
+    r"DDPOConfig\(": "DDPOConfig(max_steps=1, per_device_train_batch_size=2, num_generations=2, "
+    + "num_inference_steps=3, ",
     r"max_steps=1, (.*), max_steps=\d+": r"max_steps=1, \1",
     r"num_samples=8, class_labels=\[name\] \* 8": "num_samples=2, class_labels=[name] * 2",
 }
