@@ -154,25 +154,23 @@ class LatentDiffusionTrainer(Med3DTrainer):
         super().__init__(model=model.unet, args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in transformers; with ``args.muon`` the momentum of matrices inside the UNet's blocks is made orthogonal.
+        """As in transformers; with ``args.muon`` the matrices and kernels inside the UNet's blocks are `Muon`'s.
 
-        Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; kernels (out, in, x, y, z) are matrices
-        (out, in x y z). Steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, equation 4), so
-        that both share one learning rate. First and last layers, embeddings, norms and biases are AdamW's.
+        First and last layers, embeddings, norms and biases are AdamW's.
         """
         if not self.args.muon or self.optimizer is not None:
             return super().create_optimizer(model)
-        hidden, others = [], []
+        matrices, others = [], []
         for name, parameter in (model or self.model).named_parameters():
             if parameter.requires_grad:
-                (hidden if "_block" in name and parameter.ndim >= 2 else others).append(parameter)
-        common = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
-        adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
+                (matrices if "_block" in name and parameter.ndim >= 2 else others).append(parameter)
         self.optimizer = Muon(
-            [
-                {"params": hidden, "use_muon": True, "use_adjusted_lr": True, **common},
-                {"params": others, "use_muon": False, **common, **adam},
-            ]
+            matrices,
+            others,
+            lr=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
         )
         return self.optimizer
 
