@@ -112,7 +112,7 @@ def test_every_copy_of_a_scan_is_drawn(scans, tiny_vae, tmp_path):
 def test_latents_are_drawn_anew_from_the_posterior_each_time(scans, tiny_vae, tmp_path):
     dataset = LatentDataset(scans, tiny_vae, tmp_path / "cache.safetensors", copies=1)
     with torch.no_grad():
-        mean, sigma = tiny_vae.encode(scans[2]["volume"].as_tensor()[None])
+        mean, sigma = tiny_vae.encode_moments(scans[2]["volume"].as_tensor()[None])
     draws = dataset.draw(torch.full((400,), 2))
     shift, scale = (
         torch.tensor(v).view(4, 1, 1, 1) for v in (tiny_vae.config.latents_mean, tiny_vae.config.latents_std)

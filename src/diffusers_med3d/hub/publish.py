@@ -13,7 +13,7 @@ from typing import Any, Self
 from huggingface_hub import CommitInfo, HfApi
 
 from . import cards
-from .resolve import forget_local_paths, resolve
+from .resolve import check_class, did_you_mean, forget_local_paths, resolve
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PUBLISHED_SUFFIXES = (".json", ".safetensors", ".md", ".png", ".py", ".txt")
@@ -144,9 +144,18 @@ class PublishMixin:
                 the saved one.
 
         Raises:
-            ValueError: a bare name that is neither bundled nor a local folder or file.
+            ValueError: a bare name that is neither bundled nor a local folder or file; a folder or repository of
+                another class, which the message names.
+            FileNotFoundError: a local path where nothing is.
         """
-        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
+        source = resolve(pretrained_model_name_or_path)
+        check_class(cls, source, kwargs)
+        try:
+            return super().from_pretrained(source, **kwargs)
+        except OSError as error:
+            if os.path.exists(source) or not (hint := did_you_mean(source)):
+                raise
+            raise OSError(f"{error}{hint}") from error  # "outputs/generater" might have been a Hub id
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As in diffusers, without the local folder that this was loaded from."""

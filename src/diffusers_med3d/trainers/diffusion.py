@@ -333,12 +333,12 @@ def decoder_gain(autoencoder: AutoencoderKL3D | VQModel3D, latents: Tensor, size
     autoencoder.eval()
     latents = autoencoder.normalize_latents(latents.to(autoencoder.device))
     noise = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(latents) * size
-    volume = autoencoder.decode_raw(autoencoder.denormalize_latents(latents))
+    volume = autoencoder.decode(autoencoder.denormalize_latents(latents)).sample
     gains = []
     for channel in range(latents.shape[1]):
         perturbed = latents.clone()
         perturbed[:, channel] += noise
-        change = autoencoder.decode_raw(autoencoder.denormalize_latents(perturbed)) - volume
+        change = autoencoder.decode(autoencoder.denormalize_latents(perturbed)).sample - volume
         gains.append(change.square().mean().sqrt().cpu() / size)
     return torch.stack(gains)
 
