@@ -1,4 +1,4 @@
-"""Bundled checkpoints by name, the class of what was saved, and the public name of what was loaded."""
+"""Bundled checkpoints by name, and which class saved a folder or repository."""
 
 import json
 import os
@@ -98,26 +98,3 @@ def _read_json(source: str, name: str, options: dict[str, Any]) -> dict[str, Any
         except (HfHubHTTPError, HFValidationError, OSError):
             return None
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def forget_local_paths(*parts: object) -> None:
-    """Cut the folder a component was loaded from down to its last part, before its config is written for others.
-
-    diffusers records that folder as ``_name_or_path`` and saves it. Hub ids stay whole; parts without a config are left
-    alone.
-    """
-    for part in parts:
-        if not isinstance(part, ConfigMixin):
-            continue
-        source = str(part.config.get("_name_or_path") or "")
-        if source.count("/") > 1 or os.path.isabs(source) or os.path.isdir(source):
-            part.register_to_config(_name_or_path=Path(source).name)
-
-
-def public_name(part: ConfigMixin) -> str:
-    """What others can load ``part`` by: the bundled name or Hub id it came from, empty for a local folder."""
-    source = str(part.config.get("_name_or_path") or "")
-    if source in bundled_names() or Path(source).parent == CHECKPOINTS:
-        return Path(source).name
-    is_id = source.count("/") == 1 and not os.path.isabs(source) and not os.path.isdir(source)
-    return source if is_id else ""

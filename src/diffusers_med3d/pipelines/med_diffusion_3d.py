@@ -19,8 +19,8 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..hub.origin import forget_local_path
 from ..hub.publish import PublishMixin
-from ..hub.resolve import forget_local_paths
 from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from ..models.sizes import check_divisible, check_volumes
 from ..schedulers.flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
@@ -219,7 +219,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             ValueError: the UNet carries LoRA adapters, which `from_pretrained` could not read.
         """
         self._check_without_adapters()
-        forget_local_paths(self, *self.components.values())
+        forget_local_path(self.scheduler)  # diffusers' own class; ours leave it out when they write their config
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
 
     def to_json_string(self) -> str:

@@ -13,8 +13,9 @@ from torch.utils.data import Dataset as TorchDataset
 from .. import metrics
 from ..data import FOREGROUND_THRESHOLD, VolumeDataset
 from ..evaluation import figures
+from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
-from .base import Med3DConfig, Med3DTrainer
+from .base import Med3DConfig, Med3DTrainer, describe_volumes
 from .losses import gradient_l1, spectral_l1
 
 
@@ -205,6 +206,9 @@ class AutoencoderTrainer(Med3DTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        self.card_data = describe_volumes(train_dataset, eval_dataset)
+        self.card_volume_shape = tuple(train_dataset[0]["volume"].shape[1:])
+        self.inherited_license = inherited_license(model)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
         """One step's loss; its parts are averaged into the next log."""

@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from ..evaluation.figures import orthogonal_views
-from ..hub.resolve import public_name
+from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
 from ..pipelines.conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
 from ..pipelines.lora import lora_layers, write_lora
@@ -234,6 +234,8 @@ class DDPOTrainer(Med3DTrainer):
         self._watch = Watch(args.epsilon)
         self.card_notes = f"Rewards: {', '.join(self.reward_names)}."
         self.card_base_model = public_name(pipeline)
+        self.card_data = "Fine-tuning read no scans: the generator learned from scores of its own samples."
+        self.inherited_license = inherited_license(pipeline, pipeline.unet, pipeline.vae)
 
     def forget_rollout(self) -> None:
         """Drop the stored rollout and what was recorded of it; the next batch makes a new one."""

@@ -15,12 +15,13 @@ from ..data import VolumeDataset
 from ..data.latents import LatentDataset
 from ..data.training_subjects import TRAINING_SUBJECTS
 from ..evaluation import figures
+from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
 from ..pipelines.conditions import call_arguments, encode_rows, scan_rows
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from ..schedulers.flow import flow_batch, flow_scheduler, is_flow
 from ..utils.files import write_json
-from .base import Med3DConfig, Med3DTrainer
+from .base import Med3DConfig, Med3DTrainer, describe_volumes
 from .muon import Muon
 
 SAMPLE_WEIGHT_CAP = 5.0
@@ -152,6 +153,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
             gain = decoder_gain(model.vae, self.latents.mean[:1, 0].float())
             self.channel_weights = gain / gain.mean()
         super().__init__(model=model.unet, args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs)
+        self.card_data = describe_volumes(train_dataset, eval_dataset)
+        self.inherited_license = inherited_license(model, model.unet, model.vae)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in transformers; with ``args.muon`` the matrices and kernels inside the UNet's blocks are `Muon`'s.
