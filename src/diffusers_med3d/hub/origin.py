@@ -59,8 +59,8 @@ def inherited_license(*parts: object) -> str | None:
 def license_of(source: str) -> str | None:
     """Licence of saved weights by the Hub's identifier, such as "cc-by-sa-3.0"; None where nothing says it.
 
-    It stands in the metadata of README.md beside the weights. Without one, what the weights were made from counts, which
-    their config names.
+    It stands in the metadata of README.md beside the weights. Without one, the model counts that these weights were
+    made from, by its name in their config.
 
     Args:
         source: bundled name, folder (of a pipeline, a model, or a component of a pipeline) or Hub id.
