@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CLASS_NAMES, synthetic_brain
+from conftest import CLASS_NAMES, REPOSITORY, synthetic_brain
 from diffusers_med3d import MedDiffusion3DPipeline, SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.hub.cards import missing
 from diffusers_med3d.schedulers.flow import flow_scheduler
 
-EXAMPLE = Path(__file__).parents[1] / "benchmarks" / "paper" / "reproduce_paper.py"
+EXAMPLE = REPOSITORY / "benchmarks" / "paper" / "reproduce_paper.py"
 SIDE, SPACING = 32, 6.0  # the 3D features need 32 voxels a side
 AGES = {"train": (25, 30, 45, 50, 65, 70), "validation": (26, 31, 46, 66, 71), "test": (27, 32, 47, 67, 72)}
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from conftest import EXAMPLES
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.evaluation import VolumeSet
 from diffusers_med3d.evaluation import sampling as evaluation
 from diffusers_med3d.metrics import NamedExtractor
 from diffusers_med3d.rewards.damage import DAMAGE_NAMES
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "evaluate.py"
+EXAMPLE = EXAMPLES / "evaluate.py"
 SPLIT = {
     "train": ["sub-01", "sub-04", "sub-06", "sub-08"],
     "validation": ["sub-02", "sub-05", "sub-07"],

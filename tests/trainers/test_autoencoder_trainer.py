@@ -14,13 +14,13 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import avg_pool3d
 
+from conftest import REPOSITORY
 from diffusers_med3d import AutoencoderKL3D, VQModel3D
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.trainers.autoencoder import AutoencoderConfig, AutoencoderLosses, AutoencoderTrainer, CropDataset
 from diffusers_med3d.trainers.base import last_checkpoint
 from diffusers_med3d.trainers.losses import gradient_l1, kl_to_standard_normal, spectral_l1
 
-REPOSITORY = Path(__file__).parents[1]
 TRAIN = ["sub-01", "sub-04", "sub-06", "sub-08"]
 SPLIT = {
     "train": TRAIN,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE, run_example
+from conftest import CLASS_NAMES, REPOSITORY, SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.latents import LatentDataset
@@ -25,7 +25,6 @@ from diffusers_med3d.trainers.diffusion import (
 )
 from diffusers_med3d.trainers.muon import Muon
 
-REPOSITORY = Path(__file__).parents[1]
 TRAIN = ["sub-01", "sub-04", "sub-06", "sub-08"]
 SPLIT = {
     "train": TRAIN,

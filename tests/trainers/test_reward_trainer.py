@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE
+from conftest import CLASS_NAMES, EXAMPLES, SPACING, VOLUME_SHAPE
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.training_subjects import TRAINING_SUBJECTS, read_training_subjects
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
@@ -24,7 +24,6 @@ from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, 
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer, draw_versions
 from diffusers_med3d.utils.seeding import seeded
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 LEVELS = [0.0, 0.5, 1.0]
 MODELS = pytest.mark.parametrize(
     "model", [{"kind": VolumeRewardModel}, {"kind": SliceRewardModel, "num_slices": 3}], ids=["3d", "2d"]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import EXAMPLES
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "ppo_finetune.py"
+EXAMPLE = EXAMPLES / "ppo_finetune.py"
 ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", str(EXAMPLE.parent / "accelerate_configs/cpu.yaml")]
 
 
