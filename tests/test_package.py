@@ -41,9 +41,10 @@ def installed_wheel(tmp_path_factory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_licence_the_type_marker_and_every_module(installed_wheel):
     package = installed_wheel / "diffusers_med3d"
-    assert (package / "py.typed").exists() and (package / "card_template.md").exists()
+    assert (package / "py.typed").exists() and (package / "hub" / "card_template.md").exists()
     (licence,) = installed_wheel.glob("diffusers_med3d-*.dist-info/licenses/LICENSE")
     assert "Apache License" in licence.read_text()
     sources = REPOSITORY / "src" / "diffusers_med3d"
@@ -54,6 +55,7 @@ def test_the_wheel_holds_the_licence_the_type_marker_and_every_module(installed_
         assert all((package / file).exists() for file in files), name
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_generates_from_its_own_bundled_checkpoint(installed_wheel, tiny_pipeline_folder):
     code = """
 import sys

@@ -73,6 +73,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_subjects_are_opened_once(
     launch, tmp_path
 ):
@@ -170,6 +171,7 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
     assert (out / "test-opened.json").read_text() == opened
 
 
+@pytest.mark.slow
 def test_a_sweep_freezes_the_better_setting_of_a_flow_and_is_not_made_again(launch, tmp_path):
     base = MedDiffusion3DPipeline.from_pretrained(tmp_path / "base")
     parts = base.components | {"scheduler": flow_scheduler()}

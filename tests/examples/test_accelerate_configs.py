@@ -87,6 +87,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_nodes_train_a_flow_generator_together(brains_folder, tiny_vae, tmp_path):
     """two_nodes.yaml as it is, but for addresses, one process a node, and gloo in place of GPUs; the world is two."""
     tiny_vae.save_pretrained(tmp_path / "vae")

@@ -31,6 +31,7 @@ def launch(*flags: str, launcher: list[str] | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_runs_and_is_resumed(tiny_pipeline_folder, tiny_rewards, tmp_path):
     out = tmp_path / "out"
     (Path(tiny_pipeline_folder) / "training_subjects.json").write_text('["sub-01"]')

@@ -262,6 +262,7 @@ def test_with_a_warm_cache_everything_loads_when_the_hub_cannot_be_reached(hub, 
     VolumeReward.from_pretrained("tester/reward")
 
 
+@pytest.mark.slow
 def test_hf_download_fetches_a_folder_that_loads(hub, tiny_pipeline, tmp_path):
     tiny_pipeline.push_to_hub("tiny")
     command = [Path(sys.executable).parent / "hf", "download", "tester/tiny", "--local-dir", tmp_path / "downloaded"]

@@ -332,6 +332,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ)
 
 
+@pytest.mark.slow
 def test_the_script_takes_as_many_channels_as_the_scans_have(tmp_path, brains_folder):
     shutil.copytree(brains_folder, tmp_path / "scans")
     for path in (tmp_path / "scans" / "images").iterdir():
@@ -347,6 +348,7 @@ def test_the_script_takes_as_many_channels_as_the_scans_have(tmp_path, brains_fo
     assert AutoencoderKL3D.from_pretrained(tmp_path / "out").config.in_channels == 2
 
 
+@pytest.mark.slow
 def test_the_script_trains_two_steps_is_resumed_and_writes_a_loadable_autoencoder(tmp_path, brains_folder):
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))
     common = ["--data_dir", brains_folder, "--split_file", str(tmp_path / "split.json"), "--volume_shape", "16", "16"]

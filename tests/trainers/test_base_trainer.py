@@ -485,6 +485,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", **changes}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: one thread is all of them")
 def test_a_run_started_by_accelerate_launch_uses_all_cores(tmp_path):
     (tmp_path / "threads.py").write_text(THREADS)
@@ -534,6 +535,7 @@ os._exit(0)  # while the interpreter shuts down, a thread of gloo that asks for 
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_save_without_waiting_for_each_other_forever(tmp_path):
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

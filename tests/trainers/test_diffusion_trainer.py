@@ -468,6 +468,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ)
 
 
+@pytest.mark.slow
 def test_the_script_trains_two_steps_on_a_fold_is_resumed_and_writes_a_pipeline(tmp_path, brains_folder, tiny_vae):
     tiny_vae.save_pretrained(tmp_path / "vae")
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))

@@ -470,6 +470,7 @@ def script_arguments(tiny_pipeline, data, tmp_path) -> dict[str, list]:
     return {"common": common, "train": train, "generators": generators}
 
 
+@pytest.mark.slow
 def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
     output = tmp_path / "3d"
     for steps in (2, 3):
@@ -490,6 +491,7 @@ def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
     assert list(output.rglob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
 def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_on_with(script_arguments, tmp_path):
     tuned = tmp_path / "tuned"
     shutil.copytree(tmp_path / "a", tuned)
