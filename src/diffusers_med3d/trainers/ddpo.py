@@ -42,10 +42,8 @@ from ..rl import (
     check_scheduler,
     clip_fraction,
     clipped_loss,
-    derive_seed,
     deterministic_steps,
     gaussian_kl,
-    generators_for,
     group_advantages,
     log_prob,
     rollout,
@@ -53,6 +51,7 @@ from ..rl import (
     transition,
 )
 from ..schedulers.flow import set_timesteps
+from ..utils.seeding import derive_seed, generators_for
 from .base import Med3DTrainer, keep_small_convolutions_exact
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch

@@ -5,13 +5,13 @@ import math
 import runpy
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
+from conftest import EXAMPLES
 from diffusers_med3d.evaluation.downstream import (
     ARMS,
     CONTRASTS,
@@ -27,7 +27,7 @@ from diffusers_med3d.evaluation.downstream import (
 from diffusers_med3d.metrics import bootstrap_weights
 from diffusers_med3d.utils.files import once
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "downstream_classification.py"
+EXAMPLE = EXAMPLES / "downstream_classification.py"
 QUICK = ClassifierSettings(steps=40, batch_size=8, downsample=1, learning_rate=5e-3)
 SPLIT = {
     "train": ["sub-01", "sub-03", "sub-04", "sub-06"],

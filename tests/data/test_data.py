@@ -16,7 +16,7 @@ from datasets import Dataset, Features, Nifti, Value
 from scipy import ndimage
 from transformers import HfArgumentParser
 
-from conftest import run_example
+from conftest import REPOSITORY, run_example
 from diffusers_med3d.data import (
     DataArguments,
     VolumeDataset,
@@ -30,7 +30,6 @@ from diffusers_med3d.data import (
     volume_transform,
 )
 
-REPOSITORY = Path(__file__).parents[1]
 FIRST_SCAN = "images/sub-01_T1w.nii.gz"
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from conftest import EXAMPLES
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.evaluation import VolumeSet
 from diffusers_med3d.evaluation import sampling as evaluation
 from diffusers_med3d.metrics import NamedExtractor
 from diffusers_med3d.rewards.damage import DAMAGE_NAMES
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "evaluate.py"
+EXAMPLE = EXAMPLES / "evaluate.py"
 SPLIT = {
     "train": ["sub-01", "sub-04", "sub-06", "sub-08"],
     "validation": ["sub-02", "sub-05", "sub-07"],
@@ -201,6 +202,7 @@ def launch(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
+@pytest.mark.slow
 def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
     data, tiny_pipeline, tiny_pipeline_folder, tmp_path
 ):
@@ -257,6 +259,7 @@ def test_what_could_not_be_measured_is_refused_before_anything_is_sampled(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_script_judges_the_gate_from_folders_without_a_split(data, tiny_pipeline_folder, brains_folder, tmp_path):
     folders = {}
     rows = (Path(brains_folder) / "metadata.csv").read_text().splitlines()

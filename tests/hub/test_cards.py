@@ -4,19 +4,18 @@ import dataclasses
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from conftest import VOLUME_SHAPE, run_example
+from conftest import REPOSITORY, VOLUME_SHAPE, run_example
 from diffusers_med3d import MedDiffusion3DPipeline, VolumeRewardModel
 from diffusers_med3d.hub import cards
 from diffusers_med3d.hub.cards import NOT_FOR_CLINICAL_USE, SECTIONS, Card, Figure, for_hub, missing, sections
 from diffusers_med3d.hub.resolve import bundled_names
 
-CARDS = Path(__file__).parents[1] / "model_cards"
+CARDS = REPOSITORY / "model_cards"
 FIGURE = Figure("kid", "KID, extractor X", 0.25, floor=0.01, error=0.05, note="12 samples")
 
 

@@ -3,7 +3,6 @@ pipeline, under tests/frozen_modes one of the format of brain-t1 (atlas, princip
 that ends in pure noise)."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from conftest import REPOSITORY
 from diffusers_med3d import (
     AutoencoderKL3D,
     AutoencoderKLMaisi3D,
@@ -21,9 +21,9 @@ from diffusers_med3d import (
 )
 from diffusers_med3d.schedulers.flow import flow_scheduler
 from diffusers_med3d.trainers.diffusion import default_scheduler
+from make_frozen import random_weights
 
-TESTS = Path(__file__).parent
-MAISI, MODES = (TESTS / name / "0.1" for name in ("frozen_maisi", "frozen_modes"))
+MAISI, MODES = (REPOSITORY / "tests" / name / "0.1" for name in ("frozen_maisi", "frozen_modes"))
 MAISI_CALL = {
     "class_labels": ["mri", None],
     "conditions": {"top_region": "head", "bottom_region": ["chest", "pelvis"], "age": [0.2, 0.9]},
@@ -33,9 +33,6 @@ MAISI_CALL = {
 MODES_CALL = {"class_labels": ["old", None], "num_inference_steps": 4}
 
 TOLERANCE = 1e-4  # absolute, in float32: what other kernels and thread counts may change
-
-sys.path.insert(0, str(TESTS / "frozen"))
-from make_frozen import random_weights  # noqa: E402
 
 
 def make_maisi(folder: Path) -> None:

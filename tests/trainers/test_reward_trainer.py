@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE
+from conftest import CLASS_NAMES, EXAMPLES, SPACING, VOLUME_SHAPE
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.training_subjects import TRAINING_SUBJECTS, read_training_subjects
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
@@ -24,7 +24,6 @@ from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, 
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer, draw_versions
 from diffusers_med3d.utils.seeding import seeded
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 LEVELS = [0.0, 0.5, 1.0]
 MODELS = pytest.mark.parametrize(
     "model", [{"kind": VolumeRewardModel}, {"kind": SliceRewardModel, "num_slices": 3}], ids=["3d", "2d"]
@@ -471,6 +470,7 @@ def script_arguments(tiny_pipeline, data, tmp_path) -> dict[str, list]:
     return {"common": common, "train": train, "generators": generators}
 
 
+@pytest.mark.slow
 def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
     output = tmp_path / "3d"
     for steps in (2, 3):
@@ -491,6 +491,7 @@ def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
     assert list(output.rglob("events.out.tfevents*"))
 
 
+@pytest.mark.slow
 def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_on_with(script_arguments, tmp_path):
     tuned = tmp_path / "tuned"
     shutil.copytree(tmp_path / "a", tuned)

@@ -21,7 +21,7 @@ import test_autoencoder_trainer as stage_1
 import test_ddpo_trainer as stage_4
 import test_diffusion_trainer as stage_2
 import test_reward_trainer as stage_3
-from conftest import SPACING, VOLUME_SHAPE, run_example
+from conftest import EXAMPLES, SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d import (
     AutoencoderKL3D,
     AutoencoderKLMaisi3D,
@@ -42,7 +42,6 @@ from diffusers_med3d.hub.publish import PublishMixin, check_publishable, model_f
 from diffusers_med3d.hub.resolve import bundled_names, public_name, resolve
 from diffusers_med3d.trainers.reward import RewardModelTrainer
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 PIPELINE_FILES = {
     "README.md",
     "model_index.json",
@@ -263,6 +262,7 @@ def test_with_a_warm_cache_everything_loads_when_the_hub_cannot_be_reached(hub, 
     VolumeReward.from_pretrained("tester/reward")
 
 
+@pytest.mark.slow
 def test_hf_download_fetches_a_folder_that_loads(hub, tiny_pipeline, tmp_path):
     tiny_pipeline.push_to_hub("tiny")
     command = [Path(sys.executable).parent / "hf", "download", "tester/tiny", "--local-dir", tmp_path / "downloaded"]

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CLASS_NAMES, synthetic_brain
+from conftest import CLASS_NAMES, REPOSITORY, synthetic_brain
 from diffusers_med3d import MedDiffusion3DPipeline, SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.hub.cards import missing
 from diffusers_med3d.schedulers.flow import flow_scheduler
 
-EXAMPLE = Path(__file__).parents[1] / "benchmarks" / "paper" / "reproduce_paper.py"
+EXAMPLE = REPOSITORY / "benchmarks" / "paper" / "reproduce_paper.py"
 SIDE, SPACING = 32, 6.0  # the 3D features need 32 voxels a side
 AGES = {"train": (25, 30, 45, 50, 65, 70), "validation": (26, 31, 46, 66, 71), "test": (27, 32, 47, 67, 72)}
 
@@ -73,6 +73,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_subjects_are_opened_once(
     launch, tmp_path
 ):
@@ -170,6 +171,7 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
     assert (out / "test-opened.json").read_text() == opened
 
 
+@pytest.mark.slow
 def test_a_sweep_freezes_the_better_setting_of_a_flow_and_is_not_made_again(launch, tmp_path):
     base = MedDiffusion3DPipeline.from_pretrained(tmp_path / "base")
     parts = base.components | {"scheduler": flow_scheduler()}

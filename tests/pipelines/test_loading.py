@@ -71,6 +71,7 @@ def test_our_class_loads_a_folder_and_samples_the_same(tiny_pipeline, tiny_pipel
     assert loaded.config.intensity == tiny_pipeline.config.intensity
 
 
+@pytest.mark.slow
 def test_diffusion_pipeline_loads_a_folder_in_a_process_that_only_imported_the_package(tiny_pipeline_folder):
     code = """
 import sys

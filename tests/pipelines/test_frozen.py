@@ -1,19 +1,17 @@
 """Checkpoints that earlier versions wrote, under tests/frozen/<version>: every later version gives equal outputs."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-FROZEN = Path(__file__).parent / "frozen"
+from conftest import REPOSITORY
+from make_frozen import main, outputs
+
+FROZEN = REPOSITORY / "tests" / "frozen"
 VERSIONS = sorted(folder.name for folder in FROZEN.iterdir() if (folder / "expected.safetensors").is_file())
 TOLERANCE = 1e-4  # absolute, on outputs of order 1 in float32: what other kernels and thread counts may change
-
-sys.path.insert(0, str(FROZEN))
-from make_frozen import main, outputs  # noqa: E402
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool3d
 
+from conftest import REPOSITORY
 from diffusers_med3d import AutoencoderKL3D, VQModel3D
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.trainers.autoencoder import AutoencoderConfig, AutoencoderLosses, AutoencoderTrainer, CropDataset
 from diffusers_med3d.trainers.base import last_checkpoint
 from diffusers_med3d.trainers.losses import gradient_l1, spectral_l1
 
-REPOSITORY = Path(__file__).parents[1]
 TRAIN = ["sub-01", "sub-04", "sub-06", "sub-08"]
 SPLIT = {
     "train": TRAIN,
@@ -327,6 +327,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ)
 
 
+@pytest.mark.slow
 def test_the_script_takes_as_many_channels_as_the_scans_have(tmp_path, brains_folder):
     shutil.copytree(brains_folder, tmp_path / "scans")
     for path in (tmp_path / "scans" / "images").iterdir():
@@ -342,6 +343,7 @@ def test_the_script_takes_as_many_channels_as_the_scans_have(tmp_path, brains_fo
     assert AutoencoderKL3D.from_pretrained(tmp_path / "out").config.in_channels == 2
 
 
+@pytest.mark.slow
 def test_the_script_trains_two_steps_is_resumed_and_writes_a_loadable_autoencoder(tmp_path, brains_folder):
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))
     common = ["--data_dir", brains_folder, "--split_file", str(tmp_path / "split.json"), "--volume_shape", "16", "16"]

@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import safe_globals
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
+from conftest import REPOSITORY
 from diffusers_med3d.evaluation import figures
 from diffusers_med3d.trainers.base import (
     COMPLETE_MARKER,
@@ -33,8 +34,6 @@ from diffusers_med3d.trainers.base import (
     use_all_cores,
 )
 from diffusers_med3d.trainers.ddpo_config import DDPOConfig
-
-REPOSITORY = Path(__file__).parents[1]
 
 
 class Line(ModelMixin, ConfigMixin):
@@ -486,6 +485,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": "", **changes}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core: one thread is all of them")
 def test_a_run_started_by_accelerate_launch_uses_all_cores(tmp_path):
     (tmp_path / "threads.py").write_text(THREADS)
@@ -516,9 +516,8 @@ TWO_PROCESSES = """
 import os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
 from test_base_trainer import make, weights
-output = Path(sys.argv[2])
+output = Path(sys.argv[1])
 trainer = make(output, max_steps=3, save_strategy="steps", save_steps=3, ema_decay=0.5)
 assert dist.get_world_size() == 2 and trainer.args.world_size == 2, trainer.args.world_size
 trainer.train()
@@ -536,11 +535,12 @@ os._exit(0)  # while the interpreter shuts down, a thread of gloo that asks for 
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_save_without_waiting_for_each_other_forever(tmp_path):
     (tmp_path / "two.py").write_text(TWO_PROCESSES)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "two.py"), str(REPOSITORY / "tests"), str(tmp_path / "run")]
-    env = environment(OMP_NUM_THREADS="1")
+    command += [str(tmp_path / "two.py"), str(tmp_path / "run")]
+    env = environment(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
     answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert {"rank-0", "rank-1", "README.md"} <= {path.name for path in (tmp_path / "run").iterdir()}

@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import pytest
 import torch
 
 WORKER = """
@@ -13,7 +13,6 @@ import json, os, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
 from test_base_trainer import LineTrainer, make, weights
 
 class Recording(LineTrainer):
@@ -23,7 +22,7 @@ class Recording(LineTrainer):
         self.seen.append({"data": inputs["x"][:, 0].tolist(), "noise": noise.tolist()})
         return (model(inputs["x"]) - inputs["y"] - self.noise * noise).square().mean()
 
-output, runs = Path(sys.argv[2]), []
+output, runs = Path(sys.argv[1]), []
 for checkpoint in (None, str(output / "checkpoint-2")):
     trainer = make(output, Recording, max_steps=5, save_strategy="steps", save_steps=2, save_total_limit=3)
     trainer.seen = []
@@ -37,11 +36,13 @@ os._exit(0)  # while the interpreter shuts down, a thread of gloo that asks for 
 """
 
 
+@pytest.mark.slow
 def test_two_processes_draw_different_noise_for_different_data_and_repeat_it_when_resumed(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "worker.py"), str(Path(__file__).parent), str(tmp_path / "run")]
+    command += [str(tmp_path / "worker.py"), str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / "run" / f"rank-{rank}.json").read_text()) for rank in range(2)]

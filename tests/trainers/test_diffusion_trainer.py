@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE, run_example
+from conftest import CLASS_NAMES, REPOSITORY, SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.latents import LatentDataset
@@ -24,7 +24,6 @@ from diffusers_med3d.trainers.diffusion import (
     default_scheduler,
 )
 
-REPOSITORY = Path(__file__).parents[1]
 TRAIN = ["sub-01", "sub-04", "sub-06", "sub-08"]
 SPLIT = {
     "train": TRAIN,
@@ -454,6 +453,7 @@ def run_script(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ)
 
 
+@pytest.mark.slow
 def test_the_script_trains_two_steps_on_a_fold_is_resumed_and_writes_a_pipeline(tmp_path, brains_folder, tiny_vae):
     tiny_vae.save_pretrained(tmp_path / "vae")
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))

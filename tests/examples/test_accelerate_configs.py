@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
@@ -13,9 +12,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
+from conftest import EXAMPLES
 from diffusers_med3d import MedDiffusion3DPipeline
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = EXAMPLES / "accelerate_configs"
 EXPECTED = {  # name: kind, processes, machines, precision
     "cpu": (DistributedType.NO, 1, 1, "no"),
@@ -88,6 +87,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_nodes_train_a_flow_generator_together(brains_folder, tiny_vae, tmp_path):
     """two_nodes.yaml as it is, but for addresses, one process a node, and gloo in place of GPUs; the world is two."""
     tiny_vae.save_pretrained(tmp_path / "vae")

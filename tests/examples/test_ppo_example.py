@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import EXAMPLES
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "ppo_finetune.py"
+EXAMPLE = EXAMPLES / "ppo_finetune.py"
 ACCELERATE = ["-m", "accelerate.commands.launch", "--config_file", str(EXAMPLE.parent / "accelerate_configs/cpu.yaml")]
 
 
@@ -30,6 +31,7 @@ def launch(*flags: str, launcher: list[str] | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_runs_and_is_resumed(tiny_pipeline_folder, tiny_rewards, tmp_path):
     out = tmp_path / "out"
     (Path(tiny_pipeline_folder) / "training_subjects.json").write_text('["sub-01"]')

@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
 from safetensors.torch import save_file
 
-from conftest import awaken
+from conftest import EXAMPLES, awaken
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.conversion import (
     Definition,
@@ -26,7 +26,7 @@ from diffusers_med3d.conversion import (
 from diffusers_med3d.conversion.networks import build_autoencoder, build_unet
 from diffusers_med3d.conversion.weights import attention_without_fc, load_exactly
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "convert_monai_bundle.py"
+EXAMPLE = EXAMPLES / "convert_monai_bundle.py"
 AUTOENCODER = {
     "spatial_dims": 3,
     "in_channels": 1,
