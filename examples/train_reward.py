@@ -21,6 +21,7 @@ from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.rewards.spectrum import STRENGTHS
 from diffusers_med3d.rewards.spectrum_dataset import build_fold_spectra
+from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
@@ -89,6 +90,7 @@ def build(args: RewardArguments, in_channels: int) -> VolumeRewardModel | SliceR
 
 def main() -> None:
     """Make the spectrum, train, evaluate, save."""
+    use_all_cores()
     reward, data, args = ScriptParser(RewardArguments, DataArguments, RewardModelConfig, description=__doc__).parse()
     set_seed(args.seed)
     with refused_in_one_line():

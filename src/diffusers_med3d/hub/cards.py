@@ -166,7 +166,7 @@ def figure_table(figures: Sequence[Figure]) -> str:
 
 
 def of_folder(folder: str | os.PathLike, name: str, volume_shape: Sequence[int] | None = None) -> Card:
-    """A card with what a saved folder tells about itself: what it is, how it is used, its geometry and classes.
+    """A card with what a saved folder says: what it is, how it is used, its geometry and classes.
 
     Args:
         folder: what ``save_pretrained`` of a pipeline or of a model wrote.

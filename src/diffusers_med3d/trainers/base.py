@@ -144,7 +144,6 @@ class Med3DConfig(_BaseConfig):
     )
 
     def __post_init__(self) -> None:
-        use_all_cores()  # here, because scripts compute (a spectrum, latents) before there is a trainer
         if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True  # also after `accelerate launch --cpu`, of which transformers knows nothing
         if "activation_checkpointing" in _CHECKPOINTING and self.activation_checkpointing is None:
@@ -460,6 +459,7 @@ class Med3DTrainer(_BaseTrainer):
         Raises:
             ValueError: True, and there is no whole checkpoint.
         """
+        use_all_cores()
         if resume_from_checkpoint in ("latest", True):
             found = last_checkpoint(self.args.output_dir)
             if found is None and resume_from_checkpoint is True:
@@ -516,7 +516,10 @@ def card_arguments(args: Med3DConfig) -> dict[str, Any]:
 
 
 def use_all_cores() -> None:
-    """``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU; a single process takes all cores it may run on."""
+    """``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU; a single process takes all cores it may run on.
+
+    ``train`` calls this; a script that computes before (a spectrum, latents) calls it at its start.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
         torch.set_num_threads(len(os.sched_getaffinity(0)))

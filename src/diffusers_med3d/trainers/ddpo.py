@@ -173,7 +173,7 @@ class DDPOTrainer(Med3DTrainer):
         self._window(args, 0)  # refuses a window that does not fit
 
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
-        unet = pipeline.unet.to(torch.float32)
+        unet = pipeline.unet.float()
         pipeline.vae.requires_grad_(False).eval()
         self.reference: nn.Module | None = None
         if peft_config is not None:
@@ -279,7 +279,8 @@ class DDPOTrainer(Med3DTrainer):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, c, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1], in chunks."""
         with self.accelerator.autocast():
-            return self.pipeline.decode(latents.to(self.accelerator.device), self.args.decode_batch_size).float()
+            latents = latents.to(self.accelerator.device)
+            return self.pipeline.decode_latents(latents, self.args.decode_batch_size).float()
 
     def _generate(self, model: nn.Module, index: int) -> list[Chunk]:
         """One rollout: sample, decode, score, compare. The layout of its P x G samples, here P = 3, G = 4, two
