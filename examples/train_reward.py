@@ -18,6 +18,7 @@ from transformers import set_seed
 
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.hub.origin import license_of
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.rewards.spectrum import STRENGTHS
 from diffusers_med3d.rewards.spectrum_dataset import build_fold_spectra
@@ -119,6 +120,7 @@ def main() -> None:
     with args.main_process_first(desc="making the spectrum"):  # all of it, or on a node's own disk what is not there
         train, validation = build_fold_spectra(**spectrum)
     trainer = RewardModelTrainer(model=model, args=args, train_dataset=train, eval_dataset=validation)
+    trainer.inherited_license = license_of(reward.fold_a_model)  # it is trained on what that generator makes
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results = trainer.evaluate()
     trainer.save_model()

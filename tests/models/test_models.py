@@ -1,5 +1,7 @@
 """The generator's networks: MONAI's maths, sizes at the door, statistics once each way, precision, checkpointing."""
 
+import logging
+
 import pytest
 import torch
 from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
@@ -308,6 +310,19 @@ def test_fp16_safetensors_load_as_float32_and_dtype_asks_for_another(model, tmp_
     assert run(loaded).item() == pytest.approx(before, rel=0.1, abs=0.02)
     half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and torch.isfinite(run(half))
+
+
+def test_a_cast_warns_of_nothing_that_does_not_happen(model):
+    warned = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logging.getLogger("diffusers.models.modeling_utils").addHandler(handler)
+    try:
+        assert model.to(torch.float16).dtype == torch.float16
+        assert {p.dtype for n, p in model.named_parameters() if n.startswith("quantizer.")} <= {torch.float32}
+    finally:
+        logging.getLogger("diffusers.models.modeling_utils").removeHandler(handler)
+    assert warned == []
 
 
 def saved_for_backward(model: torch.nn.Module) -> tuple[int, list[torch.Tensor]]:

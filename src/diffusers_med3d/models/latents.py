@@ -6,11 +6,12 @@ import torch
 from torch.nn import functional as F
 
 from ..hub.publish import PublishMixin
+from .casting import QuietCastMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
 
 
-class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
+class NormalizedLatentsMixin(PublishMixin, QuietCastMixin, CheckpointedBlocksMixin):
     """``encode_latents`` / ``decode_latents`` of an autoencoder with ``latents_mean``, ``latents_std`` in its config.
 
     Where scans lie in one frame, as heads do, most of a latent is the anatomy that all of them share. The buffer

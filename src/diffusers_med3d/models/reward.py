@@ -15,6 +15,7 @@ from monai.networks.blocks import Convolution, ResidualUnit
 from torch import nn
 
 from ..hub.publish import PublishMixin
+from .casting import QuietCastMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_volumes
 
@@ -93,7 +94,7 @@ def mirror(volumes: torch.Tensor) -> torch.Tensor:
     return (mirrored * inside[:, :, None, None, None]).movedim(1, 2)
 
 
-class _RewardModel(PublishMixin, ModelMixin, ConfigMixin):
+class _RewardModel(PublishMixin, QuietCastMixin, ModelMixin, ConfigMixin):
     """What the two reward models share: checks of the input, what the networks see, the mean over the ensemble.
 
     A network sees an image, what a 3-voxel box filter takes away from it (fine detail is a twentieth of the intensity

@@ -35,7 +35,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from ..evaluation import figures
 from ..hub import cards
-from ..hub import publish as hub
+from ..hub.publish import model_files, publish
 
 COMPLETE_MARKER = "complete"
 """Last file written into a checkpoint: without it the run was killed while saving."""
@@ -369,10 +369,10 @@ class Med3DTrainer(_BaseTrainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
-        return hub.publish(
+        return publish(
             self.args.output_dir,
             self.hub_model_id,
-            hub.model_files(self.args.output_dir),
+            model_files(self.args.output_dir),
             token=token,
             commit_message=commit_message,
             revision=self.args.hub_revision if revision is None else revision,
