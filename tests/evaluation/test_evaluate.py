@@ -1,0 +1,345 @@
+"""diffusers_med3d.evaluation and examples/evaluate.py on the tiny pipeline and the folder of small brains."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from conftest import EXAMPLES
+from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.evaluation import VolumeSet
+from diffusers_med3d.evaluation import sampling as evaluation
+from diffusers_med3d.metrics import NamedExtractor
+from diffusers_med3d.rewards.damage import DAMAGE_NAMES
+
+EXAMPLE = EXAMPLES / "evaluate.py"
+SPLIT = {
+    "train": ["sub-01", "sub-04", "sub-06", "sub-08"],
+    "validation": ["sub-02", "sub-05", "sub-07"],
+    "test": ["sub-03"],
+    "folds": {"a": ["sub-01", "sub-06"], "b": ["sub-04", "sub-08"]},
+}
+COARSE = NamedExtractor(lambda v: torch.nn.functional.avg_pool3d(v, 4).flatten(1), "coarse")
+
+
+@pytest.fixture
+def data(brains_folder, tmp_path) -> DataArguments:
+    (tmp_path / "split.json").write_text(json.dumps(SPLIT))
+    return DataArguments(brains_folder, str(tmp_path / "split.json"), [16] * 3, [12.0] * 3)
+
+
+# --- one loader for scans and samples ---
+
+
+def test_samples_take_the_class_mix_of_the_reference():
+    assert evaluation.matched_labels([0, 0, 1, 2, 2, 2], 12) == [0] * 4 + [1] * 2 + [2] * 6
+    assert evaluation.matched_labels([2, 0, 0, 2, 2], 4) == [0, 0, 2, 2]
+    with pytest.raises(ValueError, match="2 samples leave none"):
+        evaluation.matched_labels([0, 1, 2], 2)
+
+
+def test_a_prepared_scan_taken_for_a_sample_becomes_what_the_scan_itself_becomes(data, tiny_pipeline, tmp_path):
+    dataset = VolumeDataset.from_arguments(data, "validation")
+    scans, names = evaluation.volume_set(dataset), [f"copy-{i}" for i in range(len(dataset))]
+    again = evaluation.reload_volumes(
+        dataset.stack(), scans.labels, names, tmp_path / "again", data, tiny_pipeline.affine()
+    )
+    assert again.subjects == names and again.labels == scans.labels == [0, 1, 2]
+    assert torch.allclose(again.volumes, scans.volumes, atol=1e-5)
+    assert ((scans.volumes > 0) & (scans.volumes < 0.02)).sum() == 0
+
+
+def test_what_is_generated_off_centre_dark_and_hazy_is_cropped_scaled_and_cleared_like_a_scan(
+    data, tiny_pipeline, tmp_path
+):
+    brain = evaluation.volume_set(VolumeDataset.from_arguments(data, "validation")).volumes[:1]
+    brain = brain * torch.nn.functional.pad(torch.ones(1, 1, 10, 12, 12), (2, 2, 2, 2, 3, 3))
+    made = 0.6 * brain.roll(2, 2) + 0.01
+    kept = evaluation.reload_volumes(made, [1], ["a"], tmp_path / "a", data, tiny_pipeline.affine())
+    assert kept.volumes.min() == 0 and kept.volumes.max() == 1
+    occupied = (kept.volumes[0, 0] > 0).any(-1).any(-1).nonzero().flatten()
+    assert int(occupied[0]) + int(occupied[-1]) in (14, 15, 16)  # 3 + 12 and its neighbours: in the middle again
+    for voxel, message in ((0.0, "is empty: every voxel is 0"), (float("nan"), "holds 4096 NaN")):
+        with pytest.raises(ValueError, match=f"scan of broken .*{message}"):
+            broken = torch.full_like(made, voxel)
+            evaluation.reload_volumes(broken, [1], ["broken"], tmp_path / "b", data, tiny_pipeline.affine())
+    with pytest.raises(ValueError, match="different names"):
+        evaluation.reload_volumes(made, [1], ["a", "b"], tmp_path, data, tiny_pipeline.affine())
+
+
+def test_sampling_goes_on_where_it_stopped_and_does_not_depend_on_the_batch(data, tiny_pipeline, tmp_path):
+    def sample(folder: str, batch_size: int, labels=(0, 0, 2), **kwargs) -> VolumeSet:
+        return evaluation.sample_volumes(
+            tiny_pipeline, labels, tmp_path / folder, data, num_inference_steps=2, batch_size=batch_size, **kwargs
+        )
+
+    first = sample("a", 3)
+    assert first.subjects == ["seed0-class0-0000", "seed0-class0-0001", "seed0-class2-0000"]
+    assert first.labels == [0, 0, 2]
+    files = sorted((tmp_path / "a").glob("*.nii.gz"))
+    assert len(files) == 3 and np.allclose(nibabel.load(files[0]).affine, tiny_pipeline.affine())
+    times = [file.stat().st_mtime_ns for file in files]
+    files[1].unlink()
+    more = sample("a", 1, labels=(0, 0, 2, 2), seeds=(0, 1))
+    assert [file.stat().st_mtime_ns for file in (files[0], files[2])] == [times[0], times[2]]
+    assert len(more) == 8 and len(set(more.subjects)) == 8
+    assert torch.allclose(more.volumes[:3], first.volumes, atol=1e-4)
+    assert not torch.allclose(more.volumes[4:7], first.volumes, atol=1e-2)
+    with pytest.raises(ValueError, match=r"other settings.*'guidance_scale': \(1.0, 2.0\)"):
+        sample("a", 3, guidance_scale=2.0)
+    noisy = sample("c", 3, eta=1.0)
+    assert not torch.allclose(noisy.volumes, first.volumes, atol=1e-2)
+    assert torch.allclose(sample("d", 1, eta=1.0).volumes, noisy.volumes, atol=1e-4)
+    with pytest.raises(ValueError, match=r"seeds must differ.*\[0, 0\]"):
+        sample("b", 3, seeds=(0, 0))
+    data.class_names, data.class_edges = ["young", "old"], [50.0]  # class 1 was middle
+    with pytest.raises(ValueError, match=r"other settings.*'classes'"):
+        sample("a", 3, labels=(0, 1))
+
+
+def test_a_generator_of_another_grid_or_other_classes_is_refused(data, tiny_pipeline):
+    data.spacing = [3.0] * 3
+    with pytest.raises(ValueError, match=r"spacing \[12.0, 12.0, 12.0\].*read at \[3.0, 3.0, 3.0\]; pass --spacing"):
+        evaluation.check_pipeline(tiny_pipeline, data)
+    data.spacing, data.class_names = [12.0] * 3, ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"\['young', 'middle', 'old'\].*\['a', 'b', 'c'\]"):
+        evaluation.check_pipeline(tiny_pipeline, data)
+
+
+# --- gate ---
+
+
+def test_the_gate_makes_every_version_of_every_scan_and_only_what_is_missing(data, tiny_pipeline, tmp_path):
+    scans = evaluation.volume_set(VolumeDataset.from_arguments(data, "validation"))
+
+    def make() -> dict[str, VolumeSet]:
+        return evaluation.gate_versions(tiny_pipeline, scans, tmp_path, data, (0.5,), num_inference_steps=2)
+
+    versions = make()
+    assert list(versions) == ["round_trip", "strength_0.5", "full_sample", *DAMAGE_NAMES]
+    assert versions["blur"].subjects == scans.subjects and versions["full_sample"].subjects != scans.subjects
+    assert all(one.labels == scans.labels for one in versions.values())
+    correlation = [
+        np.corrcoef(scans.volumes[i].flatten(), versions["blur"].volumes[i].flatten())[0, 1] for i in range(3)
+    ]
+    assert min(correlation) > 0.8  # version i is made from scan i
+    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nii.gz")}
+    assert len(times) == 3 * len(versions)
+    gone = sorted(times)[4]
+    gone.unlink()
+    again = make()
+    assert [file for file, time in times.items() if file.stat().st_mtime_ns != time] == [gone]
+    assert all(torch.allclose(again[name].volumes, versions[name].volumes, atol=1e-4) for name in versions)
+
+
+def test_versions_of_other_scans_are_not_taken_for_these(data, tiny_pipeline, tmp_path):
+    """Classes and preparation are in no file name: with other ones, files that are there would be kept."""
+    scans = evaluation.volume_set(VolumeDataset.from_arguments(data, "validation"))
+
+    def make(of: VolumeSet, severity: float = 0.5) -> None:
+        evaluation.gate_versions(tiny_pipeline, of, tmp_path / "gate", data, (), severity, num_inference_steps=1)
+
+    with pytest.raises(ValueError, match=r"severity must lie in \(0, 1\], got 1.5"):
+        make(scans, severity=1.5)
+    assert not (tmp_path / "gate").exists()  # before anything was made
+    make(scans)
+    with pytest.raises(ValueError, match=r"other settings.*'labels': \(\[0, 1, 2\], \[0, 1, 1\]\)"):
+        make(VolumeSet(scans.volumes, [0, 1, 1], scans.subjects))
+    data.class_names = ["young", "old", "middle"]
+    with pytest.raises(ValueError, match=r"made with other settings.*'classes'"):
+        make(scans)
+    data.class_names, data.antialias = ["young", "middle", "old"], True
+    with pytest.raises(ValueError, match=r"made with other settings.*'voxels'"):
+        make(evaluation.volume_set(VolumeDataset.from_arguments(data, "validation")))
+
+
+def spread(name: str, count: int, offset: float, width: float = 0.05) -> VolumeSet:
+    g = torch.Generator().manual_seed(len(name))
+    made = (
+        0.3
+        + offset
+        + width * torch.rand(count, 1, 16, 16, 16, generator=g) * torch.rand(count, 1, 1, 1, 1, generator=g)
+    )
+    return VolumeSet(made.clamp(0, 1), [0] * count, [f"{name}{i}" for i in range(count)])
+
+
+@pytest.mark.parametrize(
+    "round_trip, full, passes, reason",
+    [(0.02, 0.3, True, ""), (0.0, 0.0, False, "under 3 standard errors"), (0.25, 0.3, False, "decoder makes most")],
+)
+def test_the_gate_passes_only_where_there_is_a_gap_and_the_decoder_does_not_make_most_of_it(
+    round_trip, full, passes, reason
+):
+    reference, train = spread("reference", 8, 0), spread("training", 16, 0)
+    rounded = VolumeSet(reference.volumes + round_trip, reference.labels, reference.subjects)
+    versions = {"round_trip": rounded, "full_sample": spread("full", 8, full)}
+    report, (verdict,) = evaluation.gate(versions, reference, train, [COARSE], (3, 3, 3), num_resamples=100)
+    assert verdict["passes"] is passes and reason in ", ".join(verdict["reasons"])
+    assert verdict["attainable_gap"] == pytest.approx(
+        report.figure("KID").differences["full_sample - round_trip"].value
+    )
+
+
+# --- the script ---
+
+
+def launch(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    (folder / "coarse.py").write_text(
+        "import torch\n\n\ndef features(volumes):\n    return torch.nn.functional.avg_pool3d(volumes, 4).flatten(1)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)}
+    command = [sys.executable, str(EXAMPLE), "--volume_shape", "16", "16", "16", "--spacing", "12", "12", "12"]
+    command += ["--extractors", "coarse:features", "--num_inference_steps", "2", "--num_resamples", "20", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
+    data, tiny_pipeline, tiny_pipeline_folder, tmp_path
+):
+    with torch.no_grad():
+        for parameter in tiny_pipeline.unet.parameters():
+            parameter.mul_(0.9)
+    tiny_pipeline.save_pretrained(tmp_path / "other")
+    out = tmp_path / "out"
+    flags = ["--model", tiny_pipeline_folder, "--model", str(tmp_path / "other"), "--output_dir", str(out)]
+    flags += ["--data_dir", data.data_dir, "--split_file", data.split_file, "--segmenter", "intensity"]
+    flags += ["--num_samples", "3", "--seeds", "0", "1"]
+    done = launch(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for row in ("KID whole", "MS-SSIM, closest pair", "sharpness", "bright (white) in ml", "copies flagged"):
+        assert row in done.stdout
+    assert "other - tiny-pipeline" in done.stdout
+    report = json.loads((out / "report.json").read_text())
+    assert report["models"] == ["tiny-pipeline", "other"] and report["settings"]["reference"] == "validation"
+    assert report["counts"]["other"]["volumes"] == 6 and report["counts"]["reference"]["subjects"] == 3
+    text = (out / "report.md").read_text()
+    assert "clinical" in text and str(tmp_path) not in text and str(tmp_path) not in (out / "report.json").read_text()
+    for kind in ("views", "distances", "spectra", "nearest"):
+        assert (out / f"report-{kind}.png").stat().st_size > 1000 and f"report-{kind}.png" in text
+    assert not [path for path in out.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--model", "brain-t2"), "'brain-t2' is no bundled checkpoint"),
+        (("--extractors", "coarse:features", "haar-scattering-3d"), "levels and 4 regions need 32 voxels a side"),
+        (("--segmenter", "intensity", "--tissue_names", "fluid"), "Labels must lie in 0 to 1, got 0 to 3"),
+        (("--num_samples", "4", "--seeds", "0", "1"), "'--num_samples 4 with 2 seeds' has the class mix"),
+        (("--num_samples", "0"), "0 samples leave none for a class"),
+        (("--gate", "--guidance_scale", "2"), "without guidance and .* got .*guidance_scale=2.0"),
+        (("--gate", "--eta", "1"), "with eta 0; got .*eta=1.0"),
+        ((), "1 of 3 subjects were in the training set of 'tiny-pipeline', the first is 'sub-05'"),
+    ],
+)
+def test_what_could_not_be_measured_is_refused_before_anything_is_sampled(
+    flags, message, data, tiny_pipeline_folder, tmp_path, monkeypatch
+):
+    if not flags:
+        Path(tiny_pipeline_folder, "training_subjects.json").write_text('["sub-01", "sub-05"]')
+    (tmp_path / "coarse.py").write_text("def features(volumes):\n    return volumes[..., 0].flatten(1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "coarse", raising=False)
+    words = ["--model", tiny_pipeline_folder, "--data_dir", data.data_dir, "--split_file", data.split_file]
+    words += ["--volume_shape", *["16"] * 3, "--spacing", *["12"] * 3, "--extractors", "coarse:features"]
+    words += ["--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *words, *flags])
+    with pytest.raises(ValueError, match=message):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_script_judges_the_gate_from_folders_without_a_split(data, tiny_pipeline_folder, brains_folder, tmp_path):
+    folders = {}
+    rows = (Path(brains_folder) / "metadata.csv").read_text().splitlines()
+    for part in ("train", "validation"):
+        folder = folders[part] = tmp_path / part
+        (folder / "images").mkdir(parents=True)
+        kept = [row for row in rows[1:] if row.split(",")[1] in SPLIT[part]]
+        for row in kept:
+            name = row.split(",")[0]
+            (folder / name).symlink_to(Path(brains_folder) / name)
+        (folder / "metadata.csv").write_text("\n".join([rows[0], *kept]) + "\n")
+    out = tmp_path / "out"
+    flags = ["--model", tiny_pipeline_folder, "--output_dir", str(out), "--gate", "--num_inference_steps", "10"]
+    done = launch(tmp_path, *flags, "--reference", str(folders["validation"]), "--train", str(folders["train"]))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "KID whole (coarse:features):" in done.stdout
+    (verdict,) = json.loads((out / "gate-verdict.json").read_text())
+    assert set(verdict) >= {"attainable_gap", "stderr", "decoder_share", "passes", "reasons"}
+    report = json.loads((out / "gate.json").read_text())
+    assert (
+        report["models"][0] == "round_trip" and "strength_0.9" in report["models"] and "half_swap" in report["models"]
+    )
+
+
+def test_a_folder_of_scans_without_names_of_subjects_is_refused_and_one_without_classes_is_one_class(
+    data, brains_folder, tmp_path
+):
+    read_folder = runpy.run_path(str(EXAMPLE))["read_folder"]
+    shutil.copytree(brains_folder, tmp_path / "scans")
+    table = tmp_path / "scans" / "metadata.csv"
+    rows = [row.split(",") for row in table.read_text().splitlines()]
+
+    def read(columns: list[list[str]]) -> VolumeDataset:
+        table.write_text("".join(",".join(row) + "\n" for row in columns))
+        return read_folder(str(tmp_path / "scans"), data)
+
+    found = read([row[:2] for row in rows])
+    assert {item["class_label"] for item in found} == {3} and len(found) == 9
+    with pytest.raises(ValueError, match=r"1 scan\(s\) have no subject in the column 'participant_id'"):
+        read([*rows[:-1], [rows[-1][0], "", "30"]])
+    with pytest.raises(ValueError, match="has no column 'participant_id'.*see --subject_column"):
+        read([row[::2] for row in rows])
+    shutil.rmtree(tmp_path / "scans" / "images")
+    with pytest.raises(FileNotFoundError, match="no NIfTI file"):
+        read(rows)
+
+
+@pytest.mark.parametrize("flags", [[], ["--data_dir", "x"], ["--reference", "x"], ["--data_dir", "x", "--train", "y"]])
+def test_scans_are_named_in_one_of_two_ways(flags):
+    sys.path.insert(0, str(EXAMPLE.parent))
+    try:
+        from evaluate import ScanArguments
+    finally:
+        sys.path.pop(0)
+    given = dict(zip([flag.removeprefix("--") for flag in flags[::2]], flags[1::2], strict=True))
+    with pytest.raises(ValueError, match="either --data_dir and --split_file, or --reference and --train"):
+        ScanArguments(**given)
+
+
+def test_the_sample_sheet_has_a_row_for_every_generator_and_the_scans_of_a_class(
+    data, tiny_pipeline_folder, tmp_path, monkeypatch
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_pipeline_folder, other)
+    flags = ["--data_dir", data.data_dir, "--split_file", data.split_file, "--volume_shape", *["16"] * 3]
+    flags += ["--spacing", *["12"] * 3, "--pipeline", tiny_pipeline_folder, str(other), "--per_class", "1"]
+    heights = []
+    for chosen in (flags, [flag for flag in flags if flag != str(other)]):
+        output = tmp_path / f"{len(chosen)}.png"
+        monkeypatch.setattr(sys, "argv", ["sheet", *chosen, "--num_inference_steps", "1", "--output", str(output)])
+        runpy.run_path(str(EXAMPLE.with_name("sample_sheet.py")), run_name="__main__")
+        heights.append(imread(output).shape[0])
+    assert heights[0] / heights[1] == pytest.approx(9 / 6, rel=0.1)  # three classes
+
+
+def test_models_are_named_by_as_much_of_their_path_as_tells_them_apart():
+    assert list(evaluation.short_names(["brain-t1", "runs/a"]).values()) == ["brain-t1", "a"]
+    assert list(evaluation.short_names(["/x/1/a", "/x/2/a"]).values()) == ["1/a", "2/a"]
+    assert list(evaluation.short_names([".", "a"]).values()) == [Path.cwd().name, "a"]
+    with pytest.raises(ValueError, match="differ in the last two parts"):
+        evaluation.short_names(["/x/1/a", "/y/1/a"])
+    with pytest.raises(ValueError, match="cannot be called 'floor'"):
+        evaluation.short_names(["runs/a", "runs/floor"])
