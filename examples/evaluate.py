@@ -26,6 +26,7 @@ from diffusers_med3d.evaluation import check_mix, check_scans, evaluate, samplin
 from diffusers_med3d.evaluation.breakdown import (
     STRENGTHS,
     breakdown,
+    check_strengths,
     class_thirds,
     scan_versions,
     spaces_seen,
@@ -206,13 +207,17 @@ def main() -> None:
         all_labels = labels * len(args.seeds)
         check_mix(f"--num_samples {count} with {len(args.seeds)} seeds", all_labels, reference.labels)
         if parts.breakdown:
+            check_strengths(parts.strengths, args.num_inference_steps)
             (model,) = names
             wanted = parts.reward_funcs
             if wanted is None:
                 wanted = default_rewards(model) if model in DEFAULT_REWARDS_FOR else []
             rewards = load_rewards(wanted) if wanted else []
+            called = reward_names(rewards)
+            asked = sampling.asked_for(MedDiffusion3DPipeline.from_pretrained(model), labels, data, scans)
             if rewards:
                 class_thirds([0.0] * len(all_labels), all_labels, reference.labels)
+                score(rewards, called, reference.volumes[:1], asked.select([0]).to_dict())
     settings = {
         "reference": data.reference_part if data.split_file else "folder",
         "num_inference_steps": args.num_inference_steps,
@@ -239,14 +244,15 @@ def main() -> None:
                 pipeline, reference, output / "versions" / name, data, parts.strengths, args.num_inference_steps,
                 args.guidance_scale, args.eta, args.seeds[0], args.batch_size, args.background, like=scans,
             )  # fmt: skip
-            asked = sampling.asked_for(pipeline, samples[name].labels, data, scans)
         del pipeline
     if not state.is_main_process:
         return
     if parts.breakdown:
         (name,) = names.values()
-        called = reward_names(rewards)
-        scores = score(rewards, called, samples[name].volumes, asked.to_dict()) if rewards else torch.empty(count, 0)
+        scores = torch.empty(len(all_labels), 0)
+        if rewards:
+            conditions = {column: list(values) * len(args.seeds) for column, values in asked.to_dict().items()}
+            scores = score(rewards, called, samples[name].volumes, conditions)
         found = breakdown(
             versions,
             samples[name],

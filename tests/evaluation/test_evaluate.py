@@ -18,8 +18,6 @@ from conftest import EXAMPLES
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.evaluation import VolumeSet
 from diffusers_med3d.evaluation import sampling as evaluation
-from diffusers_med3d.metrics import NamedExtractor
-from diffusers_med3d.rewards.damage import DAMAGE_NAMES
 
 EXAMPLE = EXAMPLES / "evaluate.py"
 SPLIT = {
@@ -28,7 +26,6 @@ SPLIT = {
     "test": ["sub-03"],
     "folds": {"a": ["sub-01", "sub-06"], "b": ["sub-04", "sub-08"]},
 }
-COARSE = NamedExtractor(lambda v: torch.nn.functional.avg_pool3d(v, 4).flatten(1), "coarse")
 
 
 @pytest.fixture
@@ -113,80 +110,6 @@ def test_a_generator_of_another_grid_or_other_classes_is_refused(data, tiny_pipe
     data.spacing, data.class_names = [12.0] * 3, ["a", "b", "c"]
     with pytest.raises(ValueError, match=r"\['young', 'middle', 'old'\].*\['a', 'b', 'c'\]"):
         evaluation.check_pipeline(tiny_pipeline, data)
-
-
-# --- gate ---
-
-
-def test_the_gate_makes_every_version_of_every_scan_and_only_what_is_missing(data, tiny_pipeline, tmp_path):
-    scans = evaluation.volume_set(VolumeDataset.from_arguments(data, "validation"))
-
-    def make() -> dict[str, VolumeSet]:
-        return evaluation.gate_versions(tiny_pipeline, scans, tmp_path, data, (0.5,), num_inference_steps=2)
-
-    versions = make()
-    assert list(versions) == ["round_trip", "strength_0.5", "full_sample", *DAMAGE_NAMES]
-    assert versions["blur"].subjects == scans.subjects and versions["full_sample"].subjects != scans.subjects
-    assert all(one.labels == scans.labels for one in versions.values())
-    correlation = [
-        np.corrcoef(scans.volumes[i].flatten(), versions["blur"].volumes[i].flatten())[0, 1] for i in range(3)
-    ]
-    assert min(correlation) > 0.8  # version i is made from scan i
-    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nii.gz")}
-    assert len(times) == 3 * len(versions)
-    gone = sorted(times)[4]
-    gone.unlink()
-    again = make()
-    assert [file for file, time in times.items() if file.stat().st_mtime_ns != time] == [gone]
-    assert all(torch.allclose(again[name].volumes, versions[name].volumes, atol=1e-4) for name in versions)
-
-
-def test_versions_of_other_scans_are_not_taken_for_these(data, tiny_pipeline, tmp_path):
-    """Classes and preparation are in no file name: with other ones, files that are there would be kept."""
-    scans = evaluation.volume_set(VolumeDataset.from_arguments(data, "validation"))
-
-    def make(of: VolumeSet, severity: float = 0.5) -> None:
-        evaluation.gate_versions(tiny_pipeline, of, tmp_path / "gate", data, (), severity, num_inference_steps=1)
-
-    with pytest.raises(ValueError, match=r"severity must lie in \(0, 1\], got 1.5"):
-        make(scans, severity=1.5)
-    assert not (tmp_path / "gate").exists()  # before anything was made
-    make(scans)
-    with pytest.raises(ValueError, match=r"other settings.*'labels': \(\[0, 1, 2\], \[0, 1, 1\]\)"):
-        make(VolumeSet(scans.volumes, [0, 1, 1], scans.subjects))
-    data.class_names = ["young", "old", "middle"]
-    with pytest.raises(ValueError, match=r"made with other settings.*'classes'"):
-        make(scans)
-    data.class_names, data.antialias = ["young", "middle", "old"], True
-    with pytest.raises(ValueError, match=r"made with other settings.*'voxels'"):
-        make(evaluation.volume_set(VolumeDataset.from_arguments(data, "validation")))
-
-
-def spread(name: str, count: int, offset: float, width: float = 0.05) -> VolumeSet:
-    g = torch.Generator().manual_seed(len(name))
-    made = (
-        0.3
-        + offset
-        + width * torch.rand(count, 1, 16, 16, 16, generator=g) * torch.rand(count, 1, 1, 1, 1, generator=g)
-    )
-    return VolumeSet(made.clamp(0, 1), [0] * count, [f"{name}{i}" for i in range(count)])
-
-
-@pytest.mark.parametrize(
-    "round_trip, full, passes, reason",
-    [(0.02, 0.3, True, ""), (0.0, 0.0, False, "under 3 standard errors"), (0.25, 0.3, False, "decoder makes most")],
-)
-def test_the_gate_passes_only_where_there_is_a_gap_and_the_decoder_does_not_make_most_of_it(
-    round_trip, full, passes, reason
-):
-    reference, train = spread("reference", 8, 0), spread("training", 16, 0)
-    rounded = VolumeSet(reference.volumes + round_trip, reference.labels, reference.subjects)
-    versions = {"round_trip": rounded, "full_sample": spread("full", 8, full)}
-    report, (verdict,) = evaluation.gate(versions, reference, train, [COARSE], (3, 3, 3), num_resamples=100)
-    assert verdict["passes"] is passes and reason in ", ".join(verdict["reasons"])
-    assert verdict["attainable_gap"] == pytest.approx(
-        report.figure("KID").differences["full_sample - round_trip"].value
-    )
 
 
 # --- the script ---

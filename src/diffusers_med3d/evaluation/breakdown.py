@@ -61,6 +61,17 @@ def noised_name(strength: float) -> str:
     return ROUND_TRIPS if strength == ROUND_TRIP else f"noised-{strength:g}"
 
 
+def check_strengths(strengths: Sequence[float], num_inference_steps: int) -> None:
+    """Refuse strengths of partial noising that make nothing of their own (ValueError).
+
+    Outside (0, 1) they are round-trips or full samples; with too few steps they take none.
+    """
+    if not all(0 < strength < 1 and round(strength * num_inference_steps) > 0 for strength in strengths):
+        raise ValueError(
+            f"strengths must lie between 0 and 1 and take a step of the {num_inference_steps}, got {list(strengths)}."
+        )
+
+
 def scan_versions(
     pipeline: MedDiffusion3DPipeline,
     scans: VolumeSet,
@@ -99,12 +110,11 @@ def scan_versions(
         name -> set: "round-trips", then "noised-0.2", ... by strength.
 
     Raises:
-        ValueError: strengths out of range, another grid or other classes than the scans', missing conditions, a folder
+        ValueError: unusable strengths, another grid or other classes than the scans', missing conditions, a folder
             of versions of other scans.
     """
     check_pipeline(pipeline, data)
-    if not all(0 < strength < 1 for strength in strengths):
-        raise ValueError(f"strengths must lie between 0 and 1, got {list(strengths)}.")
+    check_strengths(strengths, num_inference_steps)
     if like is not None and [item["subject"] for item in like] != scans.subjects:
         raise ValueError("like= must be the scans that the set was made of, in their order.")
     asked = asked_for(pipeline, scans.labels, data, like)
