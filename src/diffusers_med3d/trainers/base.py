@@ -438,7 +438,21 @@ class Med3DTrainer(_BaseTrainer):
                 tensor.copy_(shadow[str(i)])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As ``transformers.Trainer.train``; a finished run that is resumed only loads what it ended with."""
+        """As ``transformers.Trainer.train``; a finished run that is resumed only loads what it ended with.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint; "latest" for the newest whole one in ``output_dir``, or a
+                fresh start where there is none; True for the same, where there must be one.
+            kwargs: as in transformers.
+
+        Raises:
+            ValueError: True, and there is no whole checkpoint.
+        """
+        if resume_from_checkpoint in ("latest", True):
+            found = last_checkpoint(self.args.output_dir)
+            if found is None and resume_from_checkpoint is True:
+                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
+            resume_from_checkpoint = found
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
@@ -478,10 +492,3 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest whole checkpoint in ``output_dir``, None when there is none."""
     found = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{COMPLETE_MARKER}")]
     return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
-
-
-def checkpoint_to_resume(args: Med3DConfig) -> str | None:
-    """Answer to ``--resume_from_checkpoint``: None, a folder, or "latest" (None when there is no whole one yet)."""
-    if args.resume_from_checkpoint == "latest":
-        return last_checkpoint(args.output_dir)
-    return args.resume_from_checkpoint

@@ -36,7 +36,8 @@ from ..pipelines.conditions import LABEL_COLUMN, Conditions, call_arguments, enc
 from ..pipelines.lora import lora_layers, write_lora
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline, guided_prediction
 from ..rewards.learned import SliceReward, VolumeReward
-from ..rewards.scoring import RewardFunc, reward_names, score
+from ..rewards.loading import Reward, load_rewards
+from ..rewards.scoring import check_signature, reward_names, score
 from ..rl import (
     Trajectory,
     check_scheduler,
@@ -106,7 +107,9 @@ class DDPOTrainer(Med3DTrainer):
     Args:
         model: pipeline with a DDIM, DDPM or FlowMatchEulerDiscrete scheduler, or what
             `MedDiffusion3DPipeline.from_pretrained` takes. Its UNet is trained in place.
-        reward_funcs: one or more callables `f(volumes, **conditions) -> list[float | None] | Tensor[B]`, sync or async.
+        reward_funcs: one or more rewards, in any mixture: callables
+            `f(volumes, **conditions) -> list[float | None] | Tensor[B]`, sync or async, reward models, and names as
+            `load_reward` takes them ("brain-t1-reward-3d", a folder, "my_rewards.py:symmetry").
             `volumes` is float32 (B, C, X, Y, Z) in [0, 1]; `conditions` are the dataset's columns as lists of B. None
             or NaN means "could not score": that sample gets zero advantage.
         args: see `DDPOConfig`.
@@ -133,7 +136,7 @@ class DDPOTrainer(Med3DTrainer):
     def __init__(
         self,
         model: MedDiffusion3DPipeline | str,
-        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        reward_funcs: Reward | Sequence[Reward],
         args: DDPOConfig | None = None,
         train_dataset: datasets.Dataset | None = None,
         eval_dataset: datasets.Dataset | None = None,
@@ -144,10 +147,8 @@ class DDPOTrainer(Med3DTrainer):
         args = DDPOConfig() if args is None else args
         pipeline = model if isinstance(model, MedDiffusion3DPipeline) else MedDiffusion3DPipeline.from_pretrained(model)
         self.pipeline = pipeline
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.reward_funcs = load_rewards(reward_funcs)
         self.reward_names = reward_names(self.reward_funcs)
-        if not self.reward_funcs:
-            raise ValueError("reward_funcs is empty; give at least one callable f(volumes, **conditions).")
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"Found {len(args.reward_weights)} reward_weights for rewards {self.reward_names}.")
         if train_dataset is None or len(train_dataset) == 0:
@@ -164,6 +165,8 @@ class DDPOTrainer(Med3DTrainer):
                     f"{LABEL_COLUMN}=[None] asks for the null class."
                 )
             encode_rows(pipeline, rows)  # what cannot be asked for is refused now, not after a rollout
+            for func, name in zip(self.reward_funcs, self.reward_names, strict=True):
+                check_signature(func, name, rows.column_names)
         check_scheduler(pipeline.scheduler, args.eta)
         pipeline.check_scheduler()
         self.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
