@@ -186,8 +186,14 @@ def class_thirds(
         reference_labels: class of each reference scan.
 
     Raises:
-        ValueError: a class has too few samples with a score for two separate thirds.
+        ValueError: too few samples for a third with every class of the reference, or too few of a class with a score
+            for two separate thirds.
     """
+    if len(labels) // 3 < len(set(reference_labels)):
+        raise ValueError(
+            f"{len(labels)} samples have no third with all {len(set(reference_labels))} classes of the reference; take "
+            "more samples."
+        )
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     best, worst = [], []
     for label, count in Counter(matched_labels(reference_labels, len(labels) // 3)).items():
