@@ -1,4 +1,4 @@
-"""Every way in which a saved pipeline must load (PITFALLS P1), each in a process that knows nothing but the import."""
+"""Every way in which a saved pipeline must load (docs/pitfalls.md, P1), each in a process that only imports us."""
 
 import json
 import os
@@ -193,7 +193,7 @@ def test_a_bundled_generator_loads_by_its_bare_name(name):
 
 
 def test_no_folder_of_the_package_bears_the_name_of_a_diffusers_pipeline():
-    """diffusers would take components in it for its own and could not load them again (PITFALLS P2)."""
+    """diffusers would take components in it for its own and could not load them again (docs/pitfalls.md, P2)."""
     root = Path(diffusers_med3d.__file__).parent
     folders = {path.name for path in root.rglob("*") if path.is_dir() and (path / "__init__.py").exists()}
     assert folders

@@ -1,4 +1,4 @@
-"""diffusers_med3d.trainers.base: TRL's private base made to work for diffusers models (PITFALLS P12-P17)."""
+"""diffusers_med3d.trainers.base: TRL's private base made to work for diffusers (docs/pitfalls.md, P12 to P17)."""
 
 import dataclasses
 import os
@@ -226,7 +226,8 @@ def test_settings_that_would_lose_or_leak_work_are_refused(tmp_path, settings, m
 
 def test_accumulated_small_batches_train_like_one_large_batch(tmp_path):
     class Open(Line):
-        def forward(self, x, **kwargs):  # with labels in the batch, Trainer would take the loss for scaled (P13)
+        # with labels in the batch, Trainer would take the loss for scaled (docs/pitfalls.md, P13)
+        def forward(self, x, **kwargs):
             return super().forward(x)
 
     class Exact(LineTrainer):
