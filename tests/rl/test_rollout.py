@@ -4,15 +4,14 @@ from diffusers import DDIMScheduler, DDPMScheduler
 
 from diffusers_med3d.rl import (
     clipped_loss,
-    derive_seed,
     deterministic_step,
     deterministic_steps,
-    generators_for,
     log_prob,
     rollout,
     rollout_window,
     transition,
 )
+from diffusers_med3d.utils.seeding import derive_seed, generators_for
 
 
 class TinyPolicy(torch.nn.Module):
