@@ -485,7 +485,7 @@ def test_a_checkpoint_whose_card_lacks_something_is_not_published(hub, monkeypat
     shutil.copytree(EXAMPLES.parent / "model_cards", tmp_path / "cards")
     path = tmp_path / "cards" / "brain-t1-reward-2d.md"
     path.write_text(path.read_text().replace("## Memorisation audit", "## Something else"))
-    with pytest.raises(ValueError, match="section 'Memorisation audit'"):
+    with pytest.raises(SystemExit, match="section 'Memorisation audit'"):
         run_example(monkeypatch, "push_to_hub.py", "--namespace", "org", "--cards_dir", tmp_path / "cards")
     assert hub.repos == {}
 
