@@ -68,12 +68,12 @@ class _LearnedReward:
 
 
 class VolumeReward(_LearnedReward):
-    """The 3D eye as a reward: see ``VolumeRewardModel``."""
+    """A 3D reward model as a reward function: see ``VolumeRewardModel``."""
 
     model_class = VolumeRewardModel
 
 
 class SliceReward(_LearnedReward):
-    """The 2D eye as a reward: see ``SliceRewardModel``."""
+    """A 2D reward model as a reward function: see ``SliceRewardModel``."""
 
     model_class = SliceRewardModel

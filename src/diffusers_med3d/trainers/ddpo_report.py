@@ -1,5 +1,5 @@
-"""What PPO fine-tuning changed: the same samples before and after as a table and pictures, and a progress bar that shows
-the rewards.
+"""What PPO fine-tuning changed: the same samples before and after as a table and as pictures; a progress bar with the
+rewards.
 """
 
 import math
