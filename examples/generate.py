@@ -25,6 +25,7 @@ from diffusers_med3d.pipelines.conditions import (
     call_arguments,
     encode_rows,
     labels_of_scans,
+    names_by_index,
     rows_to_sample,
 )
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
@@ -84,8 +85,7 @@ def rows_asked_for(pipeline: MedDiffusion3DPipeline, args: GenerateArguments) ->
     if args.class_labels is None:
         rows = rows_to_sample(pipeline, args.conditions)
     else:
-        names = pipeline.config.class_names or {}
-        names = {str(index): name for name, index in names.items()} if isinstance(names, dict) else {}
+        names = {str(index): name for index, name in names_by_index(pipeline).items()}
         labels = [names.get(label, label) for label in args.class_labels]
         rows = datasets.Dataset.from_dict({LABEL_COLUMN: labels if names else list(map(int, labels))})
     encode_rows(pipeline, rows)
