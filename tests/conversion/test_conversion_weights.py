@@ -290,8 +290,8 @@ def test_the_script_converts_a_bundle_folder(bundle, brains_folder, example, tmp
     with pytest.raises(FileExistsError, match="exists already"):
         run(bundle=str(bundle), scale_factor=1.0, output_dir=ours)
 
+    (bundle / "models" / "unet.pt").rename(bundle / "models" / "renamed.pt")
     with pytest.raises(ValueError, match="give --unet_weights"):
-        (bundle / "models" / "unet.pt").rename(bundle / "models" / "renamed.pt")
         run(bundle=str(bundle), scale_factor=1.0, output_dir=str(tmp_path / "other"))
     with pytest.raises(FileNotFoundError, match="no MONAI bundle"):
         run(bundle=str(tmp_path), output_dir=str(tmp_path / "other"))

@@ -66,7 +66,7 @@ def test_the_autoencoders_compute_what_monai_computes(tiny_vae, tiny_vq):
 
 
 def test_no_layer_depends_on_the_batch_or_drops_out(model):
-    """BatchNorm would make the update see other numbers than the rollout (PITFALLS 9), dropout likewise (10)."""
+    """BatchNorm would make the update see other numbers than the rollout (pitfall 9), dropout likewise (10)."""
     for module in model.modules():
         assert not isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
         assert not isinstance(module, torch.nn.Dropout) or module.p == 0
@@ -147,7 +147,7 @@ def test_the_unet_refuses_samples_and_labels_of_another_kind(tiny_unet):
         tiny_unet(torch.zeros(2, 4, 4, 4, 4), 0, torch.tensor([0]))
 
 
-# --- latent statistics (PITFALLS 25, P7)
+# --- latent statistics (pitfalls 25 and P7)
 
 
 def test_latent_statistics_are_applied_once_each_way(tiny_vae):

@@ -1,4 +1,4 @@
-"""Two real processes (gloo) draw random numbers of their own, share the order of the data, and resume exactly (P16)."""
+"""Two real processes (gloo) draw random numbers of their own, share the order of the data, resume exactly."""
 
 import json
 import os
