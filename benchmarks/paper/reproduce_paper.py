@@ -2,13 +2,13 @@
 to a classifier than those of the model before, and than what the same compute buys without RL?
 
     R="python benchmarks/paper/reproduce_paper.py --data_dir DATA --split_file split.json"
-    $R --steps gate                                               # look first: is there something to gain?
+    $R --steps breakdown                                          # look first: where does the distance come from?
     $R --budget try --output_dir outputs/try                      # the whole of it, small
     $R                                                            # the whole of it, judged on validation subjects
     $R --open_test --steps evaluate downstream report             # at the end, once
 
     step        what it does                                                             its result
-    gate        real scans, round-trips, noise levels, full samples, damage, measured    gate.json
+    breakdown   is autoencoder, generator or reward to be worked on?                     breakdown.json
     sweep       learning rate, beta, window, group size on validation; freezes the best  frozen.json
     arms        both rewards with several seeds, each reward alone                       arms/
     continued   control: pre-training goes on at equal compute                           continued.json
@@ -45,16 +45,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import HfArgumentParser
 
 import experiment
 from diffusers_med3d import MedDiffusion3DPipeline, SliceReward, VolumeReward, metrics
 from diffusers_med3d.data import DataArguments, VolumeDataset, load_split
 from diffusers_med3d.data.training_subjects import read_training_subjects, refuse_seen_subjects
-from diffusers_med3d.evaluation import VolumeSet
+from diffusers_med3d.evaluation import VolumeSet, write_report
+from diffusers_med3d.evaluation import evaluate as measure_sets
 from diffusers_med3d.evaluation import sampling as evaluation
+from diffusers_med3d.evaluation.breakdown import breakdown as break_down
+from diffusers_med3d.evaluation.breakdown import scan_versions, write_breakdown
 from diffusers_med3d.hub.resolve import resolve
+from diffusers_med3d.rewards.loading import DEFAULT_REWARDS, load_reward
 from diffusers_med3d.trainers.base import use_all_cores
+from diffusers_med3d.utils.arguments import ScriptParser
 from diffusers_med3d.utils.files import once, write_json, write_whole
 from diffusers_med3d.utils.hashing import json_hash, pipeline_hash, tensor_hash
 from experiment import Setting
@@ -71,13 +75,17 @@ SWEEP_SEED = 1000  # of none of the arms
 class ExperimentArguments:
     """What is fine-tuned, and which steps run."""
 
-    base: str = field(default="brain-t1", metadata={"help": "Generator to fine-tune: bundled name or folder."})
-    volume_reward: str = field(default="brain-t1-reward-3d", metadata={"help": "3D reward."})
-    slice_reward: str = field(default="brain-t1-reward-2d", metadata={"help": "2D reward."})
+    model_name_or_path: str = field(
+        default="brain-t1", metadata={"help": "Generator to fine-tune: bundled name or folder."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: list(DEFAULT_REWARDS),
+        metadata={"help": "The 3D and the 2D reward: bundled names, folders or Hub ids."},
+    )
     output_dir: str = field(default="outputs/experiment", metadata={"help": "Where everything is written."})
     steps: list[str] = field(
         default_factory=lambda: list(STEPS),
-        metadata={"help": "Any of: gate sweep arms continued sampler evaluate downstream report."},
+        metadata={"help": "Any of: breakdown sweep arms continued sampler evaluate downstream report."},
     )
     arms: list[str] = field(
         default_factory=lambda: ["both", "3d", "2d"],
@@ -98,6 +106,14 @@ class ExperimentArguments:
     continued_flags: str = field(
         default="", metadata={"help": "Further flags of continued pre-training: what the base was trained with."}
     )
+
+    def __post_init__(self) -> None:
+        for what, given, known in (("steps", self.steps, STEPS), ("arms", self.arms, ("both", "3d", "2d"))):
+            unknown = [name for name in given if name not in known]
+            if unknown:
+                raise ValueError(f"unknown {what} {unknown}, expected some of {list(known)}.")
+        if len(self.reward_funcs) != 2:
+            raise ValueError(f"--reward_funcs takes a 3D and a 2D reward, got {self.reward_funcs}.")
 
 
 @dataclass
@@ -186,7 +202,9 @@ class Experiment:
         self._scans: dict[str, VolumeSet] = {}
         self._weights: dict[str, str] = {}
         split = load_split(data.split_file)
-        refuse_seen_subjects(split["validation"] + split["test"], read_training_subjects(args.base), "the base")
+        refuse_seen_subjects(
+            split["validation"] + split["test"], read_training_subjects(args.model_name_or_path), "the base"
+        )
         setting = {name: value for name, value in asdict(data).items() if name not in ("data_dir", "split_file")}
         setting |= {"split": json_hash(split), "base": pipeline_hash(self.base)}
         setting |= {reward.__name__: tensor_hash(reward.model.state_dict().items()) for reward in self.rewards}
@@ -195,7 +213,7 @@ class Experiment:
 
     @cached_property
     def base(self) -> MedDiffusion3DPipeline:
-        return self.pipeline(self.args.base)
+        return self.pipeline(self.args.model_name_or_path)
 
     @cached_property
     def extractors(self) -> list[metrics.Extractor]:
@@ -203,8 +221,10 @@ class Experiment:
 
     @cached_property
     def rewards(self) -> list[VolumeReward | SliceReward]:
-        three = VolumeReward.from_pretrained(self.args.volume_reward).to(self.device)
-        return [three, SliceReward.from_pretrained(self.args.slice_reward).to(self.device)]
+        found = [load_reward(one) for one in self.args.reward_funcs]
+        if [type(one) for one in found] != [VolumeReward, SliceReward]:
+            raise ValueError(f"--reward_funcs takes a 3D and a 2D reward model, got {self.args.reward_funcs}.")
+        return [one.to(self.device) for one in found]
 
     @property
     def grid(self) -> dict[str, list[float | int]]:
@@ -247,7 +267,7 @@ class Experiment:
 
     def pipeline(self, model: str) -> MedDiffusion3DPipeline:
         """A generator with the base's scheduler, ready to sample."""
-        given = {} if model == self.args.base else {"scheduler": self.base.scheduler}
+        given = {} if model == self.args.model_name_or_path else {"scheduler": self.base.scheduler}
         return MedDiffusion3DPipeline.from_pretrained(model, **given).to(self.device)
 
     def weights(self, model: str) -> str:
@@ -331,9 +351,10 @@ class Experiment:
         samples = len(self.data.class_names) * setting["group_size"]
         if samples % self.budget.batch_size:
             raise ValueError(f"batch_size {self.budget.batch_size} must divide the {samples} samples of a rollout.")
-        words = ["--pipeline", self.args.base, "--eval_volumes", "2"]
-        words += ["--volume_reward", "" if rewards == "2d" else self.args.volume_reward]
-        words += ["--slice_reward", "" if rewards == "3d" else self.args.slice_reward]
+        three, two = self.args.reward_funcs
+        chosen_rewards = {"both": [three, two], "3d": [three], "2d": [two]}[rewards]
+        words = ["--model_name_or_path", self.args.model_name_or_path, "--eval_volumes", "2"]
+        words += ["--reward_funcs", *chosen_rewards]
         chosen = {
             "learning_rate": setting["learning_rate"],
             "beta": setting["beta"],
@@ -375,7 +396,7 @@ class Experiment:
         """What the autoencoder leaves of a part's scans: no generator behind it comes closer to them."""
         scans = self.scans(part)
         with torch.no_grad():
-            volumes = self.base.decode(self.base.encode(scans.volumes.to(self.device))).cpu()
+            volumes = self.base.decode_latents(self.base.encode_latents(scans.volumes.to(self.device))).cpu()
         names = [f"{row:04d} {subject}" for row, subject in enumerate(scans.subjects)]
         folder = self.root / "samples" / part / "round-trip"
         read = evaluation.reload_volumes(volumes, scans.labels, names, folder, self.data, self.base.affine())
@@ -396,19 +417,21 @@ class Experiment:
 
     def score(self, candidate: Candidate) -> float:
         """What a choice minimises."""
-        return experiment.selection_score(self.judge(candidate), self.judge(self.usual(self.args.base)))
+        return experiment.selection_score(self.judge(candidate), self.judge(self.usual(self.args.model_name_or_path)))
 
     def candidates(self) -> dict[str, Candidate]:
         """Everything that is there to be compared, the base first."""
         continued, sampler = self.found("continued"), self.found("sampler")
-        found = {BASE: self.usual(self.args.base)}
+        found = {BASE: self.usual(self.args.model_name_or_path)}
         found |= {name: self.usual(folder) for name, folder in self.finished().items()}
         if continued:
             found[CONTINUED] = self.usual(self.folder(continued["best"]))
-        found[BEST_OF_2] = self.usual(self.args.base, draws=2)
+        found[BEST_OF_2] = self.usual(self.args.model_name_or_path, draws=2)
         if sampler:
             best = sampler["best"]
-            found[BEST_SAMPLER] = Candidate(self.args.base, best["guidance_scale"], best["num_inference_steps"])
+            found[BEST_SAMPLER] = Candidate(
+                self.args.model_name_or_path, best["guidance_scale"], best["num_inference_steps"]
+            )
         return found
 
     def configuration(self) -> dict[str, Any]:
@@ -428,29 +451,26 @@ class Experiment:
 # ------------------------------------------------------------------------------------------------------- the steps
 
 
-def gate(e: Experiment) -> str:
-    """Is there a gap, and is it the generator's to close rather than the decoder's?"""
-    steps = e.budget.sampling_steps[0]
+def breakdown(e: Experiment) -> str:
+    """Is the base's autoencoder, the base itself or a reward to be worked on?"""
+    base = e.usual(e.args.model_name_or_path)
 
     def make() -> dict[str, Any]:
-        scans, spacing, folder = e.scans("validation"), e.data.spacing, e.root / "gate"
-        versions = evaluation.gate_versions(
-            e.base,
-            scans,
-            folder / f"volumes-s{steps}",
-            e.data,
-            num_inference_steps=steps,
-            batch_size=e.budget.batch_size,
-        )
-        report, verdict = evaluation.gate(versions, scans, e.scans("train"), e.extractors, spacing)
-        settings = {"generator": Path(e.args.base).name, "num_inference_steps": steps, "part": "validation"}
-        evaluation.write_report(report, folder, {"scans": scans, **versions}, spacing, settings, "Gate before RL")
-        return {"verdict": verdict, "table": report.table()}
+        scans, samples, folder = e.scans("validation"), e.sample(base, "validation"), e.root / "breakdown"
+        versions = scan_versions(
+            e.base, scans, folder / "versions" / base.name, e.data, num_inference_steps=base.num_inference_steps,
+            guidance_scale=base.guidance_scale, batch_size=e.budget.batch_size,
+        )  # fmt: skip
+        scores = {reward.__name__: reward(samples.volumes).tolist() for reward in e.rewards}
+        spaces = dict(zip(e.args.extractors, e.extractors, strict=True))
+        found = break_down(versions, samples, scores, scans, e.scans("train"), spaces)
+        settings = {"model": BASE, "num_inference_steps": base.num_inference_steps, "part": "validation"}
+        write_breakdown(found, folder, settings, "Where the base's distance to scans comes from")
+        return {"headline": found.headline, "table": found.table()}
 
-    found = e.result("gate", {"num_inference_steps": steps, "extractors": e.args.extractors}, make)
-    passes = all(one["passes"] for one in found["verdict"])
-    warning = "" if passes else "\nTHE GATE SAYS NO: mend the base or its decoder before spending compute on RL."
-    return experiment.table(found["verdict"]) + warning
+    made_from = {"samples": e.budget.num_samples, "extractors": e.args.extractors}
+    made_from |= {"sampler": [base.guidance_scale, base.num_inference_steps]}
+    return e.result("breakdown", made_from, make)["headline"]
 
 
 def sweep(e: Experiment) -> str:
@@ -483,8 +503,8 @@ def continued(e: Experiment) -> str:
     steps = experiment.equal_compute_steps(
         main_run["seconds"], transitions, frozen["batch_size"], frozen["setting"]["beta"] > 0
     )
-    words = [*flags(asdict(e.data)), "--autoencoder", e.args.base, "--autoencoder_subfolder", "vae"]
-    words += ["--init_from", resolve(e.args.base), "--eval_samples", "0"]
+    words = [*flags(asdict(e.data)), "--autoencoder", e.args.model_name_or_path, "--autoencoder_subfolder", "vae"]
+    words += ["--init_from", resolve(e.args.model_name_or_path), "--eval_samples", "0"]
     setting = {
         "per_device_train_batch_size": frozen["batch_size"],
         "max_steps": steps,
@@ -514,7 +534,9 @@ def sampler(e: Experiment) -> str:
         return "Nothing to choose from: one of --guidance_scales and one of --sampling_steps."
 
     def make() -> dict[str, Any]:
-        best, tried = experiment.coordinate_sweep(grid, lambda one: e.judge(Candidate(e.args.base, **one))["kid"])
+        best, tried = experiment.coordinate_sweep(
+            grid, lambda one: e.judge(Candidate(e.args.model_name_or_path, **one))["kid"]
+        )
         return {"best": best, "tried": [{**one, "kid": own} for one, own in tried]}
 
     made_from = {**grid, "samples": e.budget.num_samples, "extractor": e.args.extractors[0]}
@@ -529,9 +551,9 @@ def evaluate(e: Experiment) -> str:
         scans, spacing = e.scans(e.part), e.data.spacing
         sets = {name: e.sample(one, e.part) for name, one in e.candidates().items()}
         models = {**sets, CEILING: e.round_trips(e.part)}
-        report = evaluate(models, scans, e.scans("train"), e.extractors, spacing)
+        report = measure_sets(models, scans, e.scans("train"), e.extractors, spacing)
         settings = {"part": e.part, **e.frozen["setting"], "rl_steps": e.frozen["rl_steps"]}
-        evaluation.write_report(report, e.root / f"evaluate-{e.part}", {"scans": scans, **sets}, spacing, settings)
+        write_report(report, e.root / f"evaluate-{e.part}", {"scans": scans, **sets}, spacing, settings)
         both = [name for name in sets if name.startswith(BOTH)]
         controls = [CONTINUED, BEST_OF_2, BEST_SAMPLER]
         claims = experiment.claims(report, BASE, both, list(ALONE), controls, CEILING) if both else []
@@ -544,7 +566,7 @@ def evaluate(e: Experiment) -> str:
 def downstream(e: Experiment) -> str:
     """A classifier of young and old with the base's volumes, and with those of the main arm's first seed."""
     e.open()
-    budget, usual, folder = e.budget, e.usual(e.args.base), e.root / f"downstream-{e.part}"
+    budget, usual, folder = e.budget, e.usual(e.args.model_name_or_path), e.root / f"downstream-{e.part}"
     setting = {
         "part": e.part,
         "num_synthetic": budget.num_synthetic,
@@ -556,23 +578,25 @@ def downstream(e: Experiment) -> str:
     }
 
     def make() -> dict[str, Any]:
-        words = [*flags(asdict(e.data)), "--before", e.args.base, "--after", e.carried_on, *flags(setting)]
+        words = [*flags(asdict(e.data)), "--model_name_or_path", e.args.model_name_or_path, e.carried_on]
+        words += flags(setting)
         e.launch("downstream_classification.py", folder, words, sys.executable)
         found = experiment.downstream_claims(json.loads((folder / "report.json").read_text())["results"])
         claims = experiment.claim_table(found) if found else "The classifier decides with 10 real scans per class only."
         return {"claims": claims, "table": (folder / "report.md").read_text()}
 
-    made_from = setting | {"weights": [e.weights(e.args.base), e.weights(e.carried_on)]}
+    made_from = setting | {"weights": [e.weights(e.args.model_name_or_path), e.weights(e.carried_on)]}
     return e.result(f"downstream-{e.part}", made_from, make)["claims"]
 
 
 def report(e: Experiment) -> str:
     """All that is there so far as Markdown, and the draft of a model card for the main arm's first seed."""
     frozen, part, arms = e.frozen, e.part, e.finished()
-    names = ("gate", "continued", "sampler", f"evaluate-{part}", f"downstream-{part}")
-    gated, went_on, sampled, judged, classified = (e.found(name) for name in names)
+    names = ("breakdown", "continued", "sampler", f"evaluate-{part}", f"downstream-{part}")
+    broken_down, went_on, sampled, judged, classified = (e.found(name) for name in names)
     missing = [name for name in (f"{BOTH}{frozen['first_seed']}", *ALONE) if name not in arms]
-    missing += [name for name, one in zip(names, (gated, went_on, sampled, judged, classified), strict=True) if not one]
+    results = (broken_down, went_on, sampled, judged, classified)
+    missing += [name for name, one in zip(names, results, strict=True) if not one]
     if judged and e.found(names[3], "made from")["compared"] != e.configuration()["compared"]:
         missing.append("evaluate with all that is there now")
     chosen = ", ".join(f"{name} {value:g}" for name, value in frozen["setting"].items())
@@ -588,7 +612,7 @@ def report(e: Experiment) -> str:
         "What was wanted, and what was found": "\n\n".join(proof),
         "What was run": f"{'; '.join(arms) or 'no arm'}: {frozen['rl_steps']} steps each. "
         + (f"Not run: {'; '.join(missing)}." if missing else "Nothing is missing."),
-        "Gate before RL": gated and experiment.table(gated["verdict"]),
+        "Where the distance comes from": broken_down and f"{broken_down['headline']}\n\n{broken_down['table']}",
         "Sweep on validation": f"Frozen: {chosen}.\n\n{swept}",
         "Continued pre-training on validation": went_on and experiment.table(went_on["tried"] or [went_on]),
         "The base's own sampler on validation": sampled and experiment.table(sampled["tried"]),
@@ -604,25 +628,23 @@ def report(e: Experiment) -> str:
             f"`benchmarks/paper/reproduce_paper.py`: {chosen}; {frozen['rl_steps']} steps {frozen['rl_flags']}".rstrip()
         )
         card = experiment.draft_card(
-            arms[name], "brain-t1-ppo", Path(e.args.base).name, f"{training}.", "\n\n".join(proof),
+            arms[name], "brain-t1-ppo", Path(e.args.model_name_or_path).name, f"{training}.", "\n\n".join(proof),
             judged["figures"], name, part,
         )  # fmt: skip
         write_whole(e.root / "brain-t1-ppo.md", f"{card.render()}\n")
     return f"{text}\n\nReport: {e.root}"
 
 
-STEPS = {step.__name__: step for step in (gate, sweep, arms, continued, sampler, evaluate, downstream, report)}
+STEPS = {step.__name__: step for step in (breakdown, sweep, arms, continued, sampler, evaluate, downstream, report)}
 
 
 def main() -> None:
     """Run the steps asked for, in the order of the experiment."""
-    parser = HfArgumentParser([DataArguments, ExperimentArguments, Budget])
-    parser.set_defaults(**PRESETS[parser.parse_args().budget])
-    data, args, budget = parser.parse_args_into_dataclasses()
-    for what, given, known in (("steps", args.steps, STEPS), ("arms", args.arms, ("both", "3d", "2d"))):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise ValueError(f"Unknown {what} {unknown}, expected some of {list(known)}.")
+    groups = (ExperimentArguments, Budget, DataArguments)
+    _, budget, _ = ScriptParser(*groups, description=__doc__).parse()
+    parser = ScriptParser(*groups, description=__doc__)
+    parser.set_defaults(**PRESETS[budget.budget])
+    args, budget, data = parser.parse()
     use_all_cores()
     e = Experiment(data, args, budget)
     for name, step in STEPS.items():

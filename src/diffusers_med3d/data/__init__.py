@@ -1,4 +1,4 @@
-"""From files to volumes: rows of NIfTI files, MONAI transforms, and one split by subject for all stages."""
+"""Scans from files to volumes and latents, and the split of their subjects that every stage shares."""
 
 from .arguments import DataArguments
 from .labels import class_of, classes_of

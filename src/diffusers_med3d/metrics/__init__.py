@@ -1,4 +1,4 @@
-"""Measures of volumes and of sets of volumes. They import nothing else of this package and are never rewards."""
+"""Measures of volumes and of sets of volumes, which are never rewards."""
 
 from .bootstrap import Interval, bootstrap_interval, bootstrap_weights, class_shares, weighted_mean, weighted_pair_mean
 from .features import Extractor, NamedExtractor, PlanarFeatures, SliceFeatures, features_of
@@ -15,7 +15,7 @@ from .image import (
 )
 from .kid import KernelDistance, kid, polynomial_kernel
 from .manifold import Manifold, manifold
-from .memorisation import Nearest, copy_threshold, nearest_training_scan
+from .memorisation import Nearest, copy_threshold, nearest_training_scan, training_above_unseen
 from .pretrained import EXTRACTORS, MedicalNetFeatures, extractor
 from .similarity import Diversity, diversity, ms_ssim, ms_ssim_matrix
 from .symmetry import left_right_symmetry
@@ -60,6 +60,7 @@ __all__ = [
     "psnr",
     "sharpness",
     "tissue_volumes",
+    "training_above_unseen",
     "weighted_mean",
     "weighted_pair_mean",
 ]
