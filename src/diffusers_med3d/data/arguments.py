@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .settings import DATASET_FILE, DataSettings, combine_settings, metadata_columns, read_settings, with_defaults
+from .settings import DATASET_FILE, GRID, DataSettings, combine_settings, metadata_columns, read_settings, with_defaults
 from .split import read_split_settings
 from .transforms import FITS
 
@@ -93,7 +93,9 @@ class DataArguments:
             self.num_channels = len(self.settings.channel_names)
 
     def adopt(self, settings: DataSettings, where: str) -> None:
-        """Take from a model (``settings_of``) what neither flags nor data set nor split say.
+        """Take grid and channels of a model (``settings_of``) where neither flags nor data set nor split say them.
+
+        Classes are the data's: a generator may know more of them, or others.
 
         Args:
             settings: of the model.
@@ -102,7 +104,9 @@ class DataArguments:
         Raises:
             ValueError: it contradicts them; with both values.
         """
-        self._sources.append((where, settings))
+        known = settings.to_dict()
+        known = {name: known[name] for name in (*GRID, "channel_names") if name in known}
+        self._sources.append((where, DataSettings(**known)))
         try:
             self._complete()
         except ValueError:
