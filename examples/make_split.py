@@ -6,9 +6,8 @@ python examples/make_split.py --data_dir DATA --split_file split.json --test 16 
 from collections import Counter
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
 from diffusers_med3d.data import DataArguments, check_columns, class_of, make_split, read_scans, save_split
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
 
 @dataclass
@@ -22,17 +21,18 @@ class SplitArguments:
 
 def main() -> None:
     """Read labels, draw, write."""
-    data, args = HfArgumentParser([DataArguments, SplitArguments]).parse_args_into_dataclasses()
-    if len(args.test) != len(data.class_names):
-        raise ValueError(f"--test needs one count for each of {data.class_names}, got {args.test}.")
-    rows = read_scans(data.data_dir).remove_columns("nifti")
-    check_columns(rows, data)
-    classes = {
-        str(row[data.subject_column]): class_of(row[data.label_column], data.class_names, data.class_edges)
-        for row in rows
-    }
-    split = make_split(classes, args.test, args.validation, args.seed)
-    save_split(split, data.split_file)
+    args, data = ScriptParser(SplitArguments, DataArguments, description=__doc__).parse()
+    with refused_in_one_line():
+        if len(args.test) != len(data.class_names):
+            raise ValueError(f"--test needs one count for each of {data.class_names}, got {args.test}.")
+        rows = read_scans(data.data_dir).remove_columns("nifti")
+        check_columns(rows, data)
+        classes = {
+            str(row[data.subject_column]): class_of(row[data.label_column], data.class_names, data.class_edges)
+            for row in rows
+        }
+        split = make_split(classes, args.test, args.validation, args.seed)
+        save_split(split, data.split_file)
     for part in ("train", "validation", "test"):
         counts = Counter(classes[subject] for subject in split[part])
         print(part, {(*data.class_names, "unlabelled")[label]: counts[label] for label in sorted(counts)})

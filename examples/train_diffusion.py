@@ -10,7 +10,7 @@ The two folds that the rewards need: ``--part a`` and ``--part b``. Away from a 
 from dataclasses import dataclass, field
 
 from diffusers import AutoModel
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 import diffusers_med3d  # noqa: F401  (registers the classes with diffusers)
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
@@ -18,8 +18,9 @@ from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.training_subjects import read_training_subjects
 from diffusers_med3d.evaluation.figures import curves
 from diffusers_med3d.hub.resolve import resolve
-from diffusers_med3d.trainers.base import checkpoint_to_resume
+from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
 
 @dataclass
@@ -92,15 +93,13 @@ class ModelArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        if self.autoguide and not self.init_from:
+            raise ValueError("--autoguide needs --init_from: a network that has learned nothing has nowhere to go.")
 
-def main() -> None:
-    """Read, encode, train, evaluate, save."""
-    data, model, args = HfArgumentParser(
-        [DataArguments, ModelArguments, LatentDiffusionConfig]
-    ).parse_args_into_dataclasses()
-    set_seed(args.seed)
-    if model.autoguide and not model.init_from:
-        raise ValueError("--autoguide needs --init_from: a network that has learned nothing has nowhere to go.")
+
+def build(model: ModelArguments, data: DataArguments) -> MedDiffusion3DPipeline:
+    """The pipeline that the arguments describe: the autoencoder, and a new network or the one to go on from."""
     autoencoder = AutoModel.from_pretrained(resolve(model.autoencoder), subfolder=model.autoencoder_subfolder)
     if model.init_from:
         start = MedDiffusion3DPipeline.from_pretrained(model.init_from)
@@ -122,7 +121,7 @@ def main() -> None:
             mode_shape=autoencoder.latent_shape(data.volume_shape) if model.num_modes else None,
         )
         scheduler, class_names = default_scheduler(model.prediction_type, model.shift), data.class_names
-    pipeline = MedDiffusion3DPipeline(
+    return MedDiffusion3DPipeline(
         vae=autoencoder,
         unet=unet,
         scheduler=scheduler,
@@ -132,17 +131,25 @@ def main() -> None:
         channel_names=model.channel_names,
         intensity="0: background; 1: the scan's 99.5th percentile above 0",
     )
-    trainer = LatentDiffusionTrainer(
-        model=pipeline,
-        args=args,
-        train_dataset=VolumeDataset.from_arguments(data, model.part),
-        eval_dataset=VolumeDataset.from_arguments(data, "validation"),
-        guide=MedDiffusion3DPipeline.from_pretrained(model.autoguide) if model.autoguide else None,
-        earlier_subjects=set().union(
-            *(read_training_subjects(seen) for seen in (model.init_from, model.autoguide) if seen)
-        ),
-    )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+
+
+def main() -> None:
+    """Read, encode, train, evaluate, save."""
+    use_all_cores()
+    model, data, args = ScriptParser(ModelArguments, DataArguments, LatentDiffusionConfig, description=__doc__).parse()
+    set_seed(args.seed)
+    with refused_in_one_line():
+        trainer = LatentDiffusionTrainer(
+            model=build(model, data),
+            args=args,
+            train_dataset=VolumeDataset.from_arguments(data, model.part),
+            eval_dataset=VolumeDataset.from_arguments(data, "validation"),
+            guide=MedDiffusion3DPipeline.from_pretrained(model.autoguide) if model.autoguide else None,
+            earlier_subjects=set().union(
+                *(read_training_subjects(seen) for seen in (model.init_from, model.autoguide) if seen)
+            ),
+        )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     print(trainer.evaluate())
     trainer.save_model()
     series = {}

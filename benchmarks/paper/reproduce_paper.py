@@ -375,7 +375,7 @@ class Experiment:
         """What the autoencoder leaves of a part's scans: no generator behind it comes closer to them."""
         scans = self.scans(part)
         with torch.no_grad():
-            volumes = self.base.decode(self.base.encode(scans.volumes.to(self.device))).cpu()
+            volumes = self.base.decode_latents(self.base.encode_latents(scans.volumes.to(self.device))).cpu()
         names = [f"{row:04d} {subject}" for row, subject in enumerate(scans.subjects)]
         folder = self.root / "samples" / part / "round-trip"
         read = evaluation.reload_volumes(volumes, scans.labels, names, folder, self.data, self.base.affine())

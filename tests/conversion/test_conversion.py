@@ -179,14 +179,14 @@ def test_encode_and_decode_equal_monais(converted):
     vae = converted.pipeline.vae
     volumes = torch.rand(1, 1, *converted.pipeline.config.volume_shape)
     mean, sigma = converted.autoencoder.encode(volumes)
-    our_mean, our_sigma = vae.encode(volumes)
-    torch.testing.assert_close(our_mean, mean, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(our_sigma, sigma, atol=1e-5, rtol=1e-5)
+    posterior = vae.encode(volumes).latent_dist
+    torch.testing.assert_close(posterior.mean, mean, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(posterior.std, sigma, atol=1e-5, rtol=1e-5)
     assert mean.std() > 1e-3
 
     latents = torch.randn(1, *mean.shape[1:])
     decoded = converted.autoencoder.decode_stage_2_outputs(latents / converted.scale)
-    torch.testing.assert_close(vae.decode(latents / converted.scale), decoded, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vae.decode(latents / converted.scale).sample, decoded, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(vae.decode_latents(latents), decoded.clamp(0, 1), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(vae.encode_latents(volumes), mean * converted.scale, atol=1e-5, rtol=1e-5)
 
@@ -336,11 +336,11 @@ def test_conditions_of_a_pipeline_are_checked_at_the_door(convert_once, tiny_pip
 def test_splitting_convolutions_changes_nothing_and_sizes_that_do_not_split_are_refused(convert_once):
     vae = copy.deepcopy(convert_once("maisi-ddpm").pipeline.vae)
     volumes = torch.rand(1, 1, 16, 128, 16)
-    split, _ = vae.encode(volumes)
+    split = vae.encode(volumes).latent_dist.mean
     with pytest.raises(ValueError, match=r"latent side of 16 .* cannot be computed in 8 parts"):
         vae.encode(volumes[:, :, :, :64])
     vae.set_num_splits(1)
-    torch.testing.assert_close(vae.encode(volumes)[0], split, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vae.encode(volumes).latent_dist.mean, split, atol=1e-5, rtol=1e-5)
     assert vae.to(torch.bfloat16).decode_latents(torch.randn(1, 4, 4, 4, 4)).isfinite().all()
 
 

@@ -4,16 +4,18 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
 from conftest import REPOSITORY, VOLUME_SHAPE, run_example
-from diffusers_med3d import MedDiffusion3DPipeline, VolumeRewardModel
+from diffusers_med3d import AutoencoderKL3D, MedDiffusion3DPipeline, VolumeRewardModel
 from diffusers_med3d.hub import cards
 from diffusers_med3d.hub.cards import NOT_FOR_CLINICAL_USE, SECTIONS, Card, Figure, for_hub, missing, sections
-from diffusers_med3d.hub.resolve import bundled_names
+from diffusers_med3d.hub.origin import inherited_license, license_of
+from diffusers_med3d.hub.resolve import CHECKPOINTS, bundled_names
 
 CARDS = REPOSITORY / "model_cards"
 FIGURE = Figure("kid", "KID, extractor X", 0.25, floor=0.01, error=0.05, note="12 samples")
@@ -96,13 +98,48 @@ def test_the_snippet_of_a_pipelines_card_runs(tiny_pipeline, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["reward", "vae", "vq"])
-def test_the_snippet_of_a_models_card_runs(kind, tiny_vae, tiny_vq, tmp_path):
+@pytest.mark.parametrize("volume_shape", [None, (16, 24, 16)])
+def test_the_snippet_of_a_models_card_runs_on_the_size_it_was_trained_on(
+    kind, volume_shape, tiny_vae, tiny_vq, tmp_path
+):
     reward = VolumeRewardModel(channels=(8, 8), norm_num_groups=4, num_members=1)
     {"reward": reward, "vae": tiny_vae, "vq": tiny_vq}[kind].save_pretrained(tmp_path / "saved")
+    text = str(cards.of_folder(tmp_path / "saved", str(tmp_path / "saved"), volume_shape).render())
+    assert "pip install diffusers-med3d" in text and (volume_shape is None) != ("16 x 24 x 16 voxels" in text)
     scope: dict[str, object] = {}
-    exec(snippet(str(cards.of_folder(tmp_path / "saved", str(tmp_path / "saved")).render())), scope)
-    shape = scope["scores"].shape if kind == "reward" else scope["again"].shape
-    assert shape == ((1,) if kind == "reward" else (1, 1, 64, 64, 64))
+    exec(snippet(text), scope)
+    assert scope["volumes"].shape[2:] == (volume_shape or ((16,) * 3 if kind == "reward" else (32,) * 3))
+    assert scope["scores"].shape == (1,) if kind == "reward" else scope["again"].shape == scope["volumes"].shape
+
+
+def test_the_size_in_a_models_card_is_that_of_its_atlas_or_its_data_settings(tiny_vae, tmp_path):
+    tiny_vae.set_latent_statistics(torch.zeros(4), torch.ones(4), torch.zeros(4, 6, 4, 4))
+    tiny_vae.save_pretrained(tmp_path)
+    assert "torch.rand(1, 1, 24, 16, 16)" in cards.of_folder(tmp_path, "x").use
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["data_settings"] = {"volume_shape": [16, 16, 8], "spacing": [2.0, 2.0, 4.0]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = cards.of_folder(tmp_path, "x")
+    assert "torch.rand(1, 1, 16, 16, 8)" in made.use and "16 x 16 x 8 voxels of 2 x 2 x 4 mm, RAS axes" in made.what
+
+
+# --- licences ---
+
+
+def test_a_licence_comes_from_the_card_beside_the_weights_or_from_what_they_were_made_from(
+    tiny_pipeline_folder, tiny_vae, tmp_path
+):
+    assert license_of("brain-t1") == license_of(str(CHECKPOINTS / "brain-t1" / "vae")) == "cc-by-sa-3.0"
+    assert license_of(tiny_pipeline_folder) is None and license_of("") is None
+    Path(tiny_pipeline_folder, "README.md").write_text("---\nlicense: mit\n---\n# x\n")
+    assert license_of(tiny_pipeline_folder) == license_of(f"{tiny_pipeline_folder}/vae") == "mit"
+    loaded = AutoencoderKL3D.from_pretrained(tiny_pipeline_folder, subfolder="vae")
+    assert inherited_license(object(), tiny_vae, loaded) == "mit"
+    loaded.save_pretrained(tmp_path / "again")
+    assert inherited_license(loaded) == "mit"  # saving does not make it forget
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "config.json").write_text('{"_name_or_path": "brain-t1"}')
+    assert license_of(str(tmp_path / "made")) == "cc-by-sa-3.0"
 
 
 def test_a_folder_that_holds_nothing_has_no_card(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoModel, DiffusionPipeline
+from diffusers import AutoModel, ConfigMixin, DiffusionPipeline
 from diffusers.utils.hub_utils import PushToHubMixin
 from huggingface_hub import HfApi, ModelCard, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -36,10 +36,12 @@ from diffusers_med3d import (
 )
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.training_subjects import read_training_subjects
+from diffusers_med3d.evaluation.figures import curves
 from diffusers_med3d.evaluation.sampling import check_unseen
-from diffusers_med3d.hub.cards import NOT_FOR_CLINICAL_USE, missing, sections
+from diffusers_med3d.hub.cards import NOT_FOR_CLINICAL_USE, missing, of_folder, sections
+from diffusers_med3d.hub.origin import public_name
 from diffusers_med3d.hub.publish import PublishMixin, check_publishable, model_files, publish
-from diffusers_med3d.hub.resolve import bundled_names, public_name, resolve
+from diffusers_med3d.hub.resolve import bundled_names, resolve
 from diffusers_med3d.trainers.reward import RewardModelTrainer
 
 PIPELINE_FILES = {
@@ -145,6 +147,66 @@ def test_a_card_that_somebody_wrote_on_the_hub_is_kept_if_it_has_the_warning(hub
     assert NOT_FOR_CLINICAL_USE in hub.read("tester/tiny", "README.md").decode()
 
 
+@pytest.fixture
+def folder_with_card(tiny_pipeline, tmp_path) -> Path:
+    """A saved pipeline with a card and pictures beside it, as a trainer leaves it."""
+    folder = tmp_path / "mine"
+    tiny_pipeline.save_pretrained(folder)
+    made = of_folder(folder, "outputs/mine")
+    made.license, made.evaluation = "cc-by-4.0", "| reward | 0.7 |\n\n![samples](figures/samples.png)"
+    made.write(folder)
+    (folder / "figures").mkdir()
+    (folder / "figures" / "samples.png").write_bytes(b"picture")
+    (folder / "figures" / "other.png").write_bytes(b"not in the card")
+    return folder
+
+
+def test_the_card_beside_a_pipeline_travels_with_its_pictures(hub, folder_with_card):
+    pipeline = MedDiffusion3DPipeline.from_pretrained(folder_with_card)
+    for push in (
+        lambda: pipeline.push_to_hub("tester/pushed"),
+        lambda: pipeline.save_pretrained(folder_with_card, push_to_hub=True, repo_id="tester/pushed"),
+    ):
+        push()
+        assert hub.files("tester/pushed") == PIPELINE_FILES | {"figures/samples.png"}
+        card = hub.read("tester/pushed", "README.md").decode()
+        assert "| reward | 0.7 |" in card and ModelCard(card).data.license == "cc-by-4.0"
+        assert 'from_pretrained("tester/pushed")' in card and "outputs/mine" not in card
+
+
+def test_the_card_beside_a_pipeline_does_not_travel_with_other_weights(hub, folder_with_card):
+    with_moved_weights(MedDiffusion3DPipeline.from_pretrained(folder_with_card)).push_to_hub("changed")
+    assert hub.files("tester/changed") == PIPELINE_FILES
+    card = hub.read("tester/changed", "README.md").decode()
+    assert "0.7" not in card and ModelCard(card).data.license == "cc-by-4.0"
+
+
+def test_a_card_without_the_warning_gets_it(hub, tiny_vae, tmp_path):
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "vae" / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n\nMeasured by hand.\n")
+    AutoencoderKL3D.from_pretrained(tmp_path / "vae").push_to_hub("vae")
+    card = hub.read("tester/vae", "README.md").decode()
+    assert NOT_FOR_CLINICAL_USE in card and "Measured by hand." in card and ModelCard(card).data.license == "mit"
+
+
+def test_a_trainer_pushes_its_last_card_with_table_and_pictures(hub, tiny_pipeline_folder, tmp_path):
+    pipeline = MedDiffusion3DPipeline.from_pretrained(tiny_pipeline_folder)
+    trainer = stage_4.make_trainer(pipeline, tmp_path / "tuned", push_to_hub=True)
+    trainer.save_model()  # pushes too, with the card of now
+    trainer.log_figure("before_after", curves({"reward": ([1, 2], [0.1, 0.2])}))
+    trainer.card_notes += "\n\n| reward | 0.1 | 0.2 |\n\n![before and after](figures/before_after.png)"
+    trainer.push_to_hub()
+    assert hub.files("tester/tuned") == PIPELINE_FILES | {"figures/before_after.png"}
+    assert "| reward | 0.1 | 0.2 |" in hub.read("tester/tuned", "README.md").decode()
+
+
+def test_a_licence_on_the_hub_is_inherited(hub, folder_with_card, tmp_path):
+    MedDiffusion3DPipeline.from_pretrained(folder_with_card).push_to_hub("base")
+    trainer = stage_4.make_trainer(MedDiffusion3DPipeline.from_pretrained("tester/base"), tmp_path / "tuned")
+    trainer.push_to_hub()
+    assert ModelCard(hub.read("tester/tuned", "README.md").decode()).data.license == "cc-by-4.0"
+
+
 def test_the_private_method_that_every_push_of_diffusers_ends_in_is_still_there():
     theirs = inspect.signature(PushToHubMixin._upload_folder).parameters
     assert list(theirs) == list(inspect.signature(PublishMixin._upload_folder).parameters)
@@ -152,6 +214,7 @@ def test_the_private_method_that_every_push_of_diffusers_ends_in_is_still_there(
     for kind in (MedDiffusion3DPipeline, *networks, VolumeRewardModel, SliceRewardModel):
         assert kind._upload_folder is PublishMixin._upload_folder, kind
         assert kind.save_config is PublishMixin.save_config, kind
+        assert PublishMixin in kind.__mro__[: kind.__mro__.index(ConfigMixin)], kind  # its to_json_string comes first
 
 
 # --- revisions, tokens, what is not there ---
@@ -409,7 +472,7 @@ def test_the_dry_run_shows_every_bundled_checkpoint_with_its_card_and_asks_nobod
 
 def test_one_command_publishes_a_bundled_checkpoint_with_card_pictures_and_tag(hub, monkeypatch, capsys, tiny_volumes):
     name = "brain-t1-reward-2d"
-    run_example(monkeypatch, "push_to_hub.py", "--namespace", "org", "--names", name, "--tag", "v0", "--private")
+    run_example(monkeypatch, "push_to_hub.py", "--namespace", "org", "--model_name_or_path", name, "--tag", "v0", "--private")
     assert hub.files(f"org/{name}") >= MODEL_FILES and hub.repos["model", f"org/{name}"].private
     card = hub.read(f"org/{name}", "README.md", "v0").decode()
     assert missing(card) == [] and f'from_pretrained("org/{name}")' in card and ".md)" not in card

@@ -1,11 +1,15 @@
 """The generator's networks: MONAI's maths, sizes at the door, statistics once each way, precision, checkpointing."""
 
+import logging
+
 import pytest
 import torch
 from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
 from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
 
 from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, VQModel3D
+from diffusers_med3d.models.autoencoder import DiagonalGaussianDistribution3D
 
 
 @pytest.fixture(params=["tiny_vae", "tiny_vq"])
@@ -59,14 +63,60 @@ def test_the_autoencoders_compute_what_monai_computes(tiny_vae, tiny_vq):
     for ours, monai in ((tiny_vae, kl), (tiny_vq, vq)):
         monai.load_state_dict(ours.state_dict())
         with torch.no_grad():
+            latents = torch.randn(2, 4, 4, 4, 6)
+            for mine, theirs in (
+                (ours(volumes).sample, monai.reconstruct(volumes) if ours is tiny_vae else monai(volumes)[0]),
+                (ours.decode_stage_2_outputs(latents), monai.decode_stage_2_outputs(latents)),
+            ):
+                torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
             torch.manual_seed(7)  # AutoencoderKL draws from its posterior
-            expected = monai(volumes)[0]
+            expected = monai.encode_stage_2_inputs(volumes)
             torch.manual_seed(7)
-            assert (ours(volumes)[0] - expected).abs().max() <= 1e-5
+            torch.testing.assert_close(ours.encode_stage_2_inputs(volumes), expected, atol=1e-5, rtol=0)
+
+
+def test_encode_and_decode_answer_as_diffusers_autoencoders_do(tiny_vae, tiny_vq):
+    volumes = torch.rand(2, 1, 16, 16, 24)
+    with torch.no_grad():
+        posterior = tiny_vae.encode(volumes).latent_dist
+        assert posterior.mean.shape == posterior.std.shape == (2, 4, 4, 4, 6)
+        assert torch.equal(posterior.mode(), posterior.mean)
+        (same,) = tiny_vae.encode(volumes, return_dict=False)
+        assert torch.equal(same.mean, posterior.mean)
+        draw = posterior.sample(torch.Generator().manual_seed(3))
+        noise = torch.randn(draw.shape, generator=torch.Generator().manual_seed(3))
+        torch.testing.assert_close(draw, posterior.mean + posterior.std * noise)
+        (decoded,) = tiny_vae.decode(draw, return_dict=False)
+        assert torch.equal(decoded, tiny_vae.decode(draw).sample) and decoded.shape == volumes.shape
+        drawn = tiny_vae(volumes, sample_posterior=True, generator=torch.Generator().manual_seed(3)).sample
+        torch.testing.assert_close(drawn, decoded)
+        assert torch.equal(tiny_vae(volumes).sample, tiny_vae.decode(posterior.mode()).sample)
+
+        latents = tiny_vq.encode(volumes).latents
+        assert latents.shape == (2, 4, 4, 4, 6) and torch.equal(tiny_vq.encode(volumes, return_dict=False)[0], latents)
+        decoded, commit_loss = tiny_vq.decode(latents, return_dict=False)
+        assert torch.equal(tiny_vq(volumes).sample, decoded) and torch.equal(tiny_vq(volumes).commit_loss, commit_loss)
+        by_index = tiny_vq.decode_samples(tiny_vq.index_quantize(volumes))
+        torch.testing.assert_close(by_index, decoded)
+
+
+def test_the_divergence_of_a_posterior_sums_over_all_of_a_3d_latent(tiny_vae):
+    generator = torch.Generator().manual_seed(0)
+    mean, log_variance = (torch.randn((2, 4, 3, 3, 5), generator=generator) for _ in range(2))
+    posterior = DiagonalGaussianDistribution3D(torch.cat([mean, log_variance], dim=1))
+    other = DiagonalGaussianDistribution3D(torch.cat([log_variance, mean], dim=1))
+    for second, expected in (
+        (None, Normal(torch.zeros_like(mean), torch.ones_like(mean))),
+        (other, Normal(other.mean, other.std)),
+    ):
+        by_torch = kl_divergence(Normal(posterior.mean, posterior.std), expected).sum((1, 2, 3, 4))
+        torch.testing.assert_close(posterior.kl(second), by_torch, rtol=1e-4, atol=1e-3)
+    by_torch = -Normal(posterior.mean, posterior.std).log_prob(log_variance).sum((1, 2, 3, 4))
+    torch.testing.assert_close(posterior.nll(log_variance), by_torch, rtol=1e-4, atol=1e-3)
 
 
 def test_no_layer_depends_on_the_batch_or_drops_out(model):
-    """BatchNorm would make the update see other numbers than the rollout (pitfall 9), dropout likewise (10)."""
+    """BatchNorm or dropout would make the update see other numbers than the rollout (docs/pitfalls.md, 9 and 10)."""
     for module in model.modules():
         assert not isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
         assert not isinstance(module, torch.nn.Dropout) or module.p == 0
@@ -147,7 +197,7 @@ def test_the_unet_refuses_samples_and_labels_of_another_kind(tiny_unet):
         tiny_unet(torch.zeros(2, 4, 4, 4, 4), 0, torch.tensor([0]))
 
 
-# --- latent statistics (pitfalls 25 and P7)
+# --- latent statistics (docs/pitfalls.md, 25 and P7)
 
 
 def test_latent_statistics_are_applied_once_each_way(tiny_vae):
@@ -155,10 +205,10 @@ def test_latent_statistics_are_applied_once_each_way(tiny_vae):
     mean = torch.tensor(tiny_vae.config.latents_mean).view(1, -1, 1, 1, 1)
     std = torch.tensor(tiny_vae.config.latents_std).view(1, -1, 1, 1, 1)
     with torch.no_grad():
-        raw = tiny_vae.encode(volumes)[0]
+        raw = tiny_vae.encode(volumes).latent_dist.mean
         latents = tiny_vae.encode_latents(volumes)
         assert torch.allclose(latents, (raw - mean) / std, atol=1e-6)
-        assert torch.allclose(tiny_vae.decode_latents(latents), tiny_vae.decode(raw).clamp(0, 1), atol=1e-5)
+        assert torch.allclose(tiny_vae.decode_latents(latents), tiny_vae.decode(raw).sample.clamp(0, 1), atol=1e-5)
 
 
 def test_normalised_latents_of_the_training_set_have_zero_mean_and_unit_variance(autoencoder):
@@ -225,7 +275,7 @@ def test_a_generator_draws_from_the_posterior_and_none_is_its_mean(tiny_vae):
     volumes = torch.rand(1, 1, 16, 16, 16)
     with torch.no_grad():
         tiny_vae.quant_conv_log_sigma.conv.bias.fill_(-2.0)  # sigma near exp(-1)
-        mean, sigma = tiny_vae.encode(volumes)
+        sigma = tiny_vae.encode(volumes).latent_dist.std
         draws = torch.cat([tiny_vae.encode_latents(volumes, torch.Generator().manual_seed(i)) for i in range(200)])
         std = torch.tensor(tiny_vae.config.latents_std).view(1, -1, 1, 1, 1)
         assert torch.equal(tiny_vae.encode_latents(volumes), tiny_vae.encode_latents(volumes))
@@ -241,7 +291,7 @@ def test_vq_latents_are_quantised_before_they_are_decoded(tiny_vq):
         codebook = tiny_vq.quantizer.quantizer.embedding.weight  # (16, 4)
         raw = (latents * std + mean).permute(0, 2, 3, 4, 1).reshape(-1, 4)
         nearest = codebook[torch.cdist(raw, codebook).argmin(1)].view(1, 4, 4, 4, 4).permute(0, 4, 1, 2, 3)
-        expected = tiny_vq.decode(nearest).clamp(0, 1)
+        expected = tiny_vq.decode(nearest).sample.clamp(0, 1)
         assert torch.allclose(tiny_vq.decode_latents(latents), expected, atol=1e-5)
 
 
@@ -260,6 +310,19 @@ def test_fp16_safetensors_load_as_float32_and_dtype_asks_for_another(model, tmp_
     assert run(loaded).item() == pytest.approx(before, rel=0.1, abs=0.02)
     half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and torch.isfinite(run(half))
+
+
+def test_a_cast_warns_of_nothing_that_does_not_happen(model):
+    warned = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())
+    logging.getLogger("diffusers.models.modeling_utils").addHandler(handler)
+    try:
+        assert model.to(torch.float16).dtype == torch.float16
+        assert {p.dtype for n, p in model.named_parameters() if n.startswith("quantizer.")} <= {torch.float32}
+    finally:
+        logging.getLogger("diffusers.models.modeling_utils").removeHandler(handler)
+    assert warned == []
 
 
 def saved_for_backward(model: torch.nn.Module) -> tuple[int, list[torch.Tensor]]:

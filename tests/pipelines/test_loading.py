@@ -1,7 +1,9 @@
-"""Every way in which a saved pipeline must load (pitfall P1), each in a process that knows nothing but the import."""
+"""Every way in which a saved pipeline must load (docs/pitfalls.md, P1), each in a process that only imports us."""
 
 import json
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 import warnings
@@ -12,10 +14,20 @@ import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
+from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import diffusers_med3d
-from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, MedDiffusion3DPipeline, VolumeRewardModel, VQModel3D
+from diffusers_med3d import (
+    AutoencoderKL3D,
+    DiffusionUNet3D,
+    MedDiffusion3DPipeline,
+    SliceReward,
+    SliceRewardModel,
+    VolumeReward,
+    VolumeRewardModel,
+    VQModel3D,
+)
 from diffusers_med3d.hub.resolve import bundled_names, resolve
 
 
@@ -107,9 +119,16 @@ def test_a_component_can_be_replaced_while_loading(tiny_pipeline_folder, tiny_un
 
 
 def test_everything_that_diffusers_looks_up_is_an_attribute_of_the_package():
-    assert "diffusers_med3d" in pipeline_loading_utils.LOADABLE_CLASSES
-    for name in diffusers_med3d.__all__:
-        assert getattr(diffusers_med3d, name) is not None
+    for name in pipeline_loading_utils.LOADABLE_CLASSES["diffusers_med3d"]:
+        assert getattr(diffusers_med3d, name) is getattr(diffusers, name) and name not in diffusers_med3d.__all__
+
+
+def test_dir_lists_what_can_be_imported_and_nothing_else():
+    subpackages = {module.name for module in pkgutil.iter_modules(diffusers_med3d.__path__) if module.ispkg}
+    assert set(dir(diffusers_med3d)) == {*diffusers_med3d.__all__, *subpackages, "__version__"}
+    code = "import diffusers_med3d as m; print([getattr(m, n).__name__ for n in dir(m) if n != '__version__'])"
+    names = run_python(code)
+    assert "DDPOTrainer" in names and "diffusers_med3d.metrics" in names
 
 
 def test_an_unknown_attribute_of_the_package_is_an_attribute_error():
@@ -176,8 +195,74 @@ def test_a_bundled_generator_loads_by_its_bare_name(name):
 
 
 def test_no_folder_of_the_package_bears_the_name_of_a_diffusers_pipeline():
-    """diffusers would take components in it for its own and could not load them again (pitfall P2)."""
+    """diffusers would take components in it for its own and could not load them again (docs/pitfalls.md, P2)."""
     root = Path(diffusers_med3d.__file__).parent
     folders = {path.name for path in root.rglob("*") if path.is_dir() and (path / "__init__.py").exists()}
     assert folders
     assert not [name for name in folders | {root.name} if hasattr(diffusers.pipelines, name)]
+
+
+# --- folders of another class ---
+
+
+@pytest.mark.parametrize(
+    ("wanted", "part", "message"),
+    [
+        (
+            DiffusionUNet3D,
+            "vae",
+            "saved by AutoencoderKL3D, not by DiffusionUNet3D; use AutoencoderKL3D.from_pretrained.",
+        ),
+        (
+            VolumeReward,
+            "vae",
+            "saved by AutoencoderKL3D, not by VolumeRewardModel; use AutoencoderKL3D.from_pretrained.",
+        ),
+        (
+            VolumeReward,
+            "slices",
+            "saved by SliceRewardModel, not by VolumeRewardModel; use SliceReward.from_pretrained.",
+        ),
+        (SliceReward, "", "saved by MedDiffusion3DPipeline, not by SliceRewardModel; use MedDiffusion3DPipeline."),
+        (
+            AutoencoderKL3D,
+            "",
+            "use MedDiffusion3DPipeline.from_pretrained, or give subfolder='vae' for its Auto",
+        ),
+        (
+            MedDiffusion3DPipeline,
+            "unet",
+            "saved by DiffusionUNet3D, not by MedDiffusion3DPipeline; use DiffusionUNet3D.",
+        ),
+    ],
+)
+def test_a_folder_of_another_class_is_refused_and_its_own_is_named(tiny_pipeline_folder, wanted, part, message):
+    folder = Path(tiny_pipeline_folder, part)
+    if part == "slices":
+        SliceRewardModel(channels=(8, 8), num_members=1).save_pretrained(folder)
+    with pytest.raises(ValueError, match=re.escape(message)) as refusal:
+        wanted.from_pretrained(folder)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_config_of_another_library_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="holds no DiffusionUNet3D: its config.json names no class of diffusers"):
+        DiffusionUNet3D.from_pretrained(tmp_path)
+
+
+def test_a_subclass_reads_what_its_base_class_saved(tiny_pipeline_folder):
+    class Mine(DiffusionUNet3D):
+        pass
+
+    assert type(Mine.from_pretrained(tiny_pipeline_folder, subfolder="unet")) is Mine
+
+
+@pytest.mark.parametrize("name", ["./outputs/generater", "outputs/generater", "outputs/v1/generater"])
+def test_a_mistyped_path_is_answered_with_the_nearest_folder(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    meant = name.replace("generater", "generator")
+    Path(meant).mkdir(parents=True)
+    with pytest.raises(OSError, match=re.escape(f"Did you mean {meant!r}?")):
+        MedDiffusion3DPipeline.from_pretrained(name)

@@ -134,7 +134,7 @@ def test_output_types(tiny_pipeline):
     latents = tiny_pipeline(generator=seeded(), output_type="latent", **options)
     assert isinstance(array, np.ndarray) and np.array_equal(array, tensor.numpy())
     assert latents.volumes.shape == (2, 4, 4, 4, 4)
-    assert torch.equal(tiny_pipeline.decode(latents.volumes), tensor)
+    assert torch.equal(tiny_pipeline.decode_latents(latents.volumes), tensor)
     with pytest.raises(ValueError, match="latents have no affine"):
         latents.save_nifti("nowhere")
     volumes, affine, spacing = tiny_pipeline(generator=seeded(), return_dict=False, **options)
@@ -204,7 +204,7 @@ def test_partial_noising_runs_the_last_steps_and_moves_further_with_more_strengt
 ):
     swap_scheduler(tiny_pipeline, scheduler_class)
     tiny_pipeline.unet = ideal_denoiser(tiny_pipeline)
-    start = tiny_pipeline.encode(tiny_volumes)
+    start = tiny_pipeline.encode_latents(tiny_volumes)
     distances, steps = [], []
     for strength in (0.1, 0.3, 0.6, 0.9):
         out = tiny_pipeline(
@@ -312,7 +312,7 @@ def test_offloading_brings_the_autoencoder_to_the_device_before_it_works(tiny_pi
 def test_decoding_in_chunks_is_decoding_at_once(tiny_pipeline):
     latents = torch.randn(5, 4, 4, 4, 4)
     with torch.no_grad():
-        chunked, whole = tiny_pipeline.decode(latents, chunk_size=2), tiny_pipeline.vae.decode_latents(latents)
+        chunked, whole = tiny_pipeline.decode_latents(latents, chunk_size=2), tiny_pipeline.vae.decode_latents(latents)
     assert (chunked - whole).abs().max() <= 1e-5
 
 

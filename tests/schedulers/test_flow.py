@@ -267,7 +267,7 @@ def test_every_flow_scheduler_samples_the_distribution_of_the_true_flow(flow_pip
 def test_partial_noising_of_a_flow_starts_on_the_straight_line_to_noise(flow_pipeline, tiny_volumes):
     flow_pipeline.unet = Stands.from_config(dict(flow_pipeline.unet.config)).eval()
     options = {"volumes": tiny_volumes, "num_inference_steps": 4, "output_type": "latent"}
-    clean = flow_pipeline.encode(tiny_volumes)
+    clean = flow_pipeline.encode_latents(tiny_volumes)
     for strength, time in ((0.25, 0.5), (0.5, 0.75), (0.75, 0.9)):
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(5))
         start = flow_pipeline(**options, strength=strength, generator=torch.Generator().manual_seed(5)).volumes

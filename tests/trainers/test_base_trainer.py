@@ -1,4 +1,4 @@
-"""diffusers_med3d.trainers.base: TRL's private base made to work for diffusers models (pitfalls P12 to P17)."""
+"""diffusers_med3d.trainers.base: TRL's private base made to work for diffusers (docs/pitfalls.md, P12 to P17)."""
 
 import dataclasses
 import os
@@ -28,9 +28,8 @@ from diffusers_med3d.trainers.base import (
     COMPLETE_MARKER,
     Med3DConfig,
     Med3DTrainer,
-    checkpoint_to_resume,
+    card_arguments,
     last_checkpoint,
-    told_arguments,
     use_all_cores,
 )
 from diffusers_med3d.trainers.ddpo_config import DDPOConfig
@@ -227,7 +226,8 @@ def test_settings_that_would_lose_or_leak_work_are_refused(tmp_path, settings, m
 
 def test_accumulated_small_batches_train_like_one_large_batch(tmp_path):
     class Open(Line):
-        def forward(self, x, **kwargs):  # with labels in the batch, Trainer would take the loss as scaled (pitfall P13)
+        # with labels in the batch, Trainer would take the loss for scaled (docs/pitfalls.md, P13)
+        def forward(self, x, **kwargs):
             return super().forward(x)
 
     class Exact(LineTrainer):
@@ -408,10 +408,8 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over_and_refused(tmp_path):
     assert last_checkpoint(tmp_path).endswith("checkpoint-4")
     (tmp_path / "checkpoint-4" / COMPLETE_MARKER).unlink()
     assert last_checkpoint(tmp_path).endswith("checkpoint-2")
-    assert checkpoint_to_resume(Med3DConfig(output_dir=str(tmp_path), resume_from_checkpoint="latest")).endswith("-2")
     with pytest.raises(ValueError, match="checkpoint-4 is no whole checkpoint"):
         make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert checkpoint_to_resume(Med3DConfig(output_dir=str(tmp_path / "new"), resume_from_checkpoint="latest")) is None
 
 
 def test_the_marker_is_the_last_file_of_a_checkpoint(tmp_path):
@@ -443,7 +441,7 @@ def test_no_pickle_and_no_local_path_leaves_the_machine(tmp_path):
             torch.load(path, weights_only=True)
 
 
-def test_the_card_tells_what_was_changed_and_nothing_private(tmp_path):
+def test_the_card_lists_what_was_changed_and_nothing_private(tmp_path):
     trainer = make(tmp_path, hub_token="hf_secret", learning_rate=0.0625, weights_license="cc-by-sa-3.0")
     trainer.train()
     trainer.save_model()
@@ -451,19 +449,19 @@ def test_the_card_tells_what_was_changed_and_nothing_private(tmp_path):
     assert "| learning_rate | 0.0625 |" in card and "license: cc-by-sa-3.0" in card and "4 optimizer steps" in card
     assert "hf_secret" not in card and str(tmp_path) not in card and "weight_decay" not in card
     table = dict(re.findall(r"^\| (\w+) \| (.+) \|$", card, re.MULTILINE))
-    assert table["max_steps"] == "4" and table["seed"] == "42"  # told even where they are the defaults
+    assert table["max_steps"] == "4" and table["seed"] == "42"  # even where they are the defaults
     for name in ("use_cpu", "accelerator_config", "report_to", "logging_steps", "debug", "activation_checkpointing"):
         assert name not in table
 
 
 def test_a_card_shows_lists_and_choices_only_where_they_were_changed(tmp_path):
-    def told(**changes):
-        return told_arguments(DDPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False, **changes))
+    def listed(**changes):
+        return card_arguments(DDPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False, **changes))
 
-    plain = told()
+    plain = listed()
     assert {"max_steps", "per_device_train_batch_size", "learning_rate", "seed"} <= set(plain)
     assert not {"lr_scheduler_type", "reward_weights", "eta", "beta"} & set(plain)
-    changed = told(lr_scheduler_type="cosine", reward_weights=[1.0, 0.5], eta=0.5)
+    changed = listed(lr_scheduler_type="cosine", reward_weights=[1.0, 0.5], eta=0.5)
     assert set(changed) - set(plain) == {"lr_scheduler_type", "reward_weights", "eta"}
     assert changed["lr_scheduler_type"] == "cosine" and changed["reward_weights"] == [1.0, 0.5]
 
@@ -473,9 +471,10 @@ def test_a_card_shows_lists_and_choices_only_where_they_were_changed(tmp_path):
 
 THREADS = """
 import os, torch
-from diffusers_med3d.trainers.base import Med3DConfig
-before = torch.get_num_threads()
+from diffusers_med3d.trainers.base import Med3DConfig, use_all_cores
 Med3DConfig(output_dir="unused")
+before = torch.get_num_threads()
+use_all_cores()
 print("threads", before, torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS"))
 """
 

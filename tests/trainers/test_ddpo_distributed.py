@@ -73,7 +73,7 @@ def run(folder: Path, base: str, processes: int, batches: int, kind: str = "full
     script.write_text(WORKER)
     out = folder / f"out-{processes}"
     launcher = [sys.executable]
-    if processes > 1:  # `accelerate launch --cpu --num_processes 2` would silently run one process (pitfall P15)
+    if processes > 1:  # `accelerate launch --cpu --num_processes 2` would run one process (docs/pitfalls.md, P15)
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""  # gloo, also beside a GPU

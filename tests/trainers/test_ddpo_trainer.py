@@ -119,7 +119,7 @@ def test_a_reward_that_can_be_reached_rises(tiny_pipeline, tmp_path):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_ratio_is_one_before_the_first_update_of_every_rollout(tiny_pipeline, tmp_path, guidance_scale, bf16):
-    """Pitfalls 1, 8 (bf16) and 11 (guidance in both); the reference is asked in the same way (pitfall 20)."""
+    """docs/pitfalls.md, 1, 8 (bf16) and 11 (guidance in rollout and update); the reference is asked alike (20)."""
     trainer = make_trainer(tiny_pipeline, tmp_path, guidance_scale=guidance_scale, bf16=bf16, max_steps=6)
     trainer.train()
     deviations = [log["ratio/first_step"] for log in training_logs(trainer) if "ratio/first_step" in log]

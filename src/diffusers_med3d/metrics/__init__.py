@@ -15,7 +15,7 @@ from .image import (
 )
 from .kid import KernelDistance, kid, polynomial_kernel
 from .manifold import Manifold, manifold
-from .memorisation import Nearest, copy_threshold, nearest_training_scan
+from .memorisation import Nearest, copy_threshold, nearest_training_scan, training_above_unseen
 from .pretrained import EXTRACTORS, MedicalNetFeatures, extractor
 from .similarity import Diversity, diversity, ms_ssim, ms_ssim_matrix
 from .symmetry import left_right_symmetry
@@ -60,6 +60,7 @@ __all__ = [
     "psnr",
     "sharpness",
     "tissue_volumes",
+    "training_above_unseen",
     "weighted_mean",
     "weighted_pair_mean",
 ]

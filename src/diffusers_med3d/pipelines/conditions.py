@@ -1,6 +1,8 @@
 """What samples are asked for: the class and the network's other conditions, one sample per row of a table."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -86,6 +88,31 @@ def encode_rows(pipeline: MedDiffusion3DPipeline, rows: datasets.Dataset) -> Con
         pipeline.encode_class_labels(arguments["class_labels"], len(rows)),
         pipeline.encode_conditions(arguments["conditions"], None, len(rows)),
     )
+
+
+def rows_to_sample(pipeline: MedDiffusion3DPipeline, path: str | Path | None = None) -> datasets.Dataset:
+    """Return the table in a JSON file of columns, one row per condition; without a file one row per class, or the one
+    row of a generator without classes.
+
+    Args:
+        pipeline: whose classes are listed.
+        path: file such as ``{"class_label": ["ct", "mri"], "age": [0.2, 0.7]}``, with all that the network takes but
+            the spacing, which is the pipeline's.
+
+    Raises:
+        OSError, ValueError: no such file, or no columns of one length in it.
+    """
+    if path is None:
+        names = list(pipeline.config.class_names or [])
+        return datasets.Dataset.from_dict({LABEL_COLUMN: names} if names else {"sample": [0]})
+    columns = json.loads(Path(path).read_text())
+    lists = isinstance(columns, dict) and all(isinstance(values, list) for values in columns.values())
+    lengths = {len(values) for values in columns.values()} if lists else set()
+    if len(lengths) != 1:
+        raise ValueError(
+            f"{path} must hold columns of one length, {{name: [value, ...], ...}}, got {str(columns)[:80]}."
+        )
+    return datasets.Dataset.from_dict(columns)
 
 
 def labels_of_scans(

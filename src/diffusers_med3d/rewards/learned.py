@@ -68,12 +68,12 @@ class _LearnedReward:
 
 
 class VolumeReward(_LearnedReward):
-    """The 3D eye as a reward: see ``VolumeRewardModel``."""
+    """Realism of whole volumes: scores of a `VolumeRewardModel`."""
 
     model_class = VolumeRewardModel
 
 
 class SliceReward(_LearnedReward):
-    """The 2D eye as a reward: see ``SliceRewardModel``."""
+    """Realism of slices: scores of a `SliceRewardModel`."""
 
     model_class = SliceRewardModel

@@ -26,6 +26,21 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
     return names
 
 
+def check_signature(func: RewardFunc, name: str, columns: Sequence[str]) -> None:
+    """Refuse a function that cannot be called as `func(volumes, **columns)` (ValueError), before anything is sampled."""
+    try:
+        signature = inspect.signature(func)
+    except ValueError:  # some compiled functions have none
+        return
+    try:
+        signature.bind(None, **dict.fromkeys(columns))
+    except TypeError as error:
+        raise ValueError(
+            f"the reward {name} cannot be called with volumes and the conditions {list(columns)} ({error}); define it "
+            f"as {name}(volumes, **conditions)."
+        ) from error
+
+
 async def _gather(pending: Sequence[Awaitable[Rewards]]) -> list[Rewards]:
     return list(await asyncio.gather(*pending))
 

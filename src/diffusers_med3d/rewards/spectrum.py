@@ -25,6 +25,9 @@ import torch.nn.functional as F
 REAL = -1.0
 ROUND_TRIP = 0.0
 FULL_SAMPLE = 1.0
+STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Levels that a spectrum is made at where nothing else is asked for."""
+
 ROUND_TRIP_LABEL = 0.95
 FULL_SAMPLE_LABEL = 0.35
 

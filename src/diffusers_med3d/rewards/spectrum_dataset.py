@@ -3,7 +3,8 @@ evaluation of reward models."""
 
 import json
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,13 +16,13 @@ from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
 from ..data import VolumeDataset
-from ..data.training_subjects import refuse_seen_subjects
+from ..data.training_subjects import read_training_subjects, refuse_seen_subjects
 from ..pipelines.conditions import LABEL_COLUMN, call_arguments, encode_rows, scan_rows
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from ..utils.files import whole_file
 from ..utils.hashing import pipeline_hash
 from ..utils.seeding import seeded
-from .spectrum import FULL_SAMPLE, ROUND_TRIP, partial_noising
+from .spectrum import FULL_SAMPLE, ROUND_TRIP, STRENGTHS, partial_noising
 
 
 def subject_levels(subject: str, strengths: Sequence[float], levels_per_subject: int | None, seed: int) -> list[float]:
@@ -142,6 +143,69 @@ def _check_file(path: Path, settings: str, volume: Tensor) -> None:
     if found != settings or not same_scan:
         what = f"settings {found} instead of {settings}" if found != settings else "another scan or another preparation"
         raise ValueError(f"{path} was made with {what}; delete {path.parent} or choose another folder.")
+
+
+def build_fold_spectra(
+    scans: Mapping[str, VolumeDataset],
+    fold_a_model: str,
+    fold_b_model: str | None,
+    model: str | None,
+    folder: str | Path,
+    strengths: Sequence[float] = STRENGTHS,
+    levels_per_subject: int | None = 6,
+    num_inference_steps: int = 20,
+    batch_size: int = 16,
+    seed: int = 0,
+    share: tuple[int, int] = (0, 1),
+    device: torch.device | str = "cpu",
+) -> tuple["SpectrumDataset", "SpectrumDataset"]:
+    """Return the spectra of training and validation, of which no scan is denoised by a generator that has seen it.
+
+    The scans of each fold are denoised by the generator of the other fold. The generator to be fine-tuned has seen
+    both, so of the training scans it adds full samples alone; it makes the spectrum of validation.
+
+    Args:
+        scans: of "b" and "validation", with ``fold_b_model`` also of "a".
+        fold_a_model, fold_b_model: generators trained on folds a and b: bundled names, folders or Hub ids. Without the
+            second, fold b alone is trained on.
+        model: the generator to be fine-tuned. Without it, that of fold a makes the spectrum of validation.
+        folder: the files lie in one folder below it for each part and generator.
+        levels_per_subject: of training; validation has all.
+        strengths, num_inference_steps, batch_size, seed, share: see ``build_spectrum``.
+        device: where the generators run.
+
+    Raises:
+        ValueError: a generator that has seen subjects whose spectrum it would make, among others; see
+            ``build_spectrum``.
+    """
+
+    @cache  # one generator makes several parts
+    def pipeline(name: str) -> MedDiffusion3DPipeline:
+        return MedDiffusion3DPipeline.from_pretrained(name).to(device)
+
+    def make(part: str, name: str, suffix: str, levels: Sequence[float], per_subject: int | None) -> list[Path]:
+        return build_spectrum(
+            pipeline(name),
+            scans[part],
+            read_training_subjects(name),
+            Path(folder) / f"{part}-by-generator{suffix}",
+            levels,
+            num_inference_steps,
+            per_subject,
+            batch_size,
+            seed,
+            share,
+        )
+
+    makers = {"b": (fold_a_model, "-a")} | ({"a": (fold_b_model, "-b")} if fold_b_model is not None else {})
+    train, full_samples = [], []
+    for part, (name, suffix) in makers.items():
+        train += make(part, name, suffix, strengths, levels_per_subject)
+        if model is not None:
+            full_samples += make(part, model, "", [FULL_SAMPLE], None)
+    judge, suffix = (fold_a_model, "-a") if model is None else (model, "")
+    validation = make("validation", judge, suffix, strengths, None)
+    return SpectrumDataset(train, full_samples), SpectrumDataset(validation)
 
 
 class SpectrumDataset(TorchDataset):

@@ -30,13 +30,14 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from ..evaluation.figures import orthogonal_views
-from ..hub.resolve import public_name
+from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
 from ..pipelines.conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
 from ..pipelines.lora import lora_layers, write_lora
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline, guided_prediction
 from ..rewards.learned import SliceReward, VolumeReward
-from ..rewards.scoring import RewardFunc, reward_names, score
+from ..rewards.loading import Reward, load_rewards
+from ..rewards.scoring import check_signature, reward_names, score
 from ..rl import (
     Trajectory,
     check_scheduler,
@@ -105,7 +106,9 @@ class DDPOTrainer(Med3DTrainer):
     Args:
         model: pipeline with a DDIM, DDPM or FlowMatchEulerDiscrete scheduler, or what
             `MedDiffusion3DPipeline.from_pretrained` takes. Its UNet is trained in place.
-        reward_funcs: one or more callables `f(volumes, **conditions) -> list[float | None] | Tensor[B]`, sync or async.
+        reward_funcs: one or more rewards, in any mixture: callables
+            `f(volumes, **conditions) -> list[float | None] | Tensor[B]`, sync or async, reward models, and names as
+            `load_reward` takes them ("brain-t1-reward-3d", a folder, "my_rewards.py:symmetry").
             `volumes` is float32 (B, C, X, Y, Z) in [0, 1]; `conditions` are the dataset's columns as lists of B. None
             or NaN means "could not score": that sample gets zero advantage.
         args: see `DDPOConfig`.
@@ -132,7 +135,7 @@ class DDPOTrainer(Med3DTrainer):
     def __init__(
         self,
         model: MedDiffusion3DPipeline | str,
-        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        reward_funcs: Reward | Sequence[Reward],
         args: DDPOConfig | None = None,
         train_dataset: datasets.Dataset | None = None,
         eval_dataset: datasets.Dataset | None = None,
@@ -143,10 +146,8 @@ class DDPOTrainer(Med3DTrainer):
         args = DDPOConfig() if args is None else args
         pipeline = model if isinstance(model, MedDiffusion3DPipeline) else MedDiffusion3DPipeline.from_pretrained(model)
         self.pipeline = pipeline
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.reward_funcs = load_rewards(reward_funcs)
         self.reward_names = reward_names(self.reward_funcs)
-        if not self.reward_funcs:
-            raise ValueError("reward_funcs is empty; give at least one callable f(volumes, **conditions).")
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"Found {len(args.reward_weights)} reward_weights for rewards {self.reward_names}.")
         if train_dataset is None or len(train_dataset) == 0:
@@ -163,6 +164,8 @@ class DDPOTrainer(Med3DTrainer):
                     f"{LABEL_COLUMN}=[None] asks for the null class."
                 )
             encode_rows(pipeline, rows)  # what cannot be asked for is refused now, not after a rollout
+            for func, name in zip(self.reward_funcs, self.reward_names, strict=True):
+                check_signature(func, name, rows.column_names)
         check_scheduler(pipeline.scheduler, args.eta)
         pipeline.check_scheduler()
         self.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
@@ -170,7 +173,7 @@ class DDPOTrainer(Med3DTrainer):
         self._window(args, 0)  # refuses a window that does not fit
 
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
-        unet = pipeline.unet.to(torch.float32)
+        unet = pipeline.unet.float()
         pipeline.vae.requires_grad_(False).eval()
         self.reference: nn.Module | None = None
         if peft_config is not None:
@@ -233,6 +236,8 @@ class DDPOTrainer(Med3DTrainer):
         self._watch = Watch(args.epsilon)
         self.card_notes = f"Rewards: {', '.join(self.reward_names)}."
         self.card_base_model = public_name(pipeline)
+        self.card_data = "Fine-tuning read no scans: the generator learned from scores of its own samples."
+        self.inherited_license = inherited_license(pipeline, pipeline.unet, pipeline.vae)
 
     def forget_rollout(self) -> None:
         """Drop the stored rollout and what was recorded of it; the next batch makes a new one."""
@@ -274,7 +279,8 @@ class DDPOTrainer(Med3DTrainer):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, c, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1], in chunks."""
         with self.accelerator.autocast():
-            return self.pipeline.decode(latents.to(self.accelerator.device), self.args.decode_batch_size).float()
+            latents = latents.to(self.accelerator.device)
+            return self.pipeline.decode_latents(latents, self.args.decode_batch_size).float()
 
     def _generate(self, model: nn.Module, index: int) -> list[Chunk]:
         """One rollout: sample, decode, score, compare. The layout of its P x G samples, here P = 3, G = 4, two
