@@ -45,7 +45,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import HfArgumentParser
 
 import experiment
 from diffusers_med3d import MedDiffusion3DPipeline, SliceReward, VolumeReward, metrics
@@ -54,7 +53,9 @@ from diffusers_med3d.data.training_subjects import read_training_subjects, refus
 from diffusers_med3d.evaluation import VolumeSet
 from diffusers_med3d.evaluation import sampling as evaluation
 from diffusers_med3d.hub.resolve import resolve
+from diffusers_med3d.rewards.loading import DEFAULT_REWARDS, load_reward
 from diffusers_med3d.trainers.base import use_all_cores
+from diffusers_med3d.utils.arguments import ScriptParser
 from diffusers_med3d.utils.files import once, write_json, write_whole
 from diffusers_med3d.utils.hashing import json_hash, pipeline_hash, tensor_hash
 from experiment import Setting
@@ -71,9 +72,13 @@ SWEEP_SEED = 1000  # of none of the arms
 class ExperimentArguments:
     """What is fine-tuned, and which steps run."""
 
-    base: str = field(default="brain-t1", metadata={"help": "Generator to fine-tune: bundled name or folder."})
-    volume_reward: str = field(default="brain-t1-reward-3d", metadata={"help": "3D reward."})
-    slice_reward: str = field(default="brain-t1-reward-2d", metadata={"help": "2D reward."})
+    model_name_or_path: str = field(
+        default="brain-t1", metadata={"help": "Generator to fine-tune: bundled name or folder."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: list(DEFAULT_REWARDS),
+        metadata={"help": "The 3D and the 2D reward: bundled names, folders or Hub ids."},
+    )
     output_dir: str = field(default="outputs/experiment", metadata={"help": "Where everything is written."})
     steps: list[str] = field(
         default_factory=lambda: list(STEPS),
@@ -98,6 +103,14 @@ class ExperimentArguments:
     continued_flags: str = field(
         default="", metadata={"help": "Further flags of continued pre-training: what the base was trained with."}
     )
+
+    def __post_init__(self) -> None:
+        for what, given, known in (("steps", self.steps, STEPS), ("arms", self.arms, ("both", "3d", "2d"))):
+            unknown = [name for name in given if name not in known]
+            if unknown:
+                raise ValueError(f"unknown {what} {unknown}, expected some of {list(known)}.")
+        if len(self.reward_funcs) != 2:
+            raise ValueError(f"--reward_funcs takes a 3D and a 2D reward, got {self.reward_funcs}.")
 
 
 @dataclass
@@ -186,7 +199,9 @@ class Experiment:
         self._scans: dict[str, VolumeSet] = {}
         self._weights: dict[str, str] = {}
         split = load_split(data.split_file)
-        refuse_seen_subjects(split["validation"] + split["test"], read_training_subjects(args.base), "the base")
+        refuse_seen_subjects(
+            split["validation"] + split["test"], read_training_subjects(args.model_name_or_path), "the base"
+        )
         setting = {name: value for name, value in asdict(data).items() if name not in ("data_dir", "split_file")}
         setting |= {"split": json_hash(split), "base": pipeline_hash(self.base)}
         setting |= {reward.__name__: tensor_hash(reward.model.state_dict().items()) for reward in self.rewards}
@@ -195,7 +210,7 @@ class Experiment:
 
     @cached_property
     def base(self) -> MedDiffusion3DPipeline:
-        return self.pipeline(self.args.base)
+        return self.pipeline(self.args.model_name_or_path)
 
     @cached_property
     def extractors(self) -> list[metrics.Extractor]:
@@ -203,8 +218,10 @@ class Experiment:
 
     @cached_property
     def rewards(self) -> list[VolumeReward | SliceReward]:
-        three = VolumeReward.from_pretrained(self.args.volume_reward).to(self.device)
-        return [three, SliceReward.from_pretrained(self.args.slice_reward).to(self.device)]
+        found = [load_reward(one) for one in self.args.reward_funcs]
+        if [type(one) for one in found] != [VolumeReward, SliceReward]:
+            raise ValueError(f"--reward_funcs takes a 3D and a 2D reward model, got {self.args.reward_funcs}.")
+        return [one.to(self.device) for one in found]
 
     @property
     def grid(self) -> dict[str, list[float | int]]:
@@ -247,7 +264,7 @@ class Experiment:
 
     def pipeline(self, model: str) -> MedDiffusion3DPipeline:
         """A generator with the base's scheduler, ready to sample."""
-        given = {} if model == self.args.base else {"scheduler": self.base.scheduler}
+        given = {} if model == self.args.model_name_or_path else {"scheduler": self.base.scheduler}
         return MedDiffusion3DPipeline.from_pretrained(model, **given).to(self.device)
 
     def weights(self, model: str) -> str:
@@ -331,9 +348,10 @@ class Experiment:
         samples = len(self.data.class_names) * setting["group_size"]
         if samples % self.budget.batch_size:
             raise ValueError(f"batch_size {self.budget.batch_size} must divide the {samples} samples of a rollout.")
-        words = ["--pipeline", self.args.base, "--eval_volumes", "2"]
-        words += ["--volume_reward", "" if rewards == "2d" else self.args.volume_reward]
-        words += ["--slice_reward", "" if rewards == "3d" else self.args.slice_reward]
+        three, two = self.args.reward_funcs
+        chosen_rewards = {"both": [three, two], "3d": [three], "2d": [two]}[rewards]
+        words = ["--model_name_or_path", self.args.model_name_or_path, "--eval_volumes", "2"]
+        words += ["--reward_funcs", *chosen_rewards]
         chosen = {
             "learning_rate": setting["learning_rate"],
             "beta": setting["beta"],
@@ -396,19 +414,21 @@ class Experiment:
 
     def score(self, candidate: Candidate) -> float:
         """What a choice minimises."""
-        return experiment.selection_score(self.judge(candidate), self.judge(self.usual(self.args.base)))
+        return experiment.selection_score(self.judge(candidate), self.judge(self.usual(self.args.model_name_or_path)))
 
     def candidates(self) -> dict[str, Candidate]:
         """Everything that is there to be compared, the base first."""
         continued, sampler = self.found("continued"), self.found("sampler")
-        found = {BASE: self.usual(self.args.base)}
+        found = {BASE: self.usual(self.args.model_name_or_path)}
         found |= {name: self.usual(folder) for name, folder in self.finished().items()}
         if continued:
             found[CONTINUED] = self.usual(self.folder(continued["best"]))
-        found[BEST_OF_2] = self.usual(self.args.base, draws=2)
+        found[BEST_OF_2] = self.usual(self.args.model_name_or_path, draws=2)
         if sampler:
             best = sampler["best"]
-            found[BEST_SAMPLER] = Candidate(self.args.base, best["guidance_scale"], best["num_inference_steps"])
+            found[BEST_SAMPLER] = Candidate(
+                self.args.model_name_or_path, best["guidance_scale"], best["num_inference_steps"]
+            )
         return found
 
     def configuration(self) -> dict[str, Any]:
@@ -443,7 +463,11 @@ def gate(e: Experiment) -> str:
             batch_size=e.budget.batch_size,
         )
         report, verdict = evaluation.gate(versions, scans, e.scans("train"), e.extractors, spacing)
-        settings = {"generator": Path(e.args.base).name, "num_inference_steps": steps, "part": "validation"}
+        settings = {
+            "generator": Path(e.args.model_name_or_path).name,
+            "num_inference_steps": steps,
+            "part": "validation",
+        }
         evaluation.write_report(report, folder, {"scans": scans, **versions}, spacing, settings, "Gate before RL")
         return {"verdict": verdict, "table": report.table()}
 
@@ -483,8 +507,8 @@ def continued(e: Experiment) -> str:
     steps = experiment.equal_compute_steps(
         main_run["seconds"], transitions, frozen["batch_size"], frozen["setting"]["beta"] > 0
     )
-    words = [*flags(asdict(e.data)), "--autoencoder", e.args.base, "--autoencoder_subfolder", "vae"]
-    words += ["--init_from", resolve(e.args.base), "--eval_samples", "0"]
+    words = [*flags(asdict(e.data)), "--autoencoder", e.args.model_name_or_path, "--autoencoder_subfolder", "vae"]
+    words += ["--init_from", resolve(e.args.model_name_or_path), "--eval_samples", "0"]
     setting = {
         "per_device_train_batch_size": frozen["batch_size"],
         "max_steps": steps,
@@ -514,7 +538,9 @@ def sampler(e: Experiment) -> str:
         return "Nothing to choose from: one of --guidance_scales and one of --sampling_steps."
 
     def make() -> dict[str, Any]:
-        best, tried = experiment.coordinate_sweep(grid, lambda one: e.judge(Candidate(e.args.base, **one))["kid"])
+        best, tried = experiment.coordinate_sweep(
+            grid, lambda one: e.judge(Candidate(e.args.model_name_or_path, **one))["kid"]
+        )
         return {"best": best, "tried": [{**one, "kid": own} for one, own in tried]}
 
     made_from = {**grid, "samples": e.budget.num_samples, "extractor": e.args.extractors[0]}
@@ -544,7 +570,7 @@ def evaluate(e: Experiment) -> str:
 def downstream(e: Experiment) -> str:
     """A classifier of young and old with the base's volumes, and with those of the main arm's first seed."""
     e.open()
-    budget, usual, folder = e.budget, e.usual(e.args.base), e.root / f"downstream-{e.part}"
+    budget, usual, folder = e.budget, e.usual(e.args.model_name_or_path), e.root / f"downstream-{e.part}"
     setting = {
         "part": e.part,
         "num_synthetic": budget.num_synthetic,
@@ -556,13 +582,14 @@ def downstream(e: Experiment) -> str:
     }
 
     def make() -> dict[str, Any]:
-        words = [*flags(asdict(e.data)), "--before", e.args.base, "--after", e.carried_on, *flags(setting)]
+        words = [*flags(asdict(e.data)), "--model_name_or_path", e.args.model_name_or_path, e.carried_on]
+        words += flags(setting)
         e.launch("downstream_classification.py", folder, words, sys.executable)
         found = experiment.downstream_claims(json.loads((folder / "report.json").read_text())["results"])
         claims = experiment.claim_table(found) if found else "The classifier decides with 10 real scans per class only."
         return {"claims": claims, "table": (folder / "report.md").read_text()}
 
-    made_from = setting | {"weights": [e.weights(e.args.base), e.weights(e.carried_on)]}
+    made_from = setting | {"weights": [e.weights(e.args.model_name_or_path), e.weights(e.carried_on)]}
     return e.result(f"downstream-{e.part}", made_from, make)["claims"]
 
 
@@ -604,7 +631,7 @@ def report(e: Experiment) -> str:
             f"`benchmarks/paper/reproduce_paper.py`: {chosen}; {frozen['rl_steps']} steps {frozen['rl_flags']}".rstrip()
         )
         card = experiment.draft_card(
-            arms[name], "brain-t1-ppo", Path(e.args.base).name, f"{training}.", "\n\n".join(proof),
+            arms[name], "brain-t1-ppo", Path(e.args.model_name_or_path).name, f"{training}.", "\n\n".join(proof),
             judged["figures"], name, part,
         )  # fmt: skip
         write_whole(e.root / "brain-t1-ppo.md", f"{card.render()}\n")
@@ -616,13 +643,11 @@ STEPS = {step.__name__: step for step in (gate, sweep, arms, continued, sampler,
 
 def main() -> None:
     """Run the steps asked for, in the order of the experiment."""
-    parser = HfArgumentParser([DataArguments, ExperimentArguments, Budget])
-    parser.set_defaults(**PRESETS[parser.parse_args().budget])
-    data, args, budget = parser.parse_args_into_dataclasses()
-    for what, given, known in (("steps", args.steps, STEPS), ("arms", args.arms, ("both", "3d", "2d"))):
-        unknown = [name for name in given if name not in known]
-        if unknown:
-            raise ValueError(f"Unknown {what} {unknown}, expected some of {list(known)}.")
+    groups = (ExperimentArguments, Budget, DataArguments)
+    _, budget, _ = ScriptParser(*groups, description=__doc__).parse()
+    parser = ScriptParser(*groups, description=__doc__)
+    parser.set_defaults(**PRESETS[budget.budget])
+    args, budget, data = parser.parse()
     use_all_cores()
     e = Experiment(data, args, budget)
     for name, step in STEPS.items():
