@@ -50,7 +50,8 @@ def command(tiny_pipeline, tmp_path) -> list[str]:
     words = f"""--data_dir {tmp_path}/data --split_file {tmp_path}/split.json --volume_shape {SIDE} {SIDE} {SIDE}
         --spacing {SPACING} {SPACING} {SPACING} --model_name_or_path {tmp_path}/base
         --reward_funcs {tmp_path}/reward-3d {tmp_path}/reward-2d --output_dir {tmp_path}/out
-        --launcher {sys.executable} --budget try --rl_steps 2 --sweep_steps 2 --learning_rates 1e-5 --group_sizes 2 --batch_size 6 --guidance_scales 1
+        --launcher {sys.executable} --budget try --rl_steps 2 --sweep_steps 2
+        --learning_rates 1e-5 --group_sizes 2 --batch_size 6 --guidance_scales 1
         --sampling_steps 10 5 --num_samples 5 --num_synthetic 2 --classifier_seeds 1 --classifier_steps 1
         --real_per_class 2 --extractors haar-scattering-3d"""
     rl = "--bf16 false --num_inference_steps 4 --eval_num_inference_steps 2 --report_to none"
