@@ -4,6 +4,7 @@ The same distances are taken for training scans (the floor), for unseen scans th
 noised partially and denoised, for samples, and for the third of the samples that a reward scores best and worst.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -252,7 +253,9 @@ def spaces_seen(reward: Callable[..., Any]) -> list[str]:
 
 
 def plus_minus(interval: Interval) -> str:
-    """Value and standard error, as "0.27 ± 0.02"."""
+    """Value and standard error, as "0.27 ± 0.02"; empty where there is no value."""
+    if math.isnan(interval.value):
+        return ""
     return f"{interval.value:.3g} ± {interval.stderr:.2g}"
 
 
