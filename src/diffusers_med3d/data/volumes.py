@@ -1,6 +1,6 @@
 """Prepared volumes in memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -73,6 +73,9 @@ class VolumeDataset(TorchDataset):
 
     def __getitem__(self, index: int) -> dict:
         return self.items[index]
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.items)
 
     def stack(self) -> torch.Tensor:
         """All volumes as one plain tensor (N, C, X, Y, Z)."""

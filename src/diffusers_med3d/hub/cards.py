@@ -347,8 +347,9 @@ def for_hub(text: str, namespace: str, names: Sequence[str]) -> str:
         names: all bundled names.
     """
     card = ModelCard(text)
-    if card.data.base_model in names:
-        card.data.base_model = f"{namespace}/{card.data.base_model}"
+    data = card.data
+    if data.get("base_model") in names:
+        data["base_model"] = f"{namespace}/{data['base_model']}"
     text = str(card)
     for name in names:
         text = text.replace(f'from_pretrained("{name}")', f'from_pretrained("{namespace}/{name}")')
