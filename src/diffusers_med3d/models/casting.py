@@ -3,6 +3,8 @@
 import logging
 from typing import Any, Self
 
+from torch import nn
+
 _LOGGER = logging.getLogger("diffusers.models.modeling_utils")
 
 
@@ -10,7 +12,7 @@ def _applies(record: logging.LogRecord) -> bool:
     return "should be kept in float32" not in record.getMessage()
 
 
-class QuietCastMixin:
+class QuietCastMixin(nn.Module):
     """``to`` of diffusers' models, which warns at every cast that modules "should be kept in float32", even of none.
 
     Ours need no warning: only the quantiser of `VQModel3D` must stay in float32, and it does so by itself.
