@@ -112,7 +112,7 @@ def test_every_package_that_is_imported_is_declared(folder):
 def test_the_constraints_pin_everything_that_is_declared():
     pinned = {normalised(line) for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line}
     extras = PROJECT["optional-dependencies"]
-    for line in [*PROJECT["dependencies"], *extras["test"], *extras["eval"]]:
+    for line in [*PROJECT["dependencies"], *extras["test"], *extras["eval"], *extras["docs"]]:
         assert normalised(line) in pinned, f"{line} is not pinned in constraints.txt"
 
 
@@ -145,7 +145,7 @@ def test_private_interfaces_of_others_are_imported_in_one_place(private, place):
 
 
 def test_nothing_in_the_package_or_its_scripts_unpickles():
-    """PITFALLS P10: foreign weights come as safetensors, our own training state with weights_only=True."""
+    """docs/pitfalls.md, P10: foreign weights come as safetensors, our own training state with weights_only=True."""
     scripts = {path.name: path.read_text() for path in (REPOSITORY / "examples").glob("*.py")}
     assert scripts
     for name, text in {**sources(), **scripts}.items():
@@ -158,7 +158,7 @@ def test_nothing_in_the_package_or_its_scripts_unpickles():
 
 
 def test_bundled_checkpoints_are_small_safetensors_in_fp16():
-    """PITFALLS P21: a small fine-tuning update would not survive bfloat16."""
+    """docs/pitfalls.md, P21: a small fine-tuning update would not survive bfloat16."""
     files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".png"}
     assert sum(path.stat().st_size for path in files) <= 60 * 2**20
@@ -173,18 +173,3 @@ def test_the_example_in_the_docstring_of_the_pipelines_call_runs():
     names = {"torch": torch, "MedDiffusion3DPipeline": MedDiffusion3DPipeline}
     example = doctest.DocTestParser().get_doctest(text, names, "example", None, None)
     assert doctest.DocTestRunner().run(example) == (0, 4)
-
-
-@pytest.mark.skipif("brain-t1" not in bundled_names(), reason="no bundled generator in this checkout")
-def test_the_code_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    """Both blocks, one after the other, with fewer denoising steps and up to the point where training would start."""
-    monkeypatch.chdir(tmp_path)
-    first, second = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    first = first.replace("num_inference_steps=30", "num_inference_steps=2")
-    second = second.replace("trainer.train()\n", "").replace("trainer.push_to_hub()\n", "")
-    scope: dict[str, object] = {}
-    exec(first.replace("strength=0.3", "strength=0.3, num_inference_steps=4"), scope)
-    assert scope["out"].volumes.shape[:2] == scope["noised"].volumes.shape[:2] == (4, 1)
-    assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 4
-    exec(second, scope)
-    assert type(scope["trainer"]).__name__ == "DDPOTrainer"

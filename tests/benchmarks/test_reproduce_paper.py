@@ -50,8 +50,9 @@ def command(tiny_pipeline, tmp_path) -> list[str]:
     words = f"""--data_dir {tmp_path}/data --split_file {tmp_path}/split.json --volume_shape {SIDE} {SIDE} {SIDE}
         --spacing {SPACING} {SPACING} {SPACING} --model_name_or_path {tmp_path}/base
         --reward_funcs {tmp_path}/reward-3d {tmp_path}/reward-2d --output_dir {tmp_path}/out
-        --launcher {sys.executable} --budget try --rl_steps 2 --sweep_steps 2 --learning_rates 1e-5 --group_sizes 2 --batch_size 6 --guidance_scales 1
-        --sampling_steps 10 5 --num_samples 5 --num_synthetic 2 --classifier_seeds 1 --classifier_steps 1
+        --launcher {sys.executable} --budget try
+        --rl_steps 2 --sweep_steps 2 --learning_rates 1e-5 --group_sizes 2 --batch_size 6 --guidance_scales 1
+        --sampling_steps 10 5 --num_samples 10 --num_synthetic 2 --classifier_seeds 1 --classifier_steps 1
         --real_per_class 2 --extractors haar-scattering-3d"""
     rl = "--bf16 false --num_inference_steps 4 --eval_num_inference_steps 2 --report_to none"
     return [str(EXAMPLE), *words.split(), f"--rl_flags={rl}"]
@@ -100,7 +101,7 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
         launch("--steps", "report", "--antialias", "true")
     printed = launch("--steps", "evaluate", "report")
     assert "both rewards below 3D reward alone |  | not run |" in printed
-    assert "Not run: 3D reward alone; 2D reward alone; gate; continued; sampler; downstream-validation." in printed
+    assert "Not run: 3D reward alone; 2D reward alone; breakdown; continued; sampler; downstream-validation." in printed
     assert "Not swept: frozen by hand." in printed and "ppo_finetune.py" not in printed
 
     # further ones later; what was begun with another setting is not gone on with
@@ -120,14 +121,11 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
     assert not torch.equal(*weights)
 
     printed = launch(
-        "--steps", "gate", "arms", "continued", "sampler", "evaluate", "downstream", "report", "--arms", "3d"
+        "--steps", "breakdown", "arms", "continued", "sampler", "evaluate", "downstream", "report", "--arms", "3d"
     )
     assert printed.count("train_diffusion.py") == 1 and "ppo_finetune.py" not in printed
-    gate = read(out / "gate.json")["found"]
-    assert {"round_trip", "strength_0.5", "full_sample", "blur"} <= {
-        path.name for path in (out / "gate" / "volumes-s10").iterdir() if path.is_dir()
-    }
-    assert gate["verdict"][0]["figure"].startswith("KID")
+    assert read(out / "breakdown.json")["found"]["headline"].startswith("To be worked on:")
+    assert (out / "breakdown" / "breakdown.png").is_file()
     continued = out / read(out / "continued.json")["found"]["best"]
     assert MedDiffusion3DPipeline.from_pretrained(continued).unet.config.num_class_embeds == 4
     assert read(continued / "setting.json")["max_steps"] >= 1
@@ -139,7 +137,13 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
         *("best of 2 by reward", "best guidance and steps", "round-trip"),
     } <= set(judged["figures"][0]["sets"])
     text = (out / "report.md").read_text()
-    for heading in ("What was wanted", "Gate before RL", "Sweep on validation", "All figures", "Classifier"):
+    for heading in (
+        "What was wanted",
+        "Where the distance comes from",
+        "Sweep on validation",
+        "All figures",
+        "Classifier",
+    ):
         assert f"## {heading}" in text
     assert "Not run: 2D reward alone." in text
     card = (out / "brain-t1-ppo.md").read_text()
@@ -194,4 +198,4 @@ def test_a_base_that_was_trained_on_subjects_that_judge_is_refused(launch, tmp_p
     with pytest.raises(
         ValueError, match="1 of 10 subjects were in the training set of the base, the first is 'sub-27'"
     ):
-        launch("--steps", "gate")
+        launch("--steps", "breakdown")

@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import EXAMPLES
+from conftest import EXAMPLES, run_example
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.evaluation import VolumeSet
 from diffusers_med3d.evaluation import sampling as evaluation
-from diffusers_med3d.metrics import NamedExtractor
-from diffusers_med3d.rewards.damage import DAMAGE_NAMES
 
 EXAMPLE = EXAMPLES / "evaluate.py"
 SPLIT = {
@@ -27,7 +25,6 @@ SPLIT = {
     "test": ["sub-03"],
     "folds": {"a": ["sub-01", "sub-06"], "b": ["sub-04", "sub-08"]},
 }
-COARSE = NamedExtractor(lambda v: torch.nn.functional.avg_pool3d(v, 4).flatten(1), "coarse")
 
 
 @pytest.fixture
@@ -114,89 +111,29 @@ def test_a_generator_of_another_grid_or_other_classes_is_refused(data, tiny_pipe
         evaluation.check_pipeline(tiny_pipeline, data)
 
 
-# --- gate ---
-
-
-def test_the_gate_makes_every_version_of_every_scan_and_only_what_is_missing(data, tiny_pipeline, tmp_path):
-    scans = evaluation.volume_set(VolumeDataset.from_arguments(data, "validation"))
-
-    def make() -> dict[str, VolumeSet]:
-        return evaluation.gate_versions(tiny_pipeline, scans, tmp_path, data, (0.5,), num_inference_steps=2)
-
-    versions = make()
-    assert list(versions) == ["round_trip", "strength_0.5", "full_sample", *DAMAGE_NAMES]
-    assert versions["blur"].subjects == scans.subjects and versions["full_sample"].subjects != scans.subjects
-    assert all(one.labels == scans.labels for one in versions.values())
-    correlation = [
-        np.corrcoef(scans.volumes[i].flatten(), versions["blur"].volumes[i].flatten())[0, 1] for i in range(3)
-    ]
-    assert min(correlation) > 0.8  # version i is made from scan i
-    times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nii.gz")}
-    assert len(times) == 3 * len(versions)
-    gone = sorted(times)[4]
-    gone.unlink()
-    again = make()
-    assert [file for file, time in times.items() if file.stat().st_mtime_ns != time] == [gone]
-    assert all(torch.allclose(again[name].volumes, versions[name].volumes, atol=1e-4) for name in versions)
-
-
-def test_versions_of_other_scans_are_not_taken_for_these(data, tiny_pipeline, tmp_path):
-    """Classes and preparation are in no file name: with other ones, files that are there would be kept."""
-    scans = evaluation.volume_set(VolumeDataset.from_arguments(data, "validation"))
-
-    def make(of: VolumeSet, severity: float = 0.5) -> None:
-        evaluation.gate_versions(tiny_pipeline, of, tmp_path / "gate", data, (), severity, num_inference_steps=1)
-
-    with pytest.raises(ValueError, match=r"severity must lie in \(0, 1\], got 1.5"):
-        make(scans, severity=1.5)
-    assert not (tmp_path / "gate").exists()  # before anything was made
-    make(scans)
-    with pytest.raises(ValueError, match=r"other settings.*'labels': \(\[0, 1, 2\], \[0, 1, 1\]\)"):
-        make(VolumeSet(scans.volumes, [0, 1, 1], scans.subjects))
-    data.class_names = ["young", "old", "middle"]
-    with pytest.raises(ValueError, match=r"made with other settings.*'classes'"):
-        make(scans)
-    data.class_names, data.antialias = ["young", "middle", "old"], True
-    with pytest.raises(ValueError, match=r"made with other settings.*'voxels'"):
-        make(evaluation.volume_set(VolumeDataset.from_arguments(data, "validation")))
-
-
-def spread(name: str, count: int, offset: float, width: float = 0.05) -> VolumeSet:
-    g = torch.Generator().manual_seed(len(name))
-    made = (
-        0.3
-        + offset
-        + width * torch.rand(count, 1, 16, 16, 16, generator=g) * torch.rand(count, 1, 1, 1, 1, generator=g)
-    )
-    return VolumeSet(made.clamp(0, 1), [0] * count, [f"{name}{i}" for i in range(count)])
-
-
-@pytest.mark.parametrize(
-    "round_trip, full, passes, reason",
-    [(0.02, 0.3, True, ""), (0.0, 0.0, False, "under 3 standard errors"), (0.25, 0.3, False, "decoder makes most")],
-)
-def test_the_gate_passes_only_where_there_is_a_gap_and_the_decoder_does_not_make_most_of_it(
-    round_trip, full, passes, reason
-):
-    reference, train = spread("reference", 8, 0), spread("training", 16, 0)
-    rounded = VolumeSet(reference.volumes + round_trip, reference.labels, reference.subjects)
-    versions = {"round_trip": rounded, "full_sample": spread("full", 8, full)}
-    report, (verdict,) = evaluation.gate(versions, reference, train, [COARSE], (3, 3, 3), num_resamples=100)
-    assert verdict["passes"] is passes and reason in ", ".join(verdict["reasons"])
-    assert verdict["attainable_gap"] == pytest.approx(
-        report.figure("KID").differences["full_sample - round_trip"].value
-    )
-
-
 # --- the script ---
 
 
-def launch(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+def launch(folder: Path, *flags: str, processes: int = 1) -> subprocess.CompletedProcess:
     (folder / "coarse.py").write_text(
         "import torch\n\n\ndef features(volumes):\n    return torch.nn.functional.avg_pool3d(volumes, 4).flatten(1)\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(folder)}
-    command = [sys.executable, str(EXAMPLE), "--volume_shape", "16", "16", "16", "--spacing", "12", "12", "12"]
+    python_path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path}
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command = [
+        sys.executable,
+        *(launcher if processes > 1 else []),
+        str(EXAMPLE),
+        "--volume_shape",
+        "16",
+        "16",
+        "16",
+        "--spacing",
+        "12",
+        "12",
+        "12",
+    ]
     command += ["--extractors", "coarse:features", "--num_inference_steps", "2", "--num_resamples", "20", *flags]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
@@ -210,7 +147,7 @@ def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
             parameter.mul_(0.9)
     tiny_pipeline.save_pretrained(tmp_path / "other")
     out = tmp_path / "out"
-    flags = ["--model", tiny_pipeline_folder, "--model", str(tmp_path / "other"), "--output_dir", str(out)]
+    flags = ["--model_name_or_path", tiny_pipeline_folder, str(tmp_path / "other"), "--output_dir", str(out)]
     flags += ["--data_dir", data.data_dir, "--split_file", data.split_file, "--segmenter", "intensity"]
     flags += ["--num_samples", "3", "--seeds", "0", "1"]
     done = launch(tmp_path, *flags)
@@ -231,13 +168,19 @@ def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--model", "brain-t2"), "'brain-t2' is no bundled checkpoint"),
+        (("--model_name_or_path", "brain-t2"), "'brain-t2' is no bundled checkpoint"),
         (("--extractors", "coarse:features", "haar-scattering-3d"), "levels and 4 regions need 32 voxels a side"),
         (("--segmenter", "intensity", "--tissue_names", "fluid"), "Labels must lie in 0 to 1, got 0 to 3"),
         (("--num_samples", "4", "--seeds", "0", "1"), "'--num_samples 4 with 2 seeds' has the class mix"),
         (("--num_samples", "0"), "0 samples leave none for a class"),
-        (("--gate", "--guidance_scale", "2"), "without guidance and .* got .*guidance_scale=2.0"),
-        (("--gate", "--eta", "1"), "with eta 0; got .*eta=1.0"),
+        (("--breakdown", "--strengths", "0.2", "--num_inference_steps", "2"), r"take a step of the 2, got \[0.2\]"),
+        (("--breakdown", "--reward_funcs", "no-reward"), "'no-reward' is no reward"),
+        (("--breakdown", "--reward_funcs", "coarse:features"), "gave shape .*; expected"),
+        (
+            ("--breakdown", "--num_samples", "3", "--reward_funcs", "coarse:mean"),
+            "3 samples have no third with all 3 classes",
+        ),
+        (("--breakdown", "--model_name_or_path", "brain-t1", "brain-t1-ppo"), "one generator at a time, got"),
         ((), "1 of 3 subjects were in the training set of 'tiny-pipeline', the first is 'sub-05'"),
     ],
 )
@@ -246,20 +189,24 @@ def test_what_could_not_be_measured_is_refused_before_anything_is_sampled(
 ):
     if not flags:
         Path(tiny_pipeline_folder, "training_subjects.json").write_text('["sub-01", "sub-05"]')
-    (tmp_path / "coarse.py").write_text("def features(volumes):\n    return volumes[..., 0].flatten(1)\n")
+    (tmp_path / "coarse.py").write_text(
+        "def features(volumes, **conditions):\n    return volumes[..., 0].flatten(1)\n\n\n"
+        "def mean(volumes, **conditions):\n    return volumes.flatten(1).mean(1)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "coarse", raising=False)
-    words = ["--model", tiny_pipeline_folder, "--data_dir", data.data_dir, "--split_file", data.split_file]
+    words = ["--model_name_or_path", tiny_pipeline_folder, "--data_dir", data.data_dir, "--split_file", data.split_file]
     words += ["--volume_shape", *["16"] * 3, "--spacing", *["12"] * 3, "--extractors", "coarse:features"]
     words += ["--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["evaluate", *words, *flags])
-    with pytest.raises(ValueError, match=message):
-        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    with pytest.raises(SystemExit, match=message):
+        run_example(monkeypatch, "evaluate.py", *words, *flags)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_the_script_judges_the_gate_from_folders_without_a_split(data, tiny_pipeline_folder, brains_folder, tmp_path):
+def test_the_script_breaks_the_distance_down_from_folders_without_a_split_alike_with_two_processes(
+    data, tiny_pipeline_folder, brains_folder, tmp_path
+):
     folders = {}
     rows = (Path(brains_folder) / "metadata.csv").read_text().splitlines()
     for part in ("train", "validation"):
@@ -270,17 +217,28 @@ def test_the_script_judges_the_gate_from_folders_without_a_split(data, tiny_pipe
             name = row.split(",")[0]
             (folder / name).symlink_to(Path(brains_folder) / name)
         (folder / "metadata.csv").write_text("\n".join([rows[0], *kept]) + "\n")
-    out = tmp_path / "out"
-    flags = ["--model", tiny_pipeline_folder, "--output_dir", str(out), "--gate", "--num_inference_steps", "10"]
-    done = launch(tmp_path, *flags, "--reference", str(folders["validation"]), "--train", str(folders["train"]))
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "KID whole (coarse:features):" in done.stdout
-    (verdict,) = json.loads((out / "gate-verdict.json").read_text())
-    assert set(verdict) >= {"attainable_gap", "stderr", "decoder_share", "passes", "reasons"}
-    report = json.loads((out / "gate.json").read_text())
-    assert (
-        report["models"][0] == "round_trip" and "strength_0.9" in report["models"] and "half_swap" in report["models"]
+    (tmp_path / "rewards.py").write_text(
+        "def bright(volumes, class_label, **conditions):\n    assert len(class_label) == len(volumes)\n"
+        "    return volumes.flatten(1).mean(1)\n\n\nbright.feature_space = 'coarse:features'\n"
     )
+    flags = ["--model_name_or_path", tiny_pipeline_folder, "--breakdown", "--strengths", "0.5", "--num_samples", "9"]
+    flags += ["--reference", str(folders["validation"]), "--train", str(folders["train"])]
+    flags += ["--reward_funcs", f"{tmp_path}/rewards.py:bright"]
+    reports = {}
+    for processes in (1, 2):
+        out = tmp_path / f"out-{processes}"
+        done = launch(tmp_path, *flags, "--output_dir", str(out), processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("To be worked on:") == 1 and "bright is not judged" in done.stdout
+        reports[processes] = json.loads((out / "breakdown.json").read_text())
+        assert str(tmp_path) not in (out / "breakdown.md").read_text() + (out / "breakdown.json").read_text()
+        assert (out / "breakdown.png").stat().st_size > 1000
+    assert reports[1]["stages"] == [
+        *("round-trips", "noised-0.5", "samples", "best third by bright", "worst third by bright")
+    ]
+    kids = [next(one for one in report["figures"] if one["name"] == "KID") for report in reports.values()]
+    for name, own in kids[0]["sets"].items():
+        assert kids[1]["sets"][name]["value"] == pytest.approx(own["value"], rel=1e-3, abs=1e-4)
 
 
 def test_a_folder_of_scans_without_names_of_subjects_is_refused_and_one_without_classes_is_one_class(

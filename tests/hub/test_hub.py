@@ -240,7 +240,7 @@ def test_a_private_repository_opens_to_its_token_alone(hub, tiny_pipeline, monke
     assert hub.repos["model", "org/secret"].private
     monkeypatch.delenv("HF_TOKEN")
     for token in (None, "hf_wrong"):
-        with pytest.raises(OSError) as refusal:
+        with pytest.raises(OSError, match="org/secret") as refusal:
             MedDiffusion3DPipeline.from_pretrained("org/secret", token=token)
         assert "401" in f"{refusal.value} {refusal.value.__cause__}"
         with pytest.raises(OSError, match="org/secret-reward"):
@@ -473,9 +473,8 @@ def test_the_dry_run_shows_every_bundled_checkpoint_with_its_card_and_asks_nobod
 def test_one_command_publishes_a_bundled_checkpoint_with_card_pictures_and_tag(hub, monkeypatch, capsys, tiny_volumes):
     name = "brain-t1-reward-2d"
     run_example(
-        monkeypatch, "push_to_hub.py", "--namespace", "org", "--model_name_or_path", name, "--tag", "v0",
-        "--private",
-    )  # fmt: skip
+        monkeypatch, "push_to_hub.py", "--namespace", "org", "--model_name_or_path", name, "--tag", "v0", "--private"
+    )
     assert hub.files(f"org/{name}") >= MODEL_FILES and hub.repos["model", f"org/{name}"].private
     card = hub.read(f"org/{name}", "README.md", "v0").decode()
     assert missing(card) == [] and f'from_pretrained("org/{name}")' in card and ".md)" not in card

@@ -13,6 +13,7 @@ from diffusers_med3d import DDPOConfig, DDPOTrainer, DiffusionUNetMaisi3D, MedDi
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.reading import read_scans
 from diffusers_med3d.evaluation import sampling as evaluation
+from diffusers_med3d.evaluation.breakdown import scan_versions
 from diffusers_med3d.pipelines.conditions import call_arguments, encode_rows
 from diffusers_med3d.rewards.spectrum_dataset import SpectrumDataset, build_spectrum
 from diffusers_med3d.schedulers.flow import flow_scheduler
@@ -326,15 +327,14 @@ def test_samples_of_an_evaluation_take_the_conditions_of_the_scans_of_their_clas
         sample([0], like=other)
 
 
-def test_the_gate_denoises_every_scan_under_its_own_conditions(with_other, scans, seen, tmp_path):
+def test_the_breakdown_denoises_every_scan_under_its_own_conditions(with_other, scans, seen, tmp_path):
     reference = evaluation.volume_set(scans)
 
     def make(like):
-        return evaluation.gate_versions(with_other, reference, tmp_path, data_of(scans), (0.5,), 0.5, 2, like=like)
+        return scan_versions(with_other, reference, tmp_path, data_of(scans), (0.5,), 2, like=like)
 
     made = make(scans)
-    # one step of the half noisings, two of the full samples
-    assert seen == [of_scans([0, 1, 2, 3])] * 3 and len(made["round_trip"]) == 4
+    assert seen == [of_scans([0, 1, 2, 3])] and len(made["round-trips"]) == 4  # one step of the half noisings
     other = copy.copy(scans)
     other.items = scans.items[::-1]
     with pytest.raises(ValueError, match="must be the scans that the set was made of"):

@@ -1,4 +1,4 @@
-"""diffusers_med3d.trainers.base: TRL's private base made to work for diffusers models (PITFALLS P12-P17)."""
+"""diffusers_med3d.trainers.base: TRL's private base made to work for diffusers (docs/pitfalls.md, P12 to P17)."""
 
 import dataclasses
 import os
@@ -226,7 +226,8 @@ def test_settings_that_would_lose_or_leak_work_are_refused(tmp_path, settings, m
 
 def test_accumulated_small_batches_train_like_one_large_batch(tmp_path):
     class Open(Line):
-        def forward(self, x, **kwargs):  # with labels in the batch, Trainer would take the loss for scaled (P13)
+        # with labels in the batch, Trainer would take the loss for scaled (docs/pitfalls.md, P13)
+        def forward(self, x, **kwargs):
             return super().forward(x)
 
     class Exact(LineTrainer):
@@ -551,4 +552,5 @@ def test_two_processes_train_and_save_without_waiting_for_each_other_forever(tmp
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert {"rank-0", "rank-1", "README.md"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
-    assert not torch.equal(torch.load(tmp_path / "run" / "weights.pt"), weights(make(tmp_path / "alone")))
+    trained = torch.load(tmp_path / "run" / "weights.pt", weights_only=True)
+    assert not torch.equal(trained, weights(make(tmp_path / "alone")))
