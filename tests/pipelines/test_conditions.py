@@ -159,7 +159,7 @@ def scan_folder(brains_folder) -> datasets.Dataset:
 
 def read(rows: datasets.Dataset, spacing=SPACING, class_names=("ct", "other", "mri")) -> VolumeDataset:
     args = DataArguments("", "", list(VOLUME_SHAPE), list(spacing), class_names=list(class_names), class_edges=[35, 60])
-    return VolumeDataset(rows, SUBJECTS, args)
+    return VolumeDataset(rows, SUBJECTS, **args.reading())
 
 
 @pytest.fixture(scope="module")

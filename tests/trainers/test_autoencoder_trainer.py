@@ -32,7 +32,7 @@ SPLIT = {
 @pytest.fixture(scope="module")
 def scans(brains_folder) -> VolumeDataset:
     args = DataArguments(brains_folder, "unused.json", volume_shape=[16, 16, 16], spacing=[12.0, 12.0, 12.0])
-    return VolumeDataset(brains_folder, TRAIN, args)
+    return VolumeDataset(brains_folder, TRAIN, **args.reading())
 
 
 def kl_model(**changes) -> AutoencoderKL3D:
@@ -158,7 +158,7 @@ def test_a_crop_that_cannot_be_cut_or_encoded_is_refused(scans, size):
 def test_volumes_that_cannot_be_evaluated_whole_are_refused_before_training(tmp_path, brains_folder):
     args = DataArguments(brains_folder, "unused.json", volume_shape=[18, 16, 16], spacing=[12.0, 12.0, 12.0])
     with pytest.raises(ValueError, match=r"\(18, 16, 16\) must be a multiple of 4 .* fits is \(16, 16, 16\)"):
-        make(tmp_path, kl_model(), VolumeDataset(brains_folder, ["sub-01"], args))
+        make(tmp_path, kl_model(), VolumeDataset(brains_folder, ["sub-01"], **args.reading()))
 
 
 # --- training ---

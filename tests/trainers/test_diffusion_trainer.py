@@ -36,7 +36,7 @@ SPLIT = {
 @pytest.fixture(scope="module")
 def scans(brains_folder) -> VolumeDataset:
     args = DataArguments(brains_folder, "unused.json", volume_shape=list(VOLUME_SHAPE), spacing=list(SPACING))
-    return VolumeDataset(brains_folder, TRAIN, args)
+    return VolumeDataset(brains_folder, TRAIN, **args.reading())
 
 
 def config(output_dir: Path, **changes) -> LatentDiffusionConfig:

@@ -205,7 +205,7 @@ def test_impossible_levels_are_refused(wrong, tiny_pipeline, scans, tmp_path):
 
 
 def test_two_scans_of_a_subject_have_a_file_each_and_the_null_class_works(tiny_pipeline, data, tmp_path):
-    scans = VolumeDataset(data.data_dir, ["sub-01", "sub-08"], data)
+    scans = VolumeDataset(data.data_dir, ["sub-01", "sub-08"], **data.reading())
     paths = build(tiny_pipeline, scans, tmp_path, trained_on=[])
     assert [path.name for path in paths] == [f"sub-0{name}.safetensors" for name in ("1-1", "1-2", "8-1")]
     assert SpectrumDataset(paths).subjects.tolist() == [0, 0, 2]  # which scans are of one subject

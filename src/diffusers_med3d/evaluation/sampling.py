@@ -1,6 +1,5 @@
 """Sets of volumes to be judged: scans, and samples with the scans' class mix, all through one loader."""
 
-import dataclasses
 import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -96,8 +95,8 @@ def read_volumes(
     classes = [None if label == len(data.class_names) else data.class_names[label] for label in labels]
     rows = Dataset.from_dict({"nifti": [str(volume_file(folder, name)) for name in names], "name": list(names)})
     rows = rows.add_column("class", classes).cast_column("nifti", Nifti(decode=False))
-    loader = dataclasses.replace(data, class_edges=[], label_column="class", subject_column="name")
-    dataset = VolumeDataset(rows, names, loader)
+    own = {"class_edges": [], "label_column": "class", "subject_column": "name"}
+    dataset = VolumeDataset(rows, names, **data.reading() | own)
     return as_set(dataset, dataset.stack(), background)
 
 
