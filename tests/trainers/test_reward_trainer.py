@@ -335,6 +335,7 @@ def test_perfect_symmetry_changes_neither_label_nor_order(tmp_path):
                 assert drawn.labels[i].item() == pytest.approx(clean_label(strength))
 
 
+@pytest.mark.slow
 @MODELS
 def test_training_teaches_the_order_of_unseen_subjects_and_moves_every_weight(model, tmp_path):
     model = tiny_model(**model)
@@ -512,6 +513,7 @@ def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_o
         assert load_file(tmp_path / "spectrum" / f"{name}.safetensors")["strengths"].tolist() == levels
 
 
+@pytest.mark.slow
 def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_arguments, tmp_path, monkeypatch, capsys):
     one_generator = [*script_arguments["train"], *script_arguments["generators"][:2], "--architecture", "2d"]
     one_generator += ["--max_steps", 1]

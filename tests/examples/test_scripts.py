@@ -12,11 +12,10 @@ import torch
 import yaml
 from matplotlib.image import imread
 
-from conftest import SPACING, VOLUME_SHAPE, run_example
+from conftest import EXAMPLES, SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d import DDPOConfig
 from diffusers_med3d.utils.arguments import INHERITED, ScriptParser, refused_in_one_line
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "ScriptParser" in path.read_text())
 A_SCREEN = 60  # lines, of 120 columns
 
