@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 
 from diffusers_med3d import MedDiffusion3DPipeline
-from diffusers_med3d.data import DataArguments, VolumeDataset, read_scans
+from diffusers_med3d.data import DataArguments, VolumeDataset, read_scans, settings_of
 from diffusers_med3d.evaluation import check_mix, check_scans, evaluate, sampling, write_report
 from diffusers_med3d.evaluation.breakdown import (
     STRENGTHS,
@@ -184,7 +184,9 @@ def main() -> None:
         if parts.breakdown and len(names) > 1:
             raise ValueError(f"--breakdown takes one generator at a time, got {list(names)}.")
         for model in names:
-            sampling.check_pipeline(MedDiffusion3DPipeline.from_pretrained(model), data)
+            pipeline = MedDiffusion3DPipeline.from_pretrained(model)
+            data.adopt(settings_of(pipeline), f"the generator {model}")
+            sampling.check_pipeline(pipeline, data)
         extractors = {name: read_extractor(name, state.device) for name in args.extractors}
         segmenter = read_segmenter(args.segmenter)
         if data.split_file:

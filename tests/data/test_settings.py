@@ -2,8 +2,25 @@
 
 import json
 
+import nibabel
+import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 
+from diffusers_med3d import (
+    AutoencoderConfig,
+    AutoencoderKL3D,
+    AutoencoderTrainer,
+    DDPOConfig,
+    DDPOTrainer,
+    LatentDiffusionConfig,
+    LatentDiffusionTrainer,
+    SliceRewardModel,
+    VolumeReward,
+    VolumeRewardModel,
+    VQModel3D,
+)
 from diffusers_med3d.data import (
     DataArguments,
     DataSettings,
@@ -15,6 +32,7 @@ from diffusers_med3d.data import (
     settings_of,
     write_settings,
 )
+from diffusers_med3d.trainers.autoencoder import AutoencoderLosses
 
 SAID = DataSettings(volume_shape=[40, 56, 40], spacing=[1.0] * 3, label_column="grade", class_names=["LGG", "HGG"])
 
@@ -122,3 +140,98 @@ def test_a_split_that_leaves_validation_or_a_fold_empty_is_refused():
         make_split(people, [2, 2], [1, 1])
     split = make_split({str(i): i % 3 for i in range(9)}, [1, 1, 1], [1, 1, 1])  # one of each class is left
     assert (len(split["folds"]["a"]), len(split["folds"]["b"])) == (2, 1)
+
+
+# --- models ---
+
+
+def test_models_keep_the_settings_and_old_ones_say_nothing(tmp_path):
+    settings = {"volume_shape": [16] * 3, "spacing": [2.0] * 3, "class_names": ["a", "b"]}
+    for model in (
+        AutoencoderKL3D(channels=(8, 8), latent_channels=2, attention_levels=(False, False), data_settings=settings),
+        VQModel3D(channels=(8,), num_res_channels=(8,), data_settings=settings),
+        VolumeRewardModel(channels=(8, 8), num_members=1, data_settings=settings),
+        SliceRewardModel(channels=(8, 8), num_members=1, data_settings=settings),
+    ):
+        model.save_pretrained(tmp_path / type(model).__name__)
+        again = type(model).from_pretrained(tmp_path / type(model).__name__)
+        assert settings_of(again) == DataSettings(**settings)
+        config = tmp_path / type(model).__name__ / "config.json"
+        values = json.loads(config.read_text())
+        del values["data_settings"]  # as an older version wrote it
+        config.write_text(json.dumps(values))
+        assert settings_of(type(model).from_pretrained(config.parent)) == DataSettings()
+
+
+def test_a_pipeline_says_its_own_grid_and_what_its_autoencoder_knows_of_it(tiny_pipeline):
+    tiny_pipeline.vae.register_to_config(data_settings={"antialias": True, "label_column": "age"})
+    found = settings_of(tiny_pipeline)
+    assert (found.volume_shape, found.spacing, found.antialias) == ([16] * 3, [12.0] * 3, True)
+    assert (found.class_names, found.channel_names) == (["young", "middle", "old"], ["t1"])
+    assert found.label_column is None  # the classes of stage 1 need not be those of the generator
+
+
+def test_a_reward_of_another_grid_does_not_fine_tune_a_generator(tiny_pipeline, tmp_path):
+    reward = VolumeRewardModel(
+        channels=(8, 8),
+        norm_num_groups=4,
+        num_members=1,
+        data_settings={"volume_shape": [16] * 3, "spacing": [3.0] * 3},
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"spacing is \[3.0, 3.0, 3.0\] by the reward VolumeReward, but \[12.0, 12.0, 12.0\] by the gen",
+    ):
+        DDPOTrainer(
+            model=tiny_pipeline,
+            reward_funcs=[VolumeReward(reward)],
+            args=DDPOConfig(output_dir=str(tmp_path), report_to="none"),
+            train_dataset=Dataset.from_dict({"class_label": [0]}),
+        )
+
+
+def test_scans_of_another_grid_do_not_train_a_generator(tiny_pipeline, brains_folder, tmp_path):
+    scans = VolumeDataset(brains_folder, ["sub-01"], volume_shape=[16] * 3, spacing=[11.0] * 3)
+    with pytest.raises(
+        ValueError, match=r"spacing is \[11.0, 11.0, 11.0\] by the scans, but \[12.0, .* by the pipeline"
+    ):
+        LatentDiffusionTrainer(tiny_pipeline, LatentDiffusionConfig(output_dir=str(tmp_path)), scans)
+
+
+def test_an_autoencoder_remembers_the_scans_it_was_trained_on(brains_folder, tmp_path):
+    scans = VolumeDataset(brains_folder, ["sub-01", "sub-06"], volume_shape=[16] * 3, spacing=[12.0] * 3)
+    vae = AutoencoderKL3D(channels=(8, 8), latent_channels=2, attention_levels=(False, False))
+    args = AutoencoderConfig(output_dir=str(tmp_path), crop_size=16, max_steps=1, report_to="none")
+    AutoencoderTrainer(vae, args, scans).save_pretrained(tmp_path / "vae")
+    known = settings_of(AutoencoderKL3D.from_pretrained(tmp_path / "vae"))
+    assert known == scans.settings
+    later = arguments(tmp_path / "no flags")
+    later.adopt(known, "the autoencoder")
+    assert (later.volume_shape, later.spacing) == ([16] * 3, [12.0] * 3)
+
+
+# --- stacks of few slices ---
+
+
+@pytest.mark.parametrize("crop_size", [16, 0])
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_a_stack_of_eight_slices_trains_when_the_discriminator_comes_in(tmp_path, crop_size, kind):
+    torch.manual_seed(0)
+    voxels = np.zeros((32, 32, 8), np.float32)
+    voxels[4:28, 4:28, 1:7] = 100 + 50 * np.random.default_rng(0).random((24, 24, 6))
+    nibabel.save(nibabel.Nifti1Image(voxels, np.diag([4.0, 4.0, 12.0, 1.0])), tmp_path / "a.nii.gz")
+    (tmp_path / "metadata.csv").write_text("file_name,participant_id\na.nii.gz,p\n")
+    scans = VolumeDataset(tmp_path, volume_shape=[32, 32, 8], spacing=[4.0, 4.0, 12.0])
+    if kind == "kl":
+        model = AutoencoderKL3D(channels=(8, 8), latent_channels=2, attention_levels=(False, False))
+    else:
+        model = VQModel3D(channels=(8,), num_res_channels=(8,), num_embeddings=8, embedding_dim=2)
+    args = AutoencoderConfig(
+        output_dir=str(tmp_path / "out"), crop_size=crop_size, adversarial_start=0, report_to="none"
+    )
+    trainer = AutoencoderTrainer(model, args, scans)
+    crop = trainer.crops.draw(torch.tensor([0]))
+    assert crop.shape == (1, 1, *((16, 16, 8) if crop_size else (32, 32, 8)))
+    losses = AutoencoderLosses(model, args)(crop, adversarial=True)
+    losses["loss"].backward()
+    assert torch.isfinite(losses["discriminator"]) and torch.isfinite(losses["adversarial"])

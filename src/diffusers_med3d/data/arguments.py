@@ -7,6 +7,7 @@ from typing import Any
 
 from .settings import (
     DATASET_FILE,
+    GRID,
     UNSET,
     DataSettings,
     combine_settings,
@@ -101,7 +102,9 @@ class DataArguments:
             self.num_channels = len(self.settings.channel_names)
 
     def adopt(self, settings: DataSettings, where: str) -> None:
-        """Take from a model (``settings_of``) what neither flags nor data set nor split say.
+        """Take grid and channels of a model (``settings_of``) where neither flags nor data set nor split say them.
+
+        Classes are the data's: a generator may know more of them, or others.
 
         Args:
             settings: of the model.
@@ -110,7 +113,9 @@ class DataArguments:
         Raises:
             ValueError: it contradicts them; with both values.
         """
-        self._sources.append((where, settings))
+        known = settings.to_dict()
+        known = {name: known[name] for name in (*GRID, "channel_names") if name in known}
+        self._sources.append((where, DataSettings(**known)))
         try:
             self._complete()
         except ValueError:

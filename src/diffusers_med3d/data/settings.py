@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from diffusers import ConfigMixin
+from diffusers import ConfigMixin, DiffusionPipeline
 
 from ..utils.files import write_json
 from .tables import METADATA_NAMES, list_files, read_table
@@ -17,6 +17,10 @@ DATASET_FILE = "dataset.json"
 
 INTENSITY = "0: background; 1: the scan's 99.5th percentile above 0"
 """What ``transforms.scale_foreground`` does, in words."""
+
+
+GRID = ("volume_shape", "spacing", "orientation", "antialias", "registration")
+"""Settings that decide which voxels a network sees."""
 
 
 @dataclass
@@ -132,14 +136,14 @@ def settings_of(model: ConfigMixin) -> DataSettings:
 
     A model of which nothing is known (of an older version, or converted) gives settings that say nothing.
     """
-    config = dict(model.config)
-    values = dict(config.get("data_settings") or {})
-    for name in (field.name for field in fields(DataSettings)):
-        value = config.get(name)
-        if isinstance(value, dict):  # class names with gaps, of MAISI: not a data set's
-            continue
-        if value is not None and value != "[0, 1]":
-            values[name] = list(value) if isinstance(value, list | tuple) else value
+    values = dict(model.config.get("data_settings") or {})
+    if isinstance(model, DiffusionPipeline):  # its own config says what it makes, its autoencoder the rest of the grid
+        known = settings_of(model.components["vae"]).to_dict()
+        values = {name: known[name] for name in GRID if name in known}
+        for name in ("volume_shape", "spacing", "orientation", "class_names", "channel_names"):
+            value = model.config[name]
+            if value is not None and not isinstance(value, dict):  # names with gaps, of MAISI, are no data set's
+                values[name] = list(value) if isinstance(value, list | tuple) else value
     return DataSettings.from_dict(values, f"the config of {type(model).__name__}")
 
 
@@ -166,10 +170,6 @@ def combine_settings(*sources: tuple[str, DataSettings], only: tuple[str, ...] |
             together.setdefault(name, value)
             said_by.setdefault(name, where)
     return DataSettings(**together)
-
-
-GRID = ("volume_shape", "spacing", "orientation", "antialias", "registration")
-"""Settings that decide which voxels a network sees."""
 
 
 def check_same_settings(

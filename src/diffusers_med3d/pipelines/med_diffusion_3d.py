@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from monai.data import MetaTensor
 
 from ..hub.origin import forget_local_path
 from ..hub.publish import PublishMixin
@@ -138,6 +139,29 @@ def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | dict[
         ordered = sorted(names, key=names.__getitem__)
         return ordered if [names[name] for name in ordered] == list(range(len(ordered))) else dict(names)
     return None if names is None else list(names)
+
+
+def _with_affine(
+    volumes: torch.Tensor | Sequence[torch.Tensor] | None, affine: np.ndarray | torch.Tensor | None
+) -> tuple[torch.Tensor | None, np.ndarray | torch.Tensor | None]:
+    """One scan or a list of scans as a plain batch, with the affines that MetaTensors bring unless one is given.
+
+    A batch that torch.stack made of MetaTensors has the affine of the first scan only; it is not taken for the others.
+    """
+    if isinstance(volumes, list | tuple):
+        scans = list(volumes)
+    elif isinstance(volumes, MetaTensor) and (volumes.ndim == 4 or (volumes.ndim == 5 and len(volumes) == 1)):
+        scans = [volumes if volumes.ndim == 4 else volumes[0]]
+        scans[0].affine = volumes.affine.reshape(-1, 4, 4)[0]
+    else:
+        return volumes, affine
+    shapes = sorted({tuple(scan.shape) for scan in scans})
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        raise ValueError(f"a list of volumes must hold (C, X, Y, Z) tensors of one shape, got {shapes}.")
+    known = [scan.affine.cpu().numpy() for scan in scans if isinstance(scan, MetaTensor)]
+    if affine is None and len(known) == len(scans):
+        affine = known[0] if len(known) == 1 else np.stack(known)
+    return torch.stack([scan.as_subclass(torch.Tensor) for scan in scans]), affine
 
 
 class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
@@ -495,7 +519,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pt",
-        volumes: torch.Tensor | None = None,
+        volumes: torch.Tensor | Sequence[torch.Tensor] | None = None,
         strength: float | None = None,
         affine: np.ndarray | torch.Tensor | None = None,
         spacing: Sequence[float] | None = None,
@@ -518,11 +542,13 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
                 differently).
             latents: start from these instead of drawn noise: (B, c, x, y, z), standard normal.
             output_type: "pt", "np" (same axes as "pt") or "latent" (normalised latents, not decoded).
-            volumes: (B, C, X, Y, Z) in [0, 1]; encoded (posterior mean), noised to ``strength`` and denoised (SDEdit,
-                Meng et al. 2021, arXiv 2108.01073). Needs ``strength``.
+            volumes: (B, C, X, Y, Z) in [0, 1], one scan (C, X, Y, Z) of ``data.prepare``, or a list of them; encoded
+                (posterior mean), noised to ``strength`` and denoised (SDEdit, Meng et al. 2021, arXiv 2108.01073).
+                Needs ``strength``.
             strength: part of the schedule in [0, 1]: the last ``round(strength * num_inference_steps)`` steps run. 0 is
                 the round trip through the autoencoder; 1 starts from pure noise.
-            affine: of ``volumes``, (4, 4) or (B, 4, 4); handed on to the output.
+            affine: of ``volumes``, (4, 4) or (B, 4, 4); handed on to the output. Prepared scans (MetaTensors, alone or
+                in a list) bring their own, so what is made of a scan overlays it.
             spacing: voxel size (mm) to generate, for a network that takes it (MAISI); by default the pipeline's own.
             conditions: other conditions of such a network by name (``unet.condition_names``), such as
                 ``{"top_region": "chest", "bottom_region": "abdomen"}``; for the whole batch or one per sample.
@@ -542,6 +568,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             torch.Size([2, 1, 64, 64, 64])
         """
         # 1. Check the arguments
+        volumes, affine = _with_affine(volumes, affine)
         affine = affine.cpu() if isinstance(affine, torch.Tensor) else affine
         self._check_inputs(
             num_inference_steps, guidance_scale, eta, generator, latents, output_type,

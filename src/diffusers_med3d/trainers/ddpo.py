@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
+from ..data import check_same_settings, settings_of
 from ..evaluation.figures import orthogonal_views
 from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
@@ -149,6 +150,10 @@ class DDPOTrainer(Med3DTrainer):
         self.pipeline = pipeline
         self.reward_funcs = load_rewards(reward_funcs)
         self.reward_names = reward_names(self.reward_funcs)
+        for func, name in zip(self.reward_funcs, self.reward_names, strict=True):
+            if isinstance(func, VolumeReward | SliceReward):
+                known = settings_of(func.model)
+                check_same_settings(settings_of(pipeline), known, ("the generator", f"the reward {name}"))
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"Found {len(args.reward_weights)} reward_weights for rewards {self.reward_names}.")
         if train_dataset is None or len(train_dataset) == 0:

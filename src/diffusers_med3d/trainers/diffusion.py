@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from .. import metrics
-from ..data import VolumeDataset
+from ..data import VolumeDataset, check_same_settings, settings_of
 from ..data.latents import LatentDataset
 from ..data.training_subjects import TRAINING_SUBJECTS
 from ..evaluation import figures
@@ -122,6 +122,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
         **kwargs,
     ) -> None:
         self.pipeline = model
+        check_same_settings(settings_of(model), train_dataset.settings, ("the pipeline", "the scans"))
         self.teacher = self.guide = None
         if guide is not None:
             _check_guide(model, guide)
