@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from diffusers_med3d import __version__
 from diffusers_med3d.hub import cards
-from diffusers_med3d.hub import publish as hub
+from diffusers_med3d.hub.publish import check_publishable, model_files, publish
 from diffusers_med3d.hub.resolve import CHECKPOINTS, bundled_names, resolve
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
@@ -64,7 +64,7 @@ def stage_bundled(name: str, repo_id: str, cards_dir: Path, folder: Path) -> Non
 
 def stage_folder(source: Path, repo_id: str, folder: Path) -> None:
     """Put what is published of a user's folder into ``folder``, with a card if it has none."""
-    for name in hub.model_files(source):
+    for name in model_files(source):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / name, folder / name)
     card = folder / "README.md"
@@ -81,7 +81,7 @@ def check(name: str, folder: Path) -> list[str]:
     if lacks:
         raise ValueError(f"The card of {name} lacks: {', '.join(lacks)}.")
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    hub.check_publishable(folder, files)
+    check_publishable(folder, files)
     return files
 
 
@@ -111,7 +111,7 @@ def main() -> None:
         api = HfApi()
         for repo_id, (folder, files) in staged.items():
             api.create_repo(repo_id, private=args.private, exist_ok=True)
-            commit = hub.publish(folder, repo_id, files, commit_message=f"diffusers-med3d {__version__}")
+            commit = publish(folder, repo_id, files, commit_message=f"diffusers-med3d {__version__}")
             if args.tag:
                 api.create_tag(repo_id, tag=args.tag, revision=commit.oid, exist_ok=True)
             print(commit.commit_url)
