@@ -3,8 +3,8 @@
     python examples/make_cards.py
 
 A source is model_cards/sources/<name>.toml (the text of each section) with <name>.report.json beside it (the figures,
-each with its floor, which go into the table and into the metadata); the template is in the package. tests/test_cards.py
-fails while a card is not what its source makes.
+each with its floor, which go into the table and into the metadata); the template is in the package.
+tests/hub/test_cards.py fails while a card is not what its source makes.
 """
 
 from dataclasses import dataclass, field

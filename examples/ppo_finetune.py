@@ -23,6 +23,7 @@ from diffusers_med3d import DDPOConfig, DDPOTrainer, MedDiffusion3DPipeline
 from diffusers_med3d.data.training_subjects import TRAINING_SUBJECTS, training_subjects_file
 from diffusers_med3d.pipelines.conditions import rows_to_sample
 from diffusers_med3d.rewards.loading import default_rewards
+from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.ddpo_report import RewardProgress, compare, log_pictures, table
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 from diffusers_med3d.utils.files import write_whole
@@ -68,14 +69,12 @@ class TenMinutesConfig(DDPOConfig):
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     eval_num_inference_steps: int = field(default=6, metadata={"help": "Denoising steps in evaluation."})
-    weights_license: str = field(
-        default="cc-by-sa-3.0", metadata={"help": "Licence for the card: that of the generator's weights."}
-    )
     save_steps: float = field(default=18, metadata={"help": "Optimizer steps between two checkpoints."})
 
 
 def main() -> None:
     """Load, compare before, fine-tune, compare after, save."""
+    use_all_cores()
     script, args = ScriptParser(ScriptArguments, TenMinutesConfig, description=__doc__).parse()
     with refused_in_one_line():
         pipeline = MedDiffusion3DPipeline.from_pretrained(script.model_name_or_path)
@@ -100,25 +99,26 @@ def main() -> None:
     seconds["evaluation after"] = time.perf_counter() - start
 
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        known = training_subjects_file(script.model_name_or_path)
+        if known is not None:  # fine-tuning reads no scan: what the generator has seen is what it was made from
+            write_whole(Path(args.output_dir) / TRAINING_SUBJECTS, known.read_text())
+        results = compare(trainer, before, after, seconds)
+        summary = table(results)
+        log_pictures(trainer, before, after)
+        trainer.card_notes += (
+            f"\n\nBase: `{Path(script.model_name_or_path).name}`. Same {results['volumes']} fresh seeds before and "
+            f"after, {args.eval_num_inference_steps} steps without noise; mean and 95 % interval, differences paired. "
+            "KL and clip fraction: mean of the last 10 log entries of training.\n\n"
+            f"{summary}\n\n"
+            "![before and after](figures/before_after.png)\n\n![reward](figures/reward_curve.png)"
+        )
+        trainer.create_model_card()
+        write_whole(Path(args.output_dir) / "results.json", json.dumps(results, indent=2))
+        print(f"\n{summary}\n\nPipeline, card, pictures and logs: {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub()  # once more: now with the table and the pictures
     trainer.accelerator.end_training()
-    if not trainer.is_world_process_zero():
-        return
-    known = training_subjects_file(script.model_name_or_path)
-    if known is not None:  # fine-tuning reads no scan: what the generator has seen is what it was made from
-        write_whole(Path(args.output_dir) / TRAINING_SUBJECTS, known.read_text())
-    results = compare(trainer, before, after, seconds)
-    summary = table(results)
-    log_pictures(trainer, before, after)
-    trainer.card_notes += (
-        f"\n\nBase: `{Path(script.model_name_or_path).name}`. Same {results['volumes']} fresh seeds before and after, "
-        f"{args.eval_num_inference_steps} steps without noise; mean and 95 % interval, differences paired. KL and clip "
-        "fraction: mean of the last 10 log entries of training.\n\n"
-        f"{summary}\n\n"
-        "![before and after](figures/before_after.png)\n\n![reward](figures/reward_curve.png)"
-    )
-    trainer.create_model_card()
-    write_whole(Path(args.output_dir) / "results.json", json.dumps(results, indent=2))
-    print(f"\n{summary}\n\nPipeline, card, pictures and logs: {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from diffusers_med3d import __version__
 from diffusers_med3d.hub import cards
+from diffusers_med3d.hub.origin import license_of
 from diffusers_med3d.hub.publish import check_publishable, model_files, publish
 from diffusers_med3d.hub.resolve import CHECKPOINTS, bundled_names, resolve
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
@@ -69,9 +70,10 @@ def stage_folder(source: Path, repo_id: str, folder: Path) -> None:
         shutil.copy(source / name, folder / name)
     card = folder / "README.md"
     if not card.is_file():
-        cards.of_folder(folder, repo_id).write(folder)
-    own = f'from_pretrained("{source.resolve().name}")'
-    card.write_text(card.read_text().replace(own, f'from_pretrained("{repo_id}")'))
+        made = cards.of_folder(folder, repo_id)
+        made.license = license_of(str(source)) or made.license
+        made.write(folder)
+    card.write_text(cards.for_repository(card.read_text(), repo_id))
 
 
 def check(name: str, folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.models import AutoencoderKL3D, VQModel3D
 from diffusers_med3d.models.haar import haar_init_
 from diffusers_med3d.trainers.autoencoder import AutoencoderConfig, AutoencoderTrainer
+from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
 
@@ -83,6 +84,7 @@ def build(args: ModelArguments, in_channels: int) -> AutoencoderKL3D | VQModel3D
 
 def main() -> None:
     """Read, train, evaluate, save."""
+    use_all_cores()
     model, data, args = ScriptParser(ModelArguments, DataArguments, AutoencoderConfig, description=__doc__).parse()
     set_seed(args.seed)
     with refused_in_one_line():

@@ -18,6 +18,7 @@ from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.training_subjects import read_training_subjects
 from diffusers_med3d.evaluation.figures import curves
 from diffusers_med3d.hub.resolve import resolve
+from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
@@ -134,6 +135,7 @@ def build(model: ModelArguments, data: DataArguments) -> MedDiffusion3DPipeline:
 
 def main() -> None:
     """Read, encode, train, evaluate, save."""
+    use_all_cores()
     model, data, args = ScriptParser(ModelArguments, DataArguments, LatentDiffusionConfig, description=__doc__).parse()
     set_seed(args.seed)
     with refused_in_one_line():

@@ -18,9 +18,11 @@ from transformers import set_seed
 
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.hub.origin import license_of
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.rewards.spectrum import STRENGTHS
 from diffusers_med3d.rewards.spectrum_dataset import build_fold_spectra
+from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
@@ -89,6 +91,7 @@ def build(args: RewardArguments, in_channels: int) -> VolumeRewardModel | SliceR
 
 def main() -> None:
     """Make the spectrum, train, evaluate, save."""
+    use_all_cores()
     reward, data, args = ScriptParser(RewardArguments, DataArguments, RewardModelConfig, description=__doc__).parse()
     set_seed(args.seed)
     with refused_in_one_line():
@@ -117,6 +120,7 @@ def main() -> None:
     with args.main_process_first(desc="making the spectrum"):  # all of it, or on a node's own disk what is not there
         train, validation = build_fold_spectra(**spectrum)
     trainer = RewardModelTrainer(model=model, args=args, train_dataset=train, eval_dataset=validation)
+    trainer.inherited_license = license_of(reward.fold_a_model)  # it is trained on what that generator makes
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results = trainer.evaluate()
     trainer.save_model()

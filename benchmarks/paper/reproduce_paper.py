@@ -2,13 +2,13 @@
 to a classifier than those of the model before, and than what the same compute buys without RL?
 
     R="python benchmarks/paper/reproduce_paper.py --data_dir DATA --split_file split.json"
-    $R --steps gate                                               # look first: is there something to gain?
+    $R --steps breakdown                                          # look first: where does the distance come from?
     $R --budget try --output_dir outputs/try                      # the whole of it, small
     $R                                                            # the whole of it, judged on validation subjects
     $R --open_test --steps evaluate downstream report             # at the end, once
 
     step        what it does                                                             its result
-    gate        real scans, round-trips, noise levels, full samples, damage, measured    gate.json
+    breakdown   is autoencoder, generator or reward to be worked on?                     breakdown.json
     sweep       learning rate, beta, window, group size on validation; freezes the best  frozen.json
     arms        both rewards with several seeds, each reward alone                       arms/
     continued   control: pre-training goes on at equal compute                           continued.json
@@ -50,8 +50,11 @@ import experiment
 from diffusers_med3d import MedDiffusion3DPipeline, SliceReward, VolumeReward, metrics
 from diffusers_med3d.data import DataArguments, VolumeDataset, load_split
 from diffusers_med3d.data.training_subjects import read_training_subjects, refuse_seen_subjects
-from diffusers_med3d.evaluation import VolumeSet
+from diffusers_med3d.evaluation import VolumeSet, write_report
+from diffusers_med3d.evaluation import evaluate as measure_sets
 from diffusers_med3d.evaluation import sampling as evaluation
+from diffusers_med3d.evaluation.breakdown import breakdown as break_down
+from diffusers_med3d.evaluation.breakdown import scan_versions, write_breakdown
 from diffusers_med3d.hub.resolve import resolve
 from diffusers_med3d.rewards.loading import DEFAULT_REWARDS, load_reward
 from diffusers_med3d.trainers.base import use_all_cores
@@ -82,7 +85,7 @@ class ExperimentArguments:
     output_dir: str = field(default="outputs/experiment", metadata={"help": "Where everything is written."})
     steps: list[str] = field(
         default_factory=lambda: list(STEPS),
-        metadata={"help": "Any of: gate sweep arms continued sampler evaluate downstream report."},
+        metadata={"help": "Any of: breakdown sweep arms continued sampler evaluate downstream report."},
     )
     arms: list[str] = field(
         default_factory=lambda: ["both", "3d", "2d"],
@@ -393,7 +396,7 @@ class Experiment:
         """What the autoencoder leaves of a part's scans: no generator behind it comes closer to them."""
         scans = self.scans(part)
         with torch.no_grad():
-            volumes = self.base.decode(self.base.encode(scans.volumes.to(self.device))).cpu()
+            volumes = self.base.decode_latents(self.base.encode_latents(scans.volumes.to(self.device))).cpu()
         names = [f"{row:04d} {subject}" for row, subject in enumerate(scans.subjects)]
         folder = self.root / "samples" / part / "round-trip"
         read = evaluation.reload_volumes(volumes, scans.labels, names, folder, self.data, self.base.affine())
@@ -448,33 +451,26 @@ class Experiment:
 # ------------------------------------------------------------------------------------------------------- the steps
 
 
-def gate(e: Experiment) -> str:
-    """Is there a gap, and is it the generator's to close rather than the decoder's?"""
-    steps = e.budget.sampling_steps[0]
+def breakdown(e: Experiment) -> str:
+    """Is the base's autoencoder, the base itself or a reward to be worked on?"""
+    base = e.usual(e.args.model_name_or_path)
 
     def make() -> dict[str, Any]:
-        scans, spacing, folder = e.scans("validation"), e.data.spacing, e.root / "gate"
-        versions = evaluation.gate_versions(
-            e.base,
-            scans,
-            folder / f"volumes-s{steps}",
-            e.data,
-            num_inference_steps=steps,
-            batch_size=e.budget.batch_size,
-        )
-        report, verdict = evaluation.gate(versions, scans, e.scans("train"), e.extractors, spacing)
-        settings = {
-            "generator": Path(e.args.model_name_or_path).name,
-            "num_inference_steps": steps,
-            "part": "validation",
-        }
-        evaluation.write_report(report, folder, {"scans": scans, **versions}, spacing, settings, "Gate before RL")
-        return {"verdict": verdict, "table": report.table()}
+        scans, samples, folder = e.scans("validation"), e.sample(base, "validation"), e.root / "breakdown"
+        versions = scan_versions(
+            e.base, scans, folder / "versions" / base.name, e.data, num_inference_steps=base.num_inference_steps,
+            guidance_scale=base.guidance_scale, batch_size=e.budget.batch_size,
+        )  # fmt: skip
+        scores = {reward.__name__: reward(samples.volumes).tolist() for reward in e.rewards}
+        spaces = dict(zip(e.args.extractors, e.extractors, strict=True))
+        found = break_down(versions, samples, scores, scans, e.scans("train"), spaces)
+        settings = {"model": BASE, "num_inference_steps": base.num_inference_steps, "part": "validation"}
+        write_breakdown(found, folder, settings, "Where the base's distance to scans comes from")
+        return {"headline": found.headline, "table": found.table()}
 
-    found = e.result("gate", {"num_inference_steps": steps, "extractors": e.args.extractors}, make)
-    passes = all(one["passes"] for one in found["verdict"])
-    warning = "" if passes else "\nTHE GATE SAYS NO: mend the base or its decoder before spending compute on RL."
-    return experiment.table(found["verdict"]) + warning
+    made_from = {"samples": e.budget.num_samples, "extractors": e.args.extractors}
+    made_from |= {"sampler": [base.guidance_scale, base.num_inference_steps]}
+    return e.result("breakdown", made_from, make)["headline"]
 
 
 def sweep(e: Experiment) -> str:
@@ -555,9 +551,9 @@ def evaluate(e: Experiment) -> str:
         scans, spacing = e.scans(e.part), e.data.spacing
         sets = {name: e.sample(one, e.part) for name, one in e.candidates().items()}
         models = {**sets, CEILING: e.round_trips(e.part)}
-        report = evaluate(models, scans, e.scans("train"), e.extractors, spacing)
+        report = measure_sets(models, scans, e.scans("train"), e.extractors, spacing)
         settings = {"part": e.part, **e.frozen["setting"], "rl_steps": e.frozen["rl_steps"]}
-        evaluation.write_report(report, e.root / f"evaluate-{e.part}", {"scans": scans, **sets}, spacing, settings)
+        write_report(report, e.root / f"evaluate-{e.part}", {"scans": scans, **sets}, spacing, settings)
         both = [name for name in sets if name.startswith(BOTH)]
         controls = [CONTINUED, BEST_OF_2, BEST_SAMPLER]
         claims = experiment.claims(report, BASE, both, list(ALONE), controls, CEILING) if both else []
@@ -596,10 +592,11 @@ def downstream(e: Experiment) -> str:
 def report(e: Experiment) -> str:
     """All that is there so far as Markdown, and the draft of a model card for the main arm's first seed."""
     frozen, part, arms = e.frozen, e.part, e.finished()
-    names = ("gate", "continued", "sampler", f"evaluate-{part}", f"downstream-{part}")
-    gated, went_on, sampled, judged, classified = (e.found(name) for name in names)
+    names = ("breakdown", "continued", "sampler", f"evaluate-{part}", f"downstream-{part}")
+    broken_down, went_on, sampled, judged, classified = (e.found(name) for name in names)
     missing = [name for name in (f"{BOTH}{frozen['first_seed']}", *ALONE) if name not in arms]
-    missing += [name for name, one in zip(names, (gated, went_on, sampled, judged, classified), strict=True) if not one]
+    results = (broken_down, went_on, sampled, judged, classified)
+    missing += [name for name, one in zip(names, results, strict=True) if not one]
     if judged and e.found(names[3], "made from")["compared"] != e.configuration()["compared"]:
         missing.append("evaluate with all that is there now")
     chosen = ", ".join(f"{name} {value:g}" for name, value in frozen["setting"].items())
@@ -615,7 +612,7 @@ def report(e: Experiment) -> str:
         "What was wanted, and what was found": "\n\n".join(proof),
         "What was run": f"{'; '.join(arms) or 'no arm'}: {frozen['rl_steps']} steps each. "
         + (f"Not run: {'; '.join(missing)}." if missing else "Nothing is missing."),
-        "Gate before RL": gated and experiment.table(gated["verdict"]),
+        "Where the distance comes from": broken_down and f"{broken_down['headline']}\n\n{broken_down['table']}",
         "Sweep on validation": f"Frozen: {chosen}.\n\n{swept}",
         "Continued pre-training on validation": went_on and experiment.table(went_on["tried"] or [went_on]),
         "The base's own sampler on validation": sampled and experiment.table(sampled["tried"]),
@@ -638,7 +635,7 @@ def report(e: Experiment) -> str:
     return f"{text}\n\nReport: {e.root}"
 
 
-STEPS = {step.__name__: step for step in (gate, sweep, arms, continued, sampler, evaluate, downstream, report)}
+STEPS = {step.__name__: step for step in (breakdown, sweep, arms, continued, sampler, evaluate, downstream, report)}
 
 
 def main() -> None:

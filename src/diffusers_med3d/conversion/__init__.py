@@ -1,4 +1,4 @@
-"""Published MONAI and NVIDIA generators, bundles of definitions and weights, to pipelines."""
+"""Conversion of published MONAI and NVIDIA generators (definitions and weights) into pipelines."""
 
 from .convert import Conversion, convert_bundle, estimate_scale_factor
 from .definitions import BundleConfig, Definition, read_bundle

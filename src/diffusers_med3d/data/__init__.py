@@ -1,4 +1,4 @@
-"""From files to volumes: ``datasets`` reads, MONAI transforms prepare, one split by subject serves every stage."""
+"""Scans from files to volumes and latents, and the split of their subjects that every stage shares."""
 
 from .reading import DataArguments, check_columns, class_of, decode_nifti, read_scans
 from .split import load_split, make_split, save_split

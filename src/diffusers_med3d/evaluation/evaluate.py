@@ -25,7 +25,7 @@ from .volume_set import VolumeSet
 FLOOR_DRAWS = 10  # draws of training scans that measures which depend on the count are averaged over
 
 
-def _kid(sets: Sets, features: Mapping[str, Tensor]) -> Draws:
+def kid_draws(sets: Sets, features: Mapping[str, Tensor]) -> Draws:
     """Unbiased KID of every set to the reference, by pairs of different subjects, classes weighted (see `kid`)."""
     within = {name: sets.pair_mean(name, name, polynomial_kernel(own, own).numpy()) for name, own in features.items()}
     return {
@@ -97,7 +97,7 @@ def _feature_figures(sets: Sets, extractor: Extractor, neighbours: int, batch_si
     name, blocks = extractor.extractor, extractor.blocks
     whole = "tri-planar" if len(blocks) == 3 else next(iter(blocks)) if len(blocks) == 1 else "mean"
     parts = {block: {one: own[:, place] for one, own in features.items()} for block, place in blocks.items()}
-    figures = _by_block(sets, "KID", whole, {block: _kid(sets, part) for block, part in parts.items()}, name)
+    figures = _by_block(sets, "KID", whole, {block: kid_draws(sets, part) for block, part in parts.items()}, name)
     matched, scans = sum(sets.matched_counts.values()), len(features[REFERENCE])
     size = min(part[REFERENCE].shape[1] for part in parts.values())
     dimensions = frechet_dimensions(matched, scans, size)
@@ -132,8 +132,8 @@ def _similarity_figures(sets: Sets, max_pairs: int, seed: int) -> list[Figure]:
         rows = sets.floor_rows() if name == FLOOR else np.arange(len(one))
         labels = sets.labels[name][rows]
         subjects = [one.subjects[row] for row in rows]
-        pairs = ms_ssim_matrix(one.volumes[torch.from_numpy(rows)], labels.tolist(), max_pairs=max_pairs, seed=seed)
-        pairs = pairs.double().numpy()
+        volumes = one.volumes[torch.from_numpy(rows)]
+        pairs = ms_ssim_matrix(volumes, labels.tolist(), max_pairs=max_pairs, seed=seed).double().numpy()
         allowed = distinct(subjects, subjects) & np.isfinite(pairs)
         weights = (sets.floor_resamples if name == FLOOR else sets.weights[name])[:, rows]
         mean[name] = weighted_pair_mean(

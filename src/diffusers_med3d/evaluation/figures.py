@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ def _draw_views(axes: Axes, volume: torch.Tensor, spacing: Sequence[float]) -> N
         low = (height - view_height) / 2
         extent = (offset, offset + width, low, low + view_height)
         axes.imshow(picture.T.numpy(), cmap="gray", vmin=0, vmax=1, origin="lower", extent=extent)
-        style = {"color": "#ffb000", "fontsize": 6, "va": "center", "ha": "center"}
+        style: dict[str, Any] = {"color": "#ffb000", "fontsize": 6, "va": "center", "ha": "center"}
         axes.text(offset + 0.03 * width, height / 2, letters[0], **style)
         axes.text(offset + 0.97 * width, height / 2, letters[1], **style)
         axes.text(offset + 0.5 * width, low + 0.97 * view_height, letters[2], **style)
@@ -123,6 +124,44 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], xl
         axes.invert_yaxis()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
+    return figure
+
+
+def stage_distances(
+    panels: Mapping[str, Mapping[str, tuple[float, float]]], floor_errors: Sequence[float], title: str = ""
+) -> Figure:
+    """Distance against stage: one panel per measure, a point with its standard error per stage, the floor at 0.
+
+    Args:
+        panels: measure -> {stage: (excess over the floor, standard error)}; all with the same stages.
+        floor_errors: standard error of the floor in each panel, drawn as a band around 0.
+        title: over all panels.
+
+    Raises:
+        ValueError: no panel, or another number of floors.
+    """
+    if not panels or len(floor_errors) != len(panels):
+        raise ValueError(f"stage_distances needs a floor for each panel, got {len(panels)} and {len(floor_errors)}.")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.4 * rows + 0.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, panel), floor_error in zip(grid, panels.items(), floor_errors, strict=False):
+        places = range(len(panel))
+        values, errors = zip(*panel.values(), strict=True)
+        axes.axhspan(-floor_error, floor_error, color="#999999", alpha=0.25, linewidth=0)
+        axes.axhline(0, color="#666666", linewidth=0.8, label="floor: training scans, ± standard error")
+        axes.errorbar(places, values, errors, fmt="o", markersize=4, capsize=2, label="± standard error")
+        axes.set_xticks(places, list(panel), rotation=35, ha="right", fontsize=7)
+        axes.set_title(name, fontsize=8)
+        axes.set_ylabel("excess over the floor", fontsize=7)
+        axes.tick_params(axis="y", labelsize=7)
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(fontsize=6)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize=8, wrap=True)
     return figure
 
 

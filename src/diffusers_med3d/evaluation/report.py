@@ -18,6 +18,30 @@ REFERENCE, FLOOR = "reference", "floor"
 Draws = dict[str, NDArray[np.float64]]  # set -> (1 + R,), the figure and its resamples
 
 
+def json_ready(value: Any) -> Any:
+    """The value with intervals as dictionaries, keys as text and None for what is not finite."""
+    if isinstance(value, Interval):
+        return json_ready({"value": value.value, "low": value.low, "high": value.high, "stderr": value.stderr})
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown table whose columns are as wide as their longest cell."""
+    widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [header, *rows]
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Figure:
     """One measure of every set.
@@ -77,39 +101,22 @@ class Report:
             row += [f"{figure.excess[name]}" if name in figure.excess else "" for name in self.models]
             row += [f"{figure.differences[name]}" if name in figure.differences else "" for name in pairs]
             rows.append(row)
-        widths = [max(len(row[k]) for row in [header, *rows]) for k in range(len(header))]
-        lines = [
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-            for row in [header, *rows]
-        ]
-        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-        return "\n".join(lines)
+        return markdown_table(header, rows)
 
     def to_dict(self) -> dict:
         """Everything but the resamples, ready for JSON: what is not finite is None."""
-
-        def plain(value: object) -> object:
-            if isinstance(value, Interval):
-                return plain({"value": value.value, "low": value.low, "high": value.high, "stderr": value.stderr})
-            if isinstance(value, Mapping):
-                return {str(key): plain(entry) for key, entry in value.items()}
-            if isinstance(value, list | tuple):
-                return [plain(entry) for entry in value]
-            if isinstance(value, float):
-                return value if math.isfinite(value) else None
-            return value
-
-        figures = [
-            {key: plain(entry) for key, entry in vars(figure).items() if key != "draws"} for figure in self.figures
-        ]
-        return {
-            "models": self.models,
-            "counts": plain(self.counts),
-            "notes": self.notes,
-            "figures": figures,
-            "spectra": plain(self.spectra),
-            "per_volume": plain(self.per_volume),
-        }
+        return json_ready(
+            {
+                "models": self.models,
+                "counts": self.counts,
+                "notes": self.notes,
+                "figures": [
+                    {key: entry for key, entry in vars(figure).items() if key != "draws"} for figure in self.figures
+                ],
+                "spectra": self.spectra,
+                "per_volume": self.per_volume,
+            }
+        )
 
 
 VIEWS_PER_SET = 4
@@ -122,18 +129,16 @@ def write_report(
     spacing: Sequence[float],
     settings: Mapping[str, Any],
     title: str = "Evaluation",
-    name: str = "report",
 ) -> str:
-    """Writes `name`.json, `name`.md and four pictures, each whole or not at all.
+    """Writes report.json, report.md and four pictures, each whole or not at all.
 
     Args:
-        report: from `evaluate` or `gate`.
+        report: from `evaluate`.
         folder: made if missing.
         sets: for the pictures, such as {"reference": ..., model: ...}.
         spacing: voxel size in mm.
         settings: what the figures depend on and a reader must know; JSON-able.
         title: first heading.
-        name: of the files; pictures are called `name`-views.png, -distances.png, -spectra.png and -nearest.png.
 
     Returns:
         the Markdown.
@@ -166,7 +171,7 @@ def write_report(
         ),
     }
     for kind, picture in pictures.items():
-        figures.save(picture, folder / f"{name}-{kind}.png")
+        figures.save(picture, folder / f"report-{kind}.png")
     counted = [
         f"- {set_name}: {own['volumes']} volumes of {own['subjects']} subjects or seeds, by class {own['classes']}"
         for set_name, own in report.counts.items()
@@ -181,12 +186,12 @@ def write_report(
             "\n" + "\n".join(counted),
             "".join(f"\n- {note}" for note in report.notes),
             "\nSettings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + "\n",
-            *(f"![{kind}]({name}-{kind}.png)" for kind in pictures),
+            *(f"![{kind}](report-{kind}.png)" for kind in pictures),
             "",
         ]
     )
-    write_json(folder / f"{name}.json", {"settings": dict(settings), **report.to_dict()})
-    write_whole(folder / f"{name}.md", text)
+    write_json(folder / "report.json", {"settings": dict(settings), **report.to_dict()})
+    write_whole(folder / "report.md", text)
     return text
 
 

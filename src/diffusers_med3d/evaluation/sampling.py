@@ -31,8 +31,6 @@ from ..utils.seeding import seeded
 from .report import FLOOR, REFERENCE
 from .volume_set import VolumeSet
 
-# ------------------------------------------------------------------------------------------------------------- volumes
-
 SETTINGS = "settings.json"
 
 
@@ -307,9 +305,3 @@ def sample_volumes(
             progress.update(len(chunk))
     state.wait_for_everyone()
     return read_volumes([name for name, *_ in wanted], [one[2] for one in wanted], folder, data, background)
-
-
-# ---------------------------------------------------------------------------------------------------------------- gate
-
-
-# -------------------------------------------------------------------------------------------------------------- report

@@ -165,12 +165,13 @@ def figure_table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def of_folder(folder: str | os.PathLike, name: str) -> Card:
-    """A card with what a saved folder tells about itself: what it is, how it is used, its geometry and classes.
+def of_folder(folder: str | os.PathLike, name: str, volume_shape: Sequence[int] | None = None) -> Card:
+    """A card with what a saved folder says: what it is, how it is used, its geometry and classes.
 
     Args:
         folder: what ``save_pretrained`` of a pipeline or of a model wrote.
         name: Hub id or name that the snippet loads.
+        volume_shape: size (X, Y, Z) in voxels that a model was trained on, where its config does not say it.
 
     Raises:
         FileNotFoundError: neither model_index.json nor config.json is there.
@@ -179,7 +180,7 @@ def of_folder(folder: str | os.PathLike, name: str) -> Card:
     if (folder / "model_index.json").is_file():
         return _of_pipeline(json.loads((folder / "model_index.json").read_text()), name)
     if (folder / "config.json").is_file():
-        return _of_model(json.loads((folder / "config.json").read_text()), name)
+        return _of_model(json.loads((folder / "config.json").read_text()), name, volume_shape)
     raise FileNotFoundError(f"{folder} has neither model_index.json nor config.json: no saved pipeline or model.")
 
 
@@ -187,11 +188,7 @@ def _of_pipeline(index: Mapping[str, Any], name: str) -> Card:
     parts = {key: value[1] for key, value in index.items() if _is_component(value)}
     classes, channels = index.get("class_names"), index.get("channel_names")
     networks = ", ".join(f"`{key}` {value}" for key, value in parts.items())
-    what = [
-        f"3D latent diffusion of medical volumes: {networks}.",
-        f"{_sides(index['volume_shape'])} voxels of {_sides(index['spacing'])} mm, {index['orientation']} axes.",
-        f"Intensity: {index['intensity']}.",
-    ]
+    what = [f"3D latent diffusion of medical volumes: {networks}.", _grid(index), f"Intensity: {index['intensity']}."]
     if channels:
         what.append("Channels: " + ", ".join(sorted(channels, key=channels.__getitem__)) + ".")
     if classes:
@@ -199,21 +196,29 @@ def _of_pipeline(index: Mapping[str, Any], name: str) -> Card:
     return Card(
         name=name.split("/")[-1],
         what="\n".join(what),
-        use=_python(
+        use=_use(
             f"""import torch
 from diffusers_med3d import MedDiffusion3DPipeline
 
 pipe = MedDiffusion3DPipeline.from_pretrained("{name}")
 out = pipe(num_samples=2, num_inference_steps=30, generator=torch.Generator().manual_seed(0))
 out.volumes  # float32 (2, {len(channels) if channels else "C"}, {", ".join(map(str, index["volume_shape"]))}) in [0, 1]
-out.save_nifti("samples")"""
+out.save_nifti("samples")""",
+            "model_index.json",
         ),
     )
 
 
-def _of_model(config: Mapping[str, Any], name: str) -> Card:
+def _of_model(config: Mapping[str, Any], name: str, volume_shape: Sequence[int] | None) -> Card:
     kind = config["_class_name"]
     channels = config.get("in_channels", 1)
+    known = {"volume_shape": volume_shape, **(config.get("data_settings") or {})}
+    shape = known["volume_shape"] or _fitting_shape(config)
+    size = ", ".join(map(str, shape))
+    what, grid = f"`{kind}`, a network of diffusers-med3d.", _grid(known)
+    snippet = f"""from diffusers_med3d import {kind}
+
+model = {kind}.from_pretrained("{name}")"""
     if kind in _REWARDS:
         reward = _REWARDS[kind]
         what = f"`{kind}`: scores volumes by realism, about 1 for a real scan, lower the less real."
@@ -221,7 +226,7 @@ def _of_model(config: Mapping[str, Any], name: str) -> Card:
 from diffusers_med3d import {reward}
 
 reward = {reward}.from_pretrained("{name}")
-volumes = torch.rand(1, {channels}, 64, 64, 64)  # yours: (B, {channels}, X, Y, Z) in [0, 1], RAS axes
+volumes = torch.rand(1, {channels}, {size})  # yours: (B, {channels}, X, Y, Z) in [0, 1], RAS axes
 scores = reward(volumes)  # (B,)"""
     elif "latents_mean" in config:
         what = f"`{kind}`: compresses volumes to latents and back; the statistics of the latents are in its config."
@@ -229,17 +234,44 @@ scores = reward(volumes)  # (B,)"""
 from diffusers_med3d import {kind}
 
 vae = {kind}.from_pretrained("{name}")
-volumes = torch.rand(1, {channels}, 64, 64, 64)  # yours: (B, {channels}, X, Y, Z) in [0, 1], RAS axes
+volumes = torch.rand(1, {channels}, {size})  # yours: (B, {channels}, X, Y, Z) in [0, 1], RAS axes
 with torch.no_grad():
     latents = vae.encode_latents(volumes)
     again = vae.decode_latents(latents)"""
-    else:
-        what = f"`{kind}`, a network of diffusers-med3d."
-        snippet = f"""from diffusers_med3d import {kind}
-
-model = {kind}.from_pretrained("{name}")"""
     tag = "other" if kind in _REWARDS else GENERATION
-    return Card(name=name.split("/")[-1], what=what, use=_python(snippet), pipeline_tag=tag)
+    return Card(
+        name=name.split("/")[-1],
+        what="\n".join(filter(None, (what, grid))),
+        use=_use(snippet, "config.json"),
+        pipeline_tag=tag,
+    )
+
+
+def _fitting_shape(config: Mapping[str, Any]) -> list[int]:
+    """A size (X, Y, Z) that the network of this config takes: that of its latents' atlas, or eight latent voxels."""
+    levels = len(config.get("channels", ()))
+    if config["_class_name"] in _REWARDS:
+        return [2 ** (levels + 2)] * 3
+    factor = 2 ** (levels if config["_class_name"] == "VQModel3D" else levels - 1)
+    return [factor * side for side in config.get("atlas_shape") or (8, 8, 8)]
+
+
+def _grid(settings: Mapping[str, Any]) -> str:
+    """Size, spacing and axes in a sentence, as far as they are known."""
+    parts = []
+    if settings.get("volume_shape"):
+        parts.append(f"{_sides(settings['volume_shape'])} voxels")
+    if settings.get("spacing"):
+        parts.append(f"of {_sides(settings['spacing'])} mm")
+    if not parts:
+        return ""
+    return f"Volumes: {' '.join(parts)}, {settings.get('orientation') or 'RAS'} axes."
+
+
+def _use(code: str, config_file: str) -> str:
+    return (
+        f"`pip install diffusers-med3d` first: `{config_file}` names classes of this package.\n\n```python\n{code}\n```"
+    )
 
 
 def _is_component(value: Any) -> bool:
@@ -249,10 +281,6 @@ def _is_component(value: Any) -> bool:
 
 def _sides(values: Sequence[float]) -> str:
     return " x ".join(f"{value:g}" for value in values)
-
-
-def _python(code: str) -> str:
-    return f"```python\n{code}\n```"
 
 
 def from_source(path: str | os.PathLike) -> Card:
@@ -293,18 +321,6 @@ def sections(text: str) -> dict[str, str]:
     return {name: "\n".join(lines).strip() for name, lines in found.items()}
 
 
-def replace_section(text: str, heading: str, body: str) -> str:
-    """The card with another text under ``heading``.
-
-    Raises:
-        ValueError: no such section.
-    """
-    old = sections(text).get(heading)
-    if old is None:
-        raise ValueError(f"the card has no section {heading!r}; it has {list(sections(text))}.")
-    return text.replace(f"## {heading}\n\n{old}\n", f"## {heading}\n\n{body.strip()}\n", 1)
-
-
 def missing(text: str) -> list[str]:
     """What a card lacks: metadata keys, sections, the warning, a code block that shows how it is used."""
     data = ModelCard(text).data.to_dict()
@@ -337,6 +353,20 @@ def for_hub(text: str, namespace: str, names: Sequence[str]) -> str:
     for name in names:
         text = text.replace(f'from_pretrained("{name}")', f'from_pretrained("{namespace}/{name}")')
         text = text.replace(f"]({name}.md)", f"](https://huggingface.co/{namespace}/{name})")
+    return text
+
+
+def for_repository(text: str, repo_id: str) -> str:
+    """The card from beside a saved folder as it stands on the Hub: its snippet loads ``repo_id``, and the clinical
+    warning is there.
+    """
+    local = re.search(r'from_pretrained\("([^"]+)"', sections(text).get("Use", ""))
+    if local:
+        text = text.replace(f'from_pretrained("{local[1]}"', f'from_pretrained("{repo_id}"')
+    if NOT_FOR_CLINICAL_USE not in text:
+        card = ModelCard(text, ignore_metadata_errors=True)
+        card.text = f"\n{NOT_FOR_CLINICAL_USE}\n{card.text}"
+        text = str(card)
     return text
 
 

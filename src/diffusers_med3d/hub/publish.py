@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import struct
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -10,10 +11,13 @@ from glob import escape
 from pathlib import Path
 from typing import Any, Self
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi
+from safetensors import safe_open
 
 from . import cards
-from .resolve import forget_local_paths, resolve
+from .origin import inherited_license, source_folder, without_local_path
+from .resolve import check_class, did_you_mean, resolve
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PUBLISHED_SUFFIXES = (".json", ".safetensors", ".md", ".png", ".py", ".txt")
@@ -126,13 +130,33 @@ def publish(
     )
 
 
+def _same_weights(first: Path, second: Path) -> bool:
+    """Whether two saved folders hold the same tensors, compared in the lower of both precisions."""
+    files = [name for name in model_files(first) if name.endswith(".safetensors")]
+    if not all((second / name).is_file() for name in files):
+        return False
+    for name in files:
+        with safe_open(first / name, "pt") as one, safe_open(second / name, "pt") as other:
+            if set(one.keys()) != set(other.keys()):
+                return False
+            for key in one.keys():
+                a, b = one.get_tensor(key), other.get_tensor(key)
+                dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+                if a.shape != b.shape or not a.to(dtype).equal(b.to(dtype)):
+                    return False
+    return True
+
+
 class PublishMixin:
     """``push_to_hub`` of diffusers with our card, of the files that ``from_pretrained`` reads and of no others; and
     ``from_pretrained`` of bundled checkpoints by their bare names.
 
-    It stands first among the bases of pipelines and models. A card that is on the Hub already stays when it has the
-    clinical warning, so that what somebody wrote there is not lost.
+    It stands first among the bases of pipelines and models. The card is the README.md beside the weights in the folder
+    that they were saved to, or loaded from and not changed since, with the pictures that it shows. Without one, a card
+    that is on the Hub already stays when it has the clinical warning; else one is made that says what the config says.
     """
+
+    _card_beside: str | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
@@ -144,13 +168,30 @@ class PublishMixin:
                 the saved one.
 
         Raises:
-            ValueError: a bare name that is neither bundled nor a local folder or file.
+            ValueError: a bare name that is neither bundled nor a local folder or file; a folder or repository of
+                another class, which the message names.
+            FileNotFoundError: a local path where nothing is.
         """
-        return super().from_pretrained(resolve(pretrained_model_name_or_path), **kwargs)
+        source = resolve(pretrained_model_name_or_path)
+        check_class(cls, source, kwargs)
+        try:
+            return super().from_pretrained(source, **kwargs)
+        except OSError as error:
+            if os.path.exists(source) or not (hint := did_you_mean(source)):
+                raise
+            raise OSError(f"{error}{hint}") from error  # "outputs/generater" might have been a Hub id
+
+    def to_json_string(self) -> str:
+        """As in diffusers, without the local folder that this was loaded from."""
+        config = json.loads(super().to_json_string())
+        if "_name_or_path" in config:
+            config["_name_or_path"] = without_local_path(str(config["_name_or_path"] or ""))
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As in diffusers, without the local folder that this was loaded from."""
-        forget_local_paths(self)
+        """As in diffusers; remembers the card that lies there, over which a push would write."""
+        card = Path(save_directory) / "README.md"
+        self._card_beside = card.read_text() if card.is_file() else None
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def _upload_folder(
@@ -163,10 +204,8 @@ class PublishMixin:
         subfolder: str | None = None,
     ) -> CommitInfo:
         """The private method of diffusers that every push ends in, ``save_pretrained(..., push_to_hub=True)`` too."""
-        path = Path(working_dir) / "README.md"
-        keeps = path.is_file() and cards.NOT_FOR_CLINICAL_USE in path.read_text()
-        if subfolder is None and not keeps:
-            cards.of_folder(working_dir, repo_id).write(working_dir)
+        if subfolder is None:
+            self._write_card(Path(working_dir), repo_id)
         files = model_files(working_dir)
         return publish(
             working_dir,
@@ -177,3 +216,21 @@ class PublishMixin:
             create_pr=create_pr,
             path_in_repo=subfolder,
         )
+
+    def _write_card(self, folder: Path, repo_id: str) -> None:
+        """Put the card that is published into ``folder``, where diffusers has put that of the Hub or an empty one."""
+        card, source = folder / "README.md", source_folder(self)
+        text = self._card_beside
+        if text is None and source is not None and (source / "README.md").is_file() and _same_weights(folder, source):
+            text = (source / "README.md").read_text()
+            for name in cards.pictures(text):
+                if (source / name).is_file():
+                    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(source / name, folder / name)
+        if text is not None:
+            card.write_text(cards.for_repository(text, repo_id))
+        elif not card.is_file() or cards.NOT_FOR_CLINICAL_USE not in card.read_text():
+            made = cards.of_folder(folder, repo_id)
+            parts = self.components.values() if isinstance(self, DiffusionPipeline) else ()
+            made.license = inherited_license(self, *parts) or made.license
+            made.write(folder)

@@ -1,4 +1,4 @@
-"""Measures of volumes and of sets of volumes. They import nothing else of this package and are never rewards."""
+"""Measures of volumes and of sets of volumes, which are never rewards."""
 
 from .bootstrap import Interval, bootstrap_interval, bootstrap_weights, class_shares, weighted_mean, weighted_pair_mean
 from .features import Extractor, NamedExtractor, PlanarFeatures, SliceFeatures, features_of

@@ -1,4 +1,4 @@
-"""Networks: MONAI's, behind diffusers' ModelMixin and ConfigMixin."""
+"""Networks, most of them MONAI's, as diffusers models that load and save themselves."""
 
 from .autoencoder import AutoencoderKL3D
 from .maisi import AutoencoderKLMaisi3D, DiffusionUNetMaisi3D

@@ -1,4 +1,4 @@
-"""Reward models: how real does a volume look? One eye for the whole volume (3D), one for its slices (2D).
+"""Reward models: how real a volume looks, judged by the whole volume (3D) or by its slices (2D).
 
 Both score a volume with one unbounded number, trained towards 1 for a real scan and 0 for heavy damage (see
 ``spectrum.py``), higher = more real. There is no sigmoid at the end, so the score does not flatten near real scans,
@@ -15,6 +15,7 @@ from monai.networks.blocks import Convolution, ResidualUnit
 from torch import nn
 
 from ..hub.publish import PublishMixin
+from .casting import QuietCastMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_volumes
 
@@ -93,13 +94,13 @@ def mirror(volumes: torch.Tensor) -> torch.Tensor:
     return (mirrored * inside[:, :, None, None, None]).movedim(1, 2)
 
 
-class _RewardModel(PublishMixin, ModelMixin, ConfigMixin):
-    """What the two reward models share: the checks at the door, what the networks see, the mean over the ensemble.
+class _RewardModel(PublishMixin, QuietCastMixin, ModelMixin, ConfigMixin):
+    """What the two reward models share: checks of the input, what the networks see, the mean over the ensemble.
 
     A network sees an image, what a 3-voxel box filter takes away from it (fine detail is a twentieth of the intensity
     range and would take long to be noticed), and, with ``compare_sides``, the difference of the filtered image and its
-    mirror image: on brains this tells half-swapped scans from others (AUC 0.98 where the step at the seam gives 0.76),
-    while a network without it has to carry one side's anatomy across the volume to compare.
+    mirror image: on brains this separates half-swapped scans from others (AUC 0.98, where the step at the seam gives
+    0.76), while a network without it has to carry one side's anatomy across the volume to compare.
     """
 
     _supports_gradient_checkpointing = True
@@ -163,7 +164,7 @@ def _check_architecture(channels: Sequence[int], norm_num_groups: int, num_membe
 
 
 class VolumeRewardModel(_RewardModel):
-    """The 3D eye: scores a whole volume (shape, left-right agreement, large-scale anatomy).
+    """Scores a whole volume by realism (shape, left-right agreement, large-scale anatomy).
 
     Args:
         in_channels: channels of a volume.
@@ -194,12 +195,12 @@ class VolumeRewardModel(_RewardModel):
 
 
 class SliceRewardModel(_RewardModel):
-    """The 2D eye: scores slices across the three axes (texture, folds, edges); a volume's score is their mean.
+    """Scores slices across the three axes by realism (texture, folds, edges); a volume's score is their mean.
 
     Slices lie evenly between the two positions that cut ``mass_margin`` of the volume's intensity off either end of an
     axis, so they follow the anatomy and not the field of view. In training mode each is moved at random within its own
     interval, by the same share in every volume of the batch: versions of one subject are compared on the same slices.
-    One network serves the three orientations and is told which one it sees by a learned embedding.
+    One network serves the three orientations; a learned embedding tells it the orientation.
 
     Args:
         in_channels: channels of a volume.

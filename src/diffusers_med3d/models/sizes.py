@@ -1,4 +1,4 @@
-"""Sizes that a network can take: checked at the door, with the nearest that fits in the message."""
+"""Checks of sizes and volumes, with the nearest size that fits in the message."""
 
 from collections.abc import Sequence
 

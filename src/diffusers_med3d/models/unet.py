@@ -13,6 +13,7 @@ from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import nn
 
 from ..hub.publish import PublishMixin
+from .casting import QuietCastMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
 
@@ -25,7 +26,7 @@ class DiffusionUNet3DOutput(BaseOutput):
 
 
 class DiffusionUNet3D(
-    PublishMixin, CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, DiffusionModelUNet, ConfigMixin
+    PublishMixin, QuietCastMixin, CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, DiffusionModelUNet, ConfigMixin
 ):
     """3D UNet that predicts noise, velocity or sample from a noisy latent (Pinaya et al. 2022, arXiv 2209.07162).
 

@@ -1,4 +1,4 @@
-"""LoRA adapters on the UNet of a pipeline: diffusers' own methods behind a door that lets nothing load in part.
+"""LoRA adapters on the UNet of a pipeline: diffusers' own methods, which here load an adapter whole or not at all.
 
 The file is `pytorch_lora_weights.safetensors` as diffusers writes it: keys with the prefix `unet.`, the LoraConfig as
 JSON in the metadata.

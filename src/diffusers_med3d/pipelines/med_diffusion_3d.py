@@ -19,8 +19,8 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..hub.origin import forget_local_path
 from ..hub.publish import PublishMixin
-from ..hub.resolve import forget_local_paths
 from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from ..models.sizes import check_divisible, check_volumes
 from ..schedulers.flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
@@ -219,7 +219,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             ValueError: the UNet carries LoRA adapters, which `from_pretrained` could not read.
         """
         self._check_without_adapters()
-        forget_local_paths(self, *self.components.values())
+        forget_local_path(self.scheduler)  # diffusers' own class; ours leave it out when they write their config
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
 
     def to_json_string(self) -> str:
@@ -343,11 +343,11 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         """Refuse, with a ValueError, a scheduler that this pipeline's network cannot belong to."""
         check_fits(self.scheduler, self._predicts_flow)
 
-    def decode(self, latents: torch.Tensor, chunk_size: int = 4) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, chunk_size: int = 4) -> torch.Tensor:
         """Normalised latents (B, c, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1], ``chunk_size`` at a time."""
         return torch.cat([self.vae.decode_latents(chunk) for chunk in latents.split(chunk_size)])
 
-    def encode(self, volumes: torch.Tensor, chunk_size: int = 4) -> torch.Tensor:
+    def encode_latents(self, volumes: torch.Tensor, chunk_size: int = 4) -> torch.Tensor:
         """Volumes (B, C, X, Y, Z) in [0, 1] to normalised latents (posterior mean), ``chunk_size`` at a time."""
         return torch.cat([self.vae.encode_latents(chunk) for chunk in volumes.split(chunk_size)])
 
@@ -473,7 +473,9 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if volumes is None or strength == 1:  # not even the trace of the volume that some schedules leave at T
             return noise * scale
-        encoded = self.encode(volumes.as_subclass(torch.Tensor).to(device, torch.float32))  # MONAI's MetaTensor too
+        encoded = self.encode_latents(
+            volumes.as_subclass(torch.Tensor).to(device, torch.float32)
+        )  # MONAI's MetaTensor too
         if strength == 0:
             return encoded
         start = timesteps[:1].repeat(len(encoded))
@@ -579,7 +581,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         if output_type == "latent":
             output = MedDiffusion3DPipelineOutput(volumes=latents)
         else:
-            decoded = self.decode(latents)
+            decoded = self.decode_latents(latents)
             output = MedDiffusion3DPipelineOutput(
                 volumes=decoded if output_type == "pt" else decoded.cpu().numpy(),
                 affine=self.affine(volume_shape, spacing) if affine is None else np.asarray(affine, dtype=np.float64),

@@ -1,5 +1,22 @@
 """Learned rewards, and the noise spectrum and the damage that they learn realism from."""
 
+from .damage import DAMAGE_NAMES, damage
 from .learned import SliceReward, VolumeReward
+from .scoring import RewardFunc
+from .spectrum import partial_noising, spectrum_loss
+from .spectrum_dataset import SpectrumDataset, build_spectrum
+from .spectrum_scores import score_spectrum, summarise
 
-__all__ = ["SliceReward", "VolumeReward"]
+__all__ = [
+    "DAMAGE_NAMES",
+    "RewardFunc",
+    "SliceReward",
+    "SpectrumDataset",
+    "VolumeReward",
+    "build_spectrum",
+    "damage",
+    "partial_noising",
+    "score_spectrum",
+    "spectrum_loss",
+    "summarise",
+]

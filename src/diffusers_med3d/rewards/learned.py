@@ -68,12 +68,12 @@ class _LearnedReward:
 
 
 class VolumeReward(_LearnedReward):
-    """A 3D reward model as a reward function: see ``VolumeRewardModel``."""
+    """Realism of whole volumes: scores of a `VolumeRewardModel`."""
 
     model_class = VolumeRewardModel
 
 
 class SliceReward(_LearnedReward):
-    """A 2D reward model as a reward function: see ``SliceRewardModel``."""
+    """Realism of slices: scores of a `SliceRewardModel`."""
 
     model_class = SliceRewardModel

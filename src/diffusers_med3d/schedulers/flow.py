@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
-FLOW_PREDICTION = "flow_prediction"  # how diffusers' multistep solvers are told that a network predicts the velocity
+FLOW_PREDICTION = "flow_prediction"
+"""``prediction_type`` of diffusers' multistep solvers for a network that predicts the velocity."""
 
 
 class FlowBatch(NamedTuple):
-    """What a training step needs: noisy latents and velocity (B, C, x, y, z), and what the network is told (B,)."""
+    """What a training step needs: noisy latents and velocity (B, C, x, y, z), and the network's timesteps (B,)."""
 
     noisy: torch.Tensor
     velocity: torch.Tensor
@@ -42,8 +43,8 @@ def check_supported(scheduler: SchedulerMixin) -> None:
     """Refuse, with the reason, a scheduler that nothing here can sample with.
 
     Raises:
-        ValueError: no prediction type; a flow with inverted sigmas, a shift that is left open, or a solver that is told
-            of the flow in part.
+        ValueError: no prediction type; a flow with inverted sigmas, a shift that is left open, or a solver whose
+            settings say in part that there is a flow.
     """
     name, config = type(scheduler).__name__, scheduler.config
     if is_flow(scheduler):

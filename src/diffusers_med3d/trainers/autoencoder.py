@@ -13,9 +13,10 @@ from torch.utils.data import Dataset as TorchDataset
 from .. import metrics
 from ..data import FOREGROUND_THRESHOLD, VolumeDataset
 from ..evaluation import figures
+from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
-from .base import Med3DConfig, Med3DTrainer
-from .losses import gradient_l1, kl_to_standard_normal, spectral_l1
+from .base import Med3DConfig, Med3DTrainer, describe_volumes
+from .losses import gradient_l1, spectral_l1
 
 
 @dataclass
@@ -69,8 +70,8 @@ class AutoencoderConfig(Med3DConfig):
 class CropDataset(TorchDataset):
     """Random crops (C, s, s, s), flipped left-right half of the time.
 
-    Half are centred on a foreground voxel, half lie anywhere: GroupNorm sees the whole input (PITFALLS P20), so the
-    share of background must vary in training as it does between a crop and a whole volume.
+    Half are centred on a foreground voxel, half lie anywhere: GroupNorm sees the whole input (docs/pitfalls.md, P20),
+    so the share of background must vary in training as it does between a crop and a whole volume.
 
     An item is ``{"index": int}``; the training step cuts the crops with ``draw``. The loader reads a batch ahead of the
     step, so crops that it cut would leave the random state of a checkpoint one batch ahead, and a resumed run would not
@@ -143,12 +144,13 @@ class AutoencoderLosses(nn.Module):
         """(B, C, X, Y, Z) in [0, 1] to scalar losses; ``loss`` is the one to minimise."""
         args = self.args
         if isinstance(self.autoencoder, VQModel3D):
-            reconstruction, regularizer = self.autoencoder(volume)
-            parts = {"commitment": regularizer}
-            loss = args.commitment_weight * regularizer
+            reconstruction, commitment = self.autoencoder(volume, return_dict=False)
+            parts = {"commitment": commitment}
+            loss = args.commitment_weight * commitment
         else:
-            reconstruction, mean, sigma = self.autoencoder(volume)
-            parts = {"kl": kl_to_standard_normal(mean, sigma)}
+            posterior = self.autoencoder.encode(volume).latent_dist
+            reconstruction = self.autoencoder.decode(posterior.sample()).sample
+            parts = {"kl": posterior.kl().mean() / posterior.mean[0].numel()}
             loss = args.kl_weight * parts["kl"]
         reconstruction, volume = reconstruction.float(), volume.float()
         parts["l1"] = (reconstruction - volume).abs().mean()
@@ -204,6 +206,9 @@ class AutoencoderTrainer(Med3DTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        self.card_data = describe_volumes(train_dataset, eval_dataset)
+        self.card_volume_shape = tuple(train_dataset[0]["volume"].shape[1:])
+        self.inherited_license = inherited_license(model)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
         """One step's loss; its parts are averaged into the next log."""
@@ -241,8 +246,7 @@ class AutoencoderTrainer(Med3DTrainer):
 
     def reconstruct(self, volumes: Tensor) -> Tensor:
         """Round trip through the posterior mean (VQ: the quantised code), clamped to [0, 1]."""
-        mean, _ = self.autoencoder.encode_moments(volumes)
-        return self.autoencoder.decode_raw(mean).float().clamp(0.0, 1.0)
+        return self.autoencoder(volumes).sample.float().clamp(0.0, 1.0)
 
     def codes_used(self, volumes: Tensor) -> float:
         """Share of the codebook that the volumes use."""

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from ..evaluation import figures
 from ..hub import cards
-from ..hub import publish as hub
+from ..hub.publish import model_files, publish
 
 COMPLETE_MARKER = "complete"
 """Last file written into a checkpoint: without it the run was killed while saving."""
@@ -45,9 +45,9 @@ _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
 }
 """What transformers calls gradient checkpointing: newer versions have both names and warn of the second."""
 
-_ALWAYS_TOLD = ("max_steps", "per_device_train_batch_size", "learning_rate", "seed")
-_TOLD = (
-    *_ALWAYS_TOLD,
+_ALWAYS_IN_CARD = ("max_steps", "per_device_train_batch_size", "learning_rate", "seed")
+_IN_CARD = (
+    *_ALWAYS_IN_CARD,
     *("gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
     *("load_best_model_at_end", "metric_for_best_model"),
@@ -135,13 +135,15 @@ class Med3DConfig(_BaseConfig):
             "CPUs it is torch's half an hour."
         },
     )
-    weights_license: str = field(
-        default="other",
-        metadata={"help": "Licence of the weights, for the model card; cc-by-sa-3.0 when trained on IXI."},
+    weights_license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the weights, for the model card: the Hub's identifier, such as cc-by-sa-3.0. Not set: "
+            "that of the model which training starts from, where it is known, else 'other'."
+        },
     )
 
     def __post_init__(self) -> None:
-        use_all_cores()  # here, because scripts compute (a spectrum, latents) before there is a trainer
         if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True  # also after `accelerate launch --cpu`, of which transformers knows nothing
         if "activation_checkpointing" in _CHECKPOINTING and self.activation_checkpointing is None:
@@ -232,8 +234,14 @@ class Med3DTrainer(_BaseTrainer):
     """Optimizer steps between two states that a checkpoint can hold."""
     card_notes = ""
     """Markdown that the model card starts with: results, pictures."""
+    card_data = ""
+    """Markdown that says what the model was trained on, for the model card: never names, ids or paths."""
+    card_volume_shape: Sequence[int] | None = None
+    """Size (X, Y, Z) of the volumes that the model was trained on, for the model card."""
     card_base_model = ""
     """Bundled name or Hub id of what is fine-tuned, for the model card."""
+    inherited_license: str | None = None
+    """Licence of what training starts from; ``weights_license`` overrides it."""
     _name = "Med3D"
     _tag_names = ["diffusers-med3d"]
 
@@ -304,22 +312,25 @@ class Med3DTrainer(_BaseTrainer):
             return
         folder, name = Path(self.args.output_dir), model_name or Path(self.args.output_dir).name
         if (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
-            card = cards.of_folder(folder, self.hub_model_id or name)
+            card = cards.of_folder(folder, self.hub_model_id or _for_snippet(folder), self.card_volume_shape)
         else:
             card = cards.Card(name, what="The model has not been saved yet.", use="")
         evaluations = [row for row in self.state.log_history if any(key.startswith("eval_") for key in row)]
         measured = evaluations[-1] if evaluations else {}
         card.name = name
-        card.license = self.args.weights_license
+        card.license = self.args.weights_license or self.inherited_license or "other"
         card.base_model = self.card_base_model
         card.tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
         card.datasets = [dataset_name] if dataset_name else []
-        card.data = f"Data: {dataset_name or 'not stated'}. Licence of the weights: {card.license}."
+        named = f"Data: {dataset_name}." if dataset_name else ""
+        of_base = "" if self.args.weights_license or not self.inherited_license else ", that of the model it comes from"
+        licence = f"Licence of the weights: {card.license}{of_base}."
+        card.data = " ".join(filter(None, (named, self.card_data, licence)))
         card.training = "\n".join(
             [
                 f"Trained with `diffusers_med3d.{type(self).__name__}`, {self.state.global_step} optimizer steps.",
                 *["", "| argument | value |", "|---|---|"],
-                *(f"| {name} | {value} |" for name, value in told_arguments(self.args).items()),
+                *(f"| {name} | {value} |" for name, value in card_arguments(self.args).items()),
             ]
         )
         card.figures = [
@@ -358,10 +369,10 @@ class Med3DTrainer(_BaseTrainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
-        return hub.publish(
+        return publish(
             self.args.output_dir,
             self.hub_model_id,
-            hub.model_files(self.args.output_dir),
+            model_files(self.args.output_dir),
             token=token,
             commit_message=commit_message,
             revision=self.args.hub_revision if revision is None else revision,
@@ -448,6 +459,7 @@ class Med3DTrainer(_BaseTrainer):
         Raises:
             ValueError: True, and there is no whole checkpoint.
         """
+        use_all_cores()
         if resume_from_checkpoint in ("latest", True):
             found = last_checkpoint(self.args.output_dir)
             if found is None and resume_from_checkpoint is True:
@@ -467,22 +479,47 @@ class Med3DTrainer(_BaseTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def told_arguments(args: Med3DConfig) -> dict[str, Any]:
-    """What a model card says of the arguments: all of our own and those in ``_TOLD`` that are not the default."""
+def _for_snippet(folder: Path) -> str:
+    """How a snippet names a folder: relative to where the run was started, and never by an absolute path."""
+    folder = folder.resolve()
+    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else folder.name
+
+
+def describe_volumes(volumes: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]] | None) -> str:
+    """Numbers of scans and subjects and their grid in a sentence, for a model card.
+
+    Args:
+        volumes, validation: items as those of ``VolumeDataset``.
+    """
+    subjects = len({item["subject"] for item in volumes})
+    volume = volumes[0]["volume"]
+    shape, spacing = (" x ".join(f"{v:g}" for v in values) for values in (volume.shape[1:], volume.pixdim))
+    held_out = f"; {len(validation)} scans of other subjects for validation" if validation is not None else ""
+    return (
+        f"Trained on {len(volumes)} scans of {subjects} subjects, brought to {shape} voxels of {spacing} mm, RAS axes, "
+        f"intensities in [0, 1]{held_out}."
+    )
+
+
+def card_arguments(args: Med3DConfig) -> dict[str, Any]:
+    """Arguments that a model card lists: all of our own and those in ``_IN_CARD`` that are not the default."""
     inherited = {entry.name for entry in dataclasses.fields(_BaseConfig)}
-    told = {}
+    kept = {}
     for entry in dataclasses.fields(args):
-        if entry.name == "weights_license" or (entry.name in inherited and entry.name not in _TOLD):
+        if entry.name == "weights_license" or (entry.name in inherited and entry.name not in _IN_CARD):
             continue
         value = vars(args)[entry.name]
         default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-        if entry.name in _ALWAYS_TOLD or value != default:
-            told[entry.name] = value.value if isinstance(value, Enum) else value
-    return told
+        if entry.name in _ALWAYS_IN_CARD or value != default:
+            kept[entry.name] = value.value if isinstance(value, Enum) else value
+    return kept
 
 
 def use_all_cores() -> None:
-    """``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU; a single process takes all cores it may run on."""
+    """``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU; a single process takes all cores it may run on.
+
+    ``train`` calls this; a script that computes before (a spectrum, latents) calls it at its start.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
         torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
 from ..evaluation.figures import orthogonal_views
-from ..hub.resolve import public_name
+from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
 from ..pipelines.conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
 from ..pipelines.lora import lora_layers, write_lora
@@ -43,10 +43,8 @@ from ..rl import (
     check_scheduler,
     clip_fraction,
     clipped_loss,
-    derive_seed,
     deterministic_steps,
     gaussian_kl,
-    generators_for,
     group_advantages,
     log_prob,
     rollout,
@@ -54,6 +52,7 @@ from ..rl import (
     transition,
 )
 from ..schedulers.flow import set_timesteps
+from ..utils.seeding import derive_seed, generators_for
 from .base import Med3DTrainer, keep_small_convolutions_exact
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
@@ -174,7 +173,7 @@ class DDPOTrainer(Med3DTrainer):
         self._window(args, 0)  # refuses a window that does not fit
 
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
-        unet = pipeline.unet.to(torch.float32)
+        unet = pipeline.unet.float()
         pipeline.vae.requires_grad_(False).eval()
         self.reference: nn.Module | None = None
         if peft_config is not None:
@@ -237,6 +236,8 @@ class DDPOTrainer(Med3DTrainer):
         self._watch = Watch(args.epsilon)
         self.card_notes = f"Rewards: {', '.join(self.reward_names)}."
         self.card_base_model = public_name(pipeline)
+        self.card_data = "Fine-tuning read no scans: the generator learned from scores of its own samples."
+        self.inherited_license = inherited_license(pipeline, pipeline.unet, pipeline.vae)
 
     def forget_rollout(self) -> None:
         """Drop the stored rollout and what was recorded of it; the next batch makes a new one."""
@@ -278,7 +279,8 @@ class DDPOTrainer(Med3DTrainer):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, c, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1], in chunks."""
         with self.accelerator.autocast():
-            return self.pipeline.decode(latents.to(self.accelerator.device), self.args.decode_batch_size).float()
+            latents = latents.to(self.accelerator.device)
+            return self.pipeline.decode_latents(latents, self.args.decode_batch_size).float()
 
     def _generate(self, model: nn.Module, index: int) -> list[Chunk]:
         """One rollout: sample, decode, score, compare. The layout of its P x G samples, here P = 3, G = 4, two

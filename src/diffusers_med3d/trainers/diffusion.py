@@ -15,12 +15,13 @@ from ..data import VolumeDataset
 from ..data.latents import LatentDataset
 from ..data.training_subjects import TRAINING_SUBJECTS
 from ..evaluation import figures
+from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
 from ..pipelines.conditions import call_arguments, encode_rows, scan_rows
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from ..schedulers.flow import flow_batch, flow_scheduler, is_flow
 from ..utils.files import write_json
-from .base import Med3DConfig, Med3DTrainer
+from .base import Med3DConfig, Med3DTrainer, describe_volumes
 from .muon import Muon
 
 SAMPLE_WEIGHT_CAP = 5.0
@@ -152,27 +153,27 @@ class LatentDiffusionTrainer(Med3DTrainer):
             gain = decoder_gain(model.vae, self.latents.mean[:1, 0].float())
             self.channel_weights = gain / gain.mean()
         super().__init__(model=model.unet, args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs)
+        self.card_data = describe_volumes(train_dataset, eval_dataset)
+        self.inherited_license = inherited_license(model, model.unet, model.vae)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in transformers; with ``args.muon`` the momentum of matrices inside the UNet's blocks is made orthogonal.
+        """As in transformers; with ``args.muon`` the matrices and kernels inside the UNet's blocks are `Muon`'s.
 
-        Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; kernels (out, in, x, y, z) are matrices
-        (out, in x y z). Steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, equation 4), so
-        that both share one learning rate. First and last layers, embeddings, norms and biases are AdamW's.
+        First and last layers, embeddings, norms and biases are AdamW's.
         """
         if not self.args.muon or self.optimizer is not None:
             return super().create_optimizer(model)
-        hidden, others = [], []
+        matrices, others = [], []
         for name, parameter in (model or self.model).named_parameters():
             if parameter.requires_grad:
-                (hidden if "_block" in name and parameter.ndim >= 2 else others).append(parameter)
-        common = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
-        adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
+                (matrices if "_block" in name and parameter.ndim >= 2 else others).append(parameter)
         self.optimizer = Muon(
-            [
-                {"params": hidden, "use_muon": True, "use_adjusted_lr": True, **common},
-                {"params": others, "use_muon": False, **common, **adam},
-            ]
+            matrices,
+            others,
+            lr=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
         )
         return self.optimizer
 
@@ -335,12 +336,12 @@ def decoder_gain(autoencoder: AutoencoderKL3D | VQModel3D, latents: Tensor, size
     autoencoder.eval()
     latents = autoencoder.normalize_latents(latents.to(autoencoder.device))
     noise = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(latents) * size
-    volume = autoencoder.decode_raw(autoencoder.denormalize_latents(latents))
+    volume = autoencoder.decode(autoencoder.denormalize_latents(latents)).sample
     gains = []
     for channel in range(latents.shape[1]):
         perturbed = latents.clone()
         perturbed[:, channel] += noise
-        change = autoencoder.decode_raw(autoencoder.denormalize_latents(perturbed)) - volume
+        change = autoencoder.decode(autoencoder.denormalize_latents(perturbed)).sample - volume
         gains.append(change.square().mean().sqrt().cpu() / size)
     return torch.stack(gains)
 

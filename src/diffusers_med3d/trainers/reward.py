@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..evaluation import figures
+from ..hub.origin import inherited_license
 from ..models.reward import SliceRewardModel, VolumeRewardModel
 from ..rewards.damage import (
     DAMAGE_NAMES,
@@ -243,6 +244,13 @@ class RewardModelTrainer(Med3DTrainer):
         self.reward_model = model
         kwargs.setdefault("data_collator", default_collate)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        volume = train_dataset[0]["real"]
+        self.card_volume_shape = tuple(volume.shape[1:])
+        self.card_data = (
+            f"Trained on {len(train_dataset)} scans of {' x '.join(map(str, volume.shape[1:]))} voxels, RAS axes, "
+            "intensities in [0, 1], and on versions of them that a generator made."
+        )
+        self.inherited_license = inherited_license(model)
         self._micro_step = (-1, 0)  # optimizer step, batches seen in it
         self._versions_shown = False
 

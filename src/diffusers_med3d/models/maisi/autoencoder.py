@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
     AutoencoderKlMaisi,
     MaisiConvolution,
@@ -12,7 +14,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import (
 )
 from torch import nn
 
-from ..autoencoder import KLCodecMixin
+from ..autoencoder import DiagonalGaussianDistribution3D, KLCodecMixin
 
 MIN_SPLIT = 4
 """Shortest part of a latent side that a split convolution can work on: its parts overlap by up to 4 voxels."""
@@ -21,8 +23,9 @@ MIN_SPLIT = 4
 class AutoencoderKLMaisi3D(KLCodecMixin, ModelMixin, AutoencoderKlMaisi, ConfigMixin):
     """KL autoencoder of MAISI and NV-Generate (Guo et al. 2024, arXiv 2409.11169): convolutions split to save memory.
 
-    State-dict keys are MONAI's. The norms see the whole volume, so splitting the convolutions changes nothing but
-    memory and time. MONAI's option ``norm_float16`` is the ``dtype`` of the model here, and its norms are torch's.
+    State-dict keys are MONAI's, calls those of `AutoencoderKL3D`. The norms see the whole volume, so splitting the
+    convolutions changes nothing but memory and time. MONAI's option ``norm_float16`` is the ``dtype`` of the model
+    here, and its norms are torch's.
 
     Args:
         in_channels, out_channels: image channels.
@@ -114,13 +117,15 @@ class AutoencoderKLMaisi3D(KLCodecMixin, ModelMixin, AutoencoderKlMaisi, ConfigM
                 "Call set_num_splits(1), or with a number that fits."
             )
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Volumes (B, C, X, Y, Z) in [0, 1] to raw posterior mean and sigma, (B, latent_channels, X/f, Y/f, Z/f)."""
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution3D]:
+        """As `AutoencoderKL3D.encode`; refuses a size that ``num_splits`` does not fit."""
         if x.ndim == 5:
             self._check_splits(x.shape[2 + self.config.dim_split] // self.downsample_factor)
-        return super().encode(x)
+        return super().encode(x, return_dict)
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Raw latents (B, latent_channels, x, y, z) to volumes (B, C, x*f, y*f, z*f), not clamped."""
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """As `AutoencoderKL3D.decode`; refuses a size that ``num_splits`` does not fit."""
         self._check_splits(z.shape[2 + self.config.dim_split])
-        return super().decode(z)
+        return super().decode(z, return_dict)

@@ -15,6 +15,7 @@ from monai.networks.blocks.selfattention import SABlock
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 
 from ...hub.publish import PublishMixin
+from ..casting import QuietCastMixin
 from ..checkpointing import CheckpointedBlocksMixin
 from ..sizes import check_divisible
 from ..unet import DiffusionUNet3DOutput
@@ -29,7 +30,13 @@ GAIN = 100.0
 
 
 class DiffusionUNetMaisi3D(
-    PublishMixin, CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, DiffusionModelUNetMaisi, ConfigMixin
+    PublishMixin,
+    QuietCastMixin,
+    CheckpointedBlocksMixin,
+    ModelMixin,
+    PeftAdapterMixin,
+    DiffusionModelUNetMaisi,
+    ConfigMixin,
 ):
     """3D UNet with conditions besides the class: MAISI's spacing and body region (Guo et al. 2024, arXiv 2409.11169),
     or named numbers through cross-attention (Pinaya et al. 2022, arXiv 2209.07162).
