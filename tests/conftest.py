@@ -1,4 +1,7 @@
-"""Tiny real components for every test: small networks, a saved pipeline, a folder of small synthetic brains."""
+"""Tiny real components for every test: small networks, a saved pipeline, a folder of small synthetic brains.
+
+Pitfalls that tests name by their number are those of docs/pitfalls.md.
+"""
 
 import os
 

@@ -205,7 +205,7 @@ def test_a_result_is_made_once_and_never_half_written(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         once(tmp_path / "other.json", interrupted)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         once(tmp_path / "other.json", lambda: float("nan"))
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 

@@ -240,7 +240,7 @@ def test_a_private_repository_opens_to_its_token_alone(hub, tiny_pipeline, monke
     assert hub.repos["model", "org/secret"].private
     monkeypatch.delenv("HF_TOKEN")
     for token in (None, "hf_wrong"):
-        with pytest.raises(OSError) as refusal:
+        with pytest.raises(OSError, match="org/secret") as refusal:
             MedDiffusion3DPipeline.from_pretrained("org/secret", token=token)
         assert "401" in f"{refusal.value} {refusal.value.__cause__}"
         with pytest.raises(OSError, match="org/secret-reward"):

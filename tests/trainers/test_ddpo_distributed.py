@@ -86,7 +86,7 @@ def run(folder: Path, base: str, processes: int, batches: int, kind: str = "full
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_two_processes_have_the_advantages_of_one(tiny_pipeline_folder, tmp_path, kind):
-    """P15, P16, P17: 12 samples as 1 process x 4 batches or 2 x 2; noise by sample, window shared, saving returns."""
+    """Pitfalls 15 to 17: 12 samples as 1 process x 4 batches or 2 x 2; noise by sample, one window, saving returns."""
     one = run(tmp_path, tiny_pipeline_folder, 1, 4, kind)
     two = run(tmp_path, tiny_pipeline_folder, 2, 2, kind)
     assert (one["world"], two["world"]) == (1, 2)

@@ -334,7 +334,7 @@ def test_evaluation_is_repeatable_and_uses_the_averaged_weights(tiny_pipeline, s
 
 
 def test_evaluation_noises_the_normalised_latents_of_the_validation_scans(tiny_pipeline, scans, tmp_path):
-    """P25: raw latents, or latents normalised twice, would be judged at other noise levels than are sampled."""
+    """Pitfall 25: raw latents, or latents normalised twice, would be judged at other noise levels than are sampled."""
     trainer = make(tmp_path, tiny_pipeline, scans)
     seen, honest = [], trainer._denoising_loss
 
