@@ -671,6 +671,14 @@ def test_volumes_are_decoded_in_chunks_with_the_statistics_applied_once(tiny_pip
     assert sizes == [2, 2, 1]
 
 
+def test_by_default_a_rollout_makes_three_optimizer_steps_so_that_the_clip_range_acts(tmp_path):
+    for accumulation in (1, 2):
+        args = DDPOConfig(output_dir=str(tmp_path), gradient_accumulation_steps=accumulation)
+        assert args.steps_per_generation == 3 * accumulation
+        assert args.per_device_train_batch_size * args.steps_per_generation % args.num_generations == 0
+        assert args.max_steps % 3 == 0 and args.save_steps % 3 == 0  # checkpoints lie between two rollouts
+
+
 def test_every_field_is_a_flag_with_an_explanation(capsys):
     from dataclasses import fields
 
