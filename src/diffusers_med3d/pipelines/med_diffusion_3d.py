@@ -142,7 +142,8 @@ def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | dict[
 
 
 def _with_affine(
-    volumes: torch.Tensor | Sequence[torch.Tensor] | None, affine: np.ndarray | torch.Tensor | None
+    volumes: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...] | None,
+    affine: np.ndarray | torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, np.ndarray | torch.Tensor | None]:
     """One scan or a list of scans as a plain batch, with the affines that MetaTensors bring unless one is given.
 
@@ -519,7 +520,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pt",
-        volumes: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        volumes: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...] | None = None,
         strength: float | None = None,
         affine: np.ndarray | torch.Tensor | None = None,
         spacing: Sequence[float] | None = None,
