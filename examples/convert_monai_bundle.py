@@ -1,9 +1,10 @@
 """Convert published MONAI and NVIDIA generators to pipelines. docs/monai.md has a command for every published model.
 
-python examples/convert_monai_bundle.py --bundle MONAI/brats_mri_generative_diffusion --estimate_from DATA \\
-    --output_dir brats
-python examples/convert_monai_bundle.py --config_files network.json scheduler.json --autoencoder_weights autoencoder.pt \\
-    --unet_weights unet.pt --scale_factor 0.92 --volume_shape 64 64 64 --spacing 3 3 3 --output_dir mine
+    python examples/convert_monai_bundle.py --bundle MONAI/brats_mri_generative_diffusion --estimate_from DATA \\
+        --output_dir brats
+    python examples/convert_monai_bundle.py --config_files network.json scheduler.json \\
+        --autoencoder_weights autoencoder.pt --unet_weights unet.pt --scale_factor 0.92 --volume_shape 64 64 64 \\
+        --spacing 3 3 3 --output_dir mine
 """
 
 import json

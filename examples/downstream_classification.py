@@ -1,13 +1,13 @@
 """Does a classifier of young and old brains get better with generated scans, and with fine-tuned ones the more?
 
-    python examples/downstream_classification.py --data_dir DATA --split_file split.json \
+    python examples/downstream_classification.py --data_dir DATA --split_file split.json \\
         --model_name_or_path brain-t1 outputs/ppo_finetune --output_dir outputs/downstream
 
 A small 3D DenseNet is trained on 5, 10 and 20 real scans per class, alone or with generated ones from before or after
 RL, and judged on real scans that nothing was trained on: log-loss, AUC, balanced accuracy, F1, intervals over subjects
-and seeds, differences paired. `diffusers_med3d.evaluation.downstream` holds the protocol. The validation subjects judge;
---part test is for the final proof only. A run that was stopped goes on where it stopped: every classifier's answers are
-a file of their own. Writes report.json, report.md and downstream.png.
+and seeds, differences paired. `diffusers_med3d.evaluation.downstream` holds the protocol. The validation subjects
+judge; --part test is for the final proof only. A run that was stopped goes on where it stopped: every classifier's
+answers are a file of their own. Writes report.json, report.md and downstream.png.
 
 Mind what this can show: the generator was trained with the labels of *all* training scans, so "real + synthetic" at 5
 scans per class holds information from many more. It is a test of what the volumes carry, not of saving labels.
@@ -146,7 +146,7 @@ def main() -> None:
         for model in models.values():
             check_pipeline(MedDiffusion3DPipeline.from_pretrained(model), data)
             check_unseen(model, unseen_subjects)
-    real, unseen = (prepare(real_volumes, settings), real_labels), prepare(unseen_volumes, settings)
+        real, unseen = (prepare(real_volumes, settings), real_labels), prepare(unseen_volumes, settings)
     classes, synthetic, generators = [0, len(data.class_names) - 1], {}, {}
     for name, model in models.items():
         pipeline = MedDiffusion3DPipeline.from_pretrained(model).to(device)
@@ -176,7 +176,9 @@ def main() -> None:
         "training_labels": real_labels.tolist(),
         "unseen_subjects": unseen_subjects,
         "unseen_labels": unseen_labels.tolist(),
-        **({"antialias": True} if data.antialias else {}),  # told apart from results of before there was a choice
+        **(
+            {"antialias": True} if data.antialias else {}
+        ),  # left out where it is off, as in results of before there was a choice
     }
     found = once(output / "setting.json", lambda: setting)
     if found != setting:

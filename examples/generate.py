@@ -1,8 +1,9 @@
 """Generate volumes as NIfTI files and draw them in one picture.
 
-    python examples/generate.py                                            # four of every class of brain-t1
+    python examples/generate.py                                                  # four of every class of brain-t1
     python examples/generate.py --model_name_or_path outputs/ppo_finetune --class_labels young old --num_samples 8
-    python examples/generate.py --model_name_or_path brain-t1 outputs/ppo_finetune --data_dir DATA --split_file split.json
+    python examples/generate.py --model_name_or_path brain-t1 outputs/ppo_finetune \\
+        --data_dir DATA --split_file split.json                                  # two models and scans, side by side
 
 Sample i of every class and every model starts from the noise of --seed + i, so that models are compared on equal terms.
 With scans, the picture also has rows of training scans of the same classes. Writes <class>-0000.nii.gz and on into a
@@ -24,6 +25,7 @@ from diffusers_med3d.pipelines.conditions import (
     call_arguments,
     encode_rows,
     labels_of_scans,
+    names_by_index,
     rows_to_sample,
 )
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
@@ -83,8 +85,7 @@ def rows_asked_for(pipeline: MedDiffusion3DPipeline, args: GenerateArguments) ->
     if args.class_labels is None:
         rows = rows_to_sample(pipeline, args.conditions)
     else:
-        names = pipeline.config.class_names or {}
-        names = {str(index): name for name, index in names.items()} if isinstance(names, dict) else {}
+        names = {str(index): name for index, name in names_by_index(pipeline).items()}
         labels = [names.get(label, label) for label in args.class_labels]
         rows = datasets.Dataset.from_dict({LABEL_COLUMN: labels if names else list(map(int, labels))})
     encode_rows(pipeline, rows)
@@ -122,11 +123,9 @@ def main() -> None:
         pipelines = {name: MedDiffusion3DPipeline.from_pretrained(model).to(device) for model, name in models.items()}
         asked = {name: rows_asked_for(pipeline, args) for name, pipeline in pipelines.items()}
         scans = VolumeDataset.from_arguments(data, "train") if data.data_dir else None
-        taken = (
-            [] if args.overwrite else sorted(path for name in pipelines for path in (output / name).glob("*.nii.gz"))
-        )
-        if taken:
-            raise FileExistsError(f"{taken[0].parent} holds volumes already; use --overwrite or another --output_dir.")
+        for folder in (output / name for name in pipelines):
+            if not args.overwrite and any(folder.glob("*.nii.gz")):
+                raise FileExistsError(f"{folder} holds volumes already; use --overwrite or another --output_dir.")
     first = next(iter(asked.values()))
     pictures = {}
     for index, row in enumerate(first):

@@ -1,6 +1,6 @@
 """Stage 2: pre-train the latent diffusion model on an autoencoder's latents.
 
-    accelerate launch examples/train_diffusion.py --data_dir DATA --split_file split.json \
+    accelerate launch examples/train_diffusion.py --data_dir DATA --split_file split.json \\
         --autoencoder outputs/autoencoder --output_dir outputs/diffusion
 
 The two folds that the rewards need: ``--part a`` and ``--part b``. Away from a worse generator, at the end:

@@ -1,7 +1,7 @@
 """Stage 3: train a reward model on the noise spectrum that the generator itself makes.
 
-    accelerate launch examples/train_reward.py --architecture 3d --data_dir DATA --split_file split.json \
-        --fold_a_model outputs/generator-a --fold_b_model outputs/generator-b \
+    accelerate launch examples/train_reward.py --architecture 3d --data_dir DATA --split_file split.json \\
+        --fold_a_model outputs/generator-a --fold_b_model outputs/generator-b \\
         --model_name_or_path outputs/generator --output_dir outputs/reward-3d
 
 Two generators, each trained on one fold of the training subjects, make the spectrum of the other fold's subjects: no

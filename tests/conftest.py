@@ -1,4 +1,7 @@
-"""Tiny real components for every test: small networks, a saved pipeline, a folder of small synthetic brains."""
+"""Tiny real components for every test: small networks, a saved pipeline, a folder of small synthetic brains.
+
+Pitfalls that tests name by their number are those of docs/pitfalls.md.
+"""
 
 import os
 
@@ -104,7 +107,7 @@ def tiny_unet() -> DiffusionUNet3D:
 
 @pytest.fixture
 def tiny_scheduler() -> DDIMScheduler:
-    """As the bundled generator has it: v-prediction, latents never clipped, a finite last step (PITFALLS P5)."""
+    """As the bundled generator has it: v-prediction, latents unclipped, a finite last step (docs/pitfalls.md, P5)."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",

@@ -145,7 +145,7 @@ def test_private_interfaces_of_others_are_imported_in_one_place(private, place):
 
 
 def test_nothing_in_the_package_or_its_scripts_unpickles():
-    """PITFALLS P10: foreign weights come as safetensors, our own training state with weights_only=True."""
+    """docs/pitfalls.md, P10: foreign weights come as safetensors, our own training state with weights_only=True."""
     scripts = {path.name: path.read_text() for path in (REPOSITORY / "examples").glob("*.py")}
     assert scripts
     for name, text in {**sources(), **scripts}.items():
@@ -158,7 +158,7 @@ def test_nothing_in_the_package_or_its_scripts_unpickles():
 
 
 def test_bundled_checkpoints_are_small_safetensors_in_fp16():
-    """PITFALLS P21: a small fine-tuning update would not survive bfloat16."""
+    """docs/pitfalls.md, P21: a small fine-tuning update would not survive bfloat16."""
     files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".png"}
     assert sum(path.stat().st_size for path in files) <= 60 * 2**20

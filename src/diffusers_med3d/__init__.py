@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # diffusers finds components of a library that it lists, and pipelines among its own attributes. This is the one place
-# that touches its private loading code (PITFALLS P1): it makes local folders, the Hub, DiffusionPipeline and AutoModel
-# find our classes, and model_index.json name them as ["diffusers_med3d", "ClassName"].
+# that touches its private loading code (docs/pitfalls.md, P1): it makes local folders, the Hub, DiffusionPipeline and
+# AutoModel find our classes, and model_index.json name them as ["diffusers_med3d", "ClassName"].
 pipeline_loading_utils.LOADABLE_CLASSES.setdefault(
     __name__, {base.__name__: ["save_pretrained", "from_pretrained"] for base in (ModelMixin, SchedulerMixin)}
 )

@@ -1,10 +1,8 @@
 """Weights in every published layout and the missing scale factor."""
 
-import importlib.util
 import json
 import pickle
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
 from safetensors.torch import save_file
 
-from conftest import EXAMPLES, awaken
+from conftest import awaken, run_example
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.conversion import (
     Definition,
@@ -26,7 +24,6 @@ from diffusers_med3d.conversion import (
 from diffusers_med3d.conversion.networks import build_autoencoder, build_unet
 from diffusers_med3d.conversion.weights import attention_without_fc, load_exactly
 
-EXAMPLE = EXAMPLES / "convert_monai_bundle.py"
 AUTOENCODER = {
     "spatial_dims": 3,
     "in_channels": 1,
@@ -82,14 +79,6 @@ def convert(folder: Path, **arguments: Any) -> MedDiffusion3DPipeline:
     pipeline, _ = convert_bundle(read(folder), models / "vae.pt", models / "unet.pt", **arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@pytest.fixture
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_monai_bundle", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @torch.no_grad()
@@ -274,37 +263,38 @@ def test_weights_load_into_monais_class_as_they_are(tiny_unet):
 
 
 @torch.no_grad()
-def test_the_script_converts_a_bundle_folder(bundle, brains_folder, example, tmp_path, capsys):
-    def run(**arguments: Any) -> None:
-        example.main(example.ConvertArguments(**arguments))
+def test_the_script_converts_a_bundle_folder(bundle, brains_folder, monkeypatch, tmp_path, capsys):
+    def run(*flags: object) -> None:
+        run_example(monkeypatch, "convert_monai_bundle.py", *flags)
 
     ours = str(tmp_path / "ours")
-    with pytest.raises(ValueError, match="scale factor"):
-        run(bundle=str(bundle), output_dir=ours)
+    with pytest.raises(SystemExit, match="scale factor"):
+        run("--bundle", bundle, "--output_dir", ours)
     assert not Path(ours).exists()
-    run(bundle=str(bundle), estimate_from=brains_folder, output_dir=ours)
+    run("--bundle", bundle, "--estimate_from", brains_folder, "--output_dir", ours)
     assert "scale factor" in capsys.readouterr().out
     pipeline = MedDiffusion3DPipeline.from_pretrained(ours)
     assert pipeline.config.volume_shape == [8, 8, 8]
     assert pipeline.scheduler.config.timestep_spacing == "leading"  # the bundle says MONAI 1.4
     assert not list(tmp_path.glob("tmp*"))
-    with pytest.raises(FileExistsError, match="exists already"):
-        run(bundle=str(bundle), scale_factor=1.0, output_dir=ours)
+    with pytest.raises(SystemExit, match="exists already"):
+        run("--bundle", bundle, "--scale_factor", 1.0, "--output_dir", ours)
 
-    with pytest.raises(ValueError, match="give --unet_weights"):
-        (bundle / "models" / "unet.pt").rename(bundle / "models" / "renamed.pt")
-        run(bundle=str(bundle), scale_factor=1.0, output_dir=str(tmp_path / "other"))
-    with pytest.raises(FileNotFoundError, match="no MONAI bundle"):
-        run(bundle=str(tmp_path), output_dir=str(tmp_path / "other"))
+    (bundle / "models" / "unet.pt").rename(bundle / "models" / "renamed.pt")
+    with pytest.raises(SystemExit, match="give --unet_weights"):
+        run("--bundle", bundle, "--scale_factor", 1.0, "--output_dir", tmp_path / "other")
+    with pytest.raises(SystemExit, match="no MONAI bundle"):
+        run("--bundle", tmp_path, "--output_dir", tmp_path / "other")
 
 
-def test_the_script_takes_a_bundle_from_the_hub_without_its_data(bundle, hub, example, tmp_path):
+def test_the_script_takes_a_bundle_from_the_hub_without_its_data(bundle, hub, monkeypatch, tmp_path):
     (bundle / "datasets").mkdir()
     (bundle / "datasets" / "masks.zip").write_bytes(b"large")
     api = HfApi()
     api.create_repo("tester/bundle")
     api.upload_folder(repo_id="tester/bundle", folder_path=bundle)
     output = str(tmp_path / "ours")
-    example.main(example.ConvertArguments(bundle="tester/bundle", scale_factor=1.0, output_dir=output))
+    flags = ("--bundle", "tester/bundle", "--scale_factor", 1.0, "--output_dir", output)
+    run_example(monkeypatch, "convert_monai_bundle.py", *flags)
     assert MedDiffusion3DPipeline.from_pretrained(output).config.spacing == [2.0, 2.0, 2.0]
     assert list(Path(hub.cache).rglob("unet.pt")) and not list(Path(hub.cache).rglob("masks.zip"))

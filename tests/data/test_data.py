@@ -385,14 +385,14 @@ def test_the_script_that_splits_says_which_column_is_missing(brains_folder, tmp_
     monkeypatch.setattr(
         sys, "argv", ["make_split.py", *options, "--test", "1", "1", "1", "--validation", "1", "0", "1"]
     )
-    with pytest.raises(ValueError, match=r"no column 'diagnosis' \(label_column\), only .*participant_id"):
+    with pytest.raises(SystemExit, match=r"no column 'diagnosis' \(label_column\), only .*participant_id"):
         runpy.run_path(str(REPOSITORY / "examples" / "make_split.py"), run_name="__main__")
     assert not (tmp_path / "split.json").exists()
 
 
 def test_the_script_that_splits_needs_a_count_for_every_class(brains_folder, tmp_path, monkeypatch):
     options = ["--data_dir", brains_folder, "--split_file", tmp_path / "split.json", "--validation", 1, 1]
-    with pytest.raises(ValueError, match=r"one count for each of \['young', 'middle', 'old'\], got \[1, 1\]"):
+    with pytest.raises(SystemExit, match=r"one count for each of \['young', 'middle', 'old'\], got \[1, 1\]"):
         run_example(monkeypatch, "make_split.py", *options, "--test", 1, 1)
     assert not (tmp_path / "split.json").exists()
 

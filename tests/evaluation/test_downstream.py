@@ -205,7 +205,7 @@ def test_a_result_is_made_once_and_never_half_written(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         once(tmp_path / "other.json", interrupted)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         once(tmp_path / "other.json", lambda: float("nan"))
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 
@@ -219,7 +219,7 @@ def test_the_example_reports_resumes_and_refuses_another_trial(
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))
     out = tmp_path / "out"
     command = [str(EXAMPLE), "--data_dir", brains_folder, "--split_file", str(tmp_path / "split.json")]
-    command += ["--before", tiny_pipeline_folder, "--after", str(tmp_path / "after"), "--output_dir", str(out)]
+    command += ["--model_name_or_path", tiny_pipeline_folder, str(tmp_path / "after"), "--output_dir", str(out)]
     command += ["--volume_shape", "16", "16", "16", "--spacing", "12", "12", "12", "--num_synthetic", "2"]
     command += ["--num_inference_steps", "2", "--real_per_class", "1", "--batch_size", "4", "--repeats", "50"]
 
@@ -264,6 +264,7 @@ def test_the_example_reports_resumes_and_refuses_another_trial(
         (("--downsample", "4"), "needs 8 voxels a side"),
         ((), "subjects were in the training set of 'after', the first is 'sub-07'"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(SystemExit) as refusal:
             launch(*flags)
+        assert message in str(refusal.value) + capsys.readouterr().err
     assert not out.exists()

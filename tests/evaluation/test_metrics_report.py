@@ -364,7 +364,7 @@ def test_sets_that_cannot_be_compared_are_refused_with_what_was_found():
         evaluate({"m": VolumeSet(samples.volumes[:1], [0], ["s0"])}, *two_of_one_class, [COARSE], (3, 3, 3))
     with pytest.raises(ValueError, match="10 and 9"):
         VolumeSet(samples.volumes, samples.labels, samples.subjects[:9])
+    broken = samples.volumes.clone()
+    broken[0, 0, 0, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="1 voxels are NaN"):
-        broken = samples.volumes.clone()
-        broken[0, 0, 0, 0, 0] = float("nan")
         VolumeSet(broken, samples.labels, samples.subjects)

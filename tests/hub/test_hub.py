@@ -240,7 +240,7 @@ def test_a_private_repository_opens_to_its_token_alone(hub, tiny_pipeline, monke
     assert hub.repos["model", "org/secret"].private
     monkeypatch.delenv("HF_TOKEN")
     for token in (None, "hf_wrong"):
-        with pytest.raises(OSError) as refusal:
+        with pytest.raises(OSError, match="org/secret") as refusal:
             MedDiffusion3DPipeline.from_pretrained("org/secret", token=token)
         assert "401" in f"{refusal.value} {refusal.value.__cause__}"
         with pytest.raises(OSError, match="org/secret-reward"):
@@ -487,9 +487,28 @@ def test_a_checkpoint_whose_card_lacks_something_is_not_published(hub, monkeypat
     shutil.copytree(EXAMPLES.parent / "model_cards", tmp_path / "cards")
     path = tmp_path / "cards" / "brain-t1-reward-2d.md"
     path.write_text(path.read_text().replace("## Memorisation audit", "## Something else"))
-    with pytest.raises(ValueError, match="section 'Memorisation audit'"):
+    with pytest.raises(SystemExit, match="section 'Memorisation audit'"):
         run_example(monkeypatch, "push_to_hub.py", "--namespace", "org", "--cards_dir", tmp_path / "cards")
     assert hub.repos == {}
+
+
+def test_a_folder_of_ones_own_is_published_with_a_card_and_without_what_else_lies_in_it(
+    hub, monkeypatch, tmp_path, tiny_pipeline_folder, tiny_vae
+):
+    folder = Path(tiny_pipeline_folder)
+    (folder / "training_subjects.json").write_text('["sub-01"]')
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "model.safetensors").write_bytes(b"large")
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    run_example(monkeypatch, "push_to_hub.py", "--namespace", "org", "--model_name_or_path", folder, tmp_path / "vae")
+    assert hub.files("org/tiny-pipeline") >= PIPELINE_FILES and hub.files("org/vae") >= MODEL_FILES
+    assert not {"training_subjects.json", "checkpoint-1/model.safetensors"} & hub.files("org/tiny-pipeline")
+    card = hub.read("org/tiny-pipeline", "README.md").decode()
+    assert missing(card) == [] and 'from_pretrained("org/tiny-pipeline")' in card
+    run_example(monkeypatch, "push_to_hub.py", "--repo_id", "org/other", "--model_name_or_path", folder)
+    assert 'from_pretrained("org/other")' in hub.read("org/other", "README.md").decode()
+    with pytest.raises(SystemExit, match="holds no saved pipeline or model"):
+        run_example(monkeypatch, "push_to_hub.py", "--repo_id", "org/no", "--model_name_or_path", tmp_path)
 
 
 def test_snapshots_hold_what_was_pushed_byte_for_byte(hub, tiny_pipeline, tmp_path):

@@ -230,7 +230,7 @@ def test_a_mirrored_shifted_and_darkened_copy_is_flagged_and_an_unseen_blurry_vo
     themselves = metrics.nearest_training_scan(training, training, names, names)
     threshold = metrics.copy_threshold(themselves.ratio)
     assert (found.ratio < threshold).tolist() == [True, False, False]
-    assert found.index[0] == 7
+    assert found.scan[0] == 7
     # the blurry one lies nearer to the training scans than a sharp one: the distance alone would flag it first
     assert found.distance[2] < found.distance[1]
 

@@ -116,7 +116,7 @@ def test_the_divergence_of_a_posterior_sums_over_all_of_a_3d_latent(tiny_vae):
 
 
 def test_no_layer_depends_on_the_batch_or_drops_out(model):
-    """BatchNorm would make the update see other numbers than the rollout (PITFALLS 9), dropout likewise (10)."""
+    """BatchNorm or dropout would make the update see other numbers than the rollout (docs/pitfalls.md, 9 and 10)."""
     for module in model.modules():
         assert not isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
         assert not isinstance(module, torch.nn.Dropout) or module.p == 0
@@ -197,7 +197,7 @@ def test_the_unet_refuses_samples_and_labels_of_another_kind(tiny_unet):
         tiny_unet(torch.zeros(2, 4, 4, 4, 4), 0, torch.tensor([0]))
 
 
-# --- latent statistics (PITFALLS 25, P7)
+# --- latent statistics (docs/pitfalls.md, 25 and P7)
 
 
 def test_latent_statistics_are_applied_once_each_way(tiny_vae):

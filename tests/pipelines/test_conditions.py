@@ -353,11 +353,11 @@ def test_the_fine_tuning_script_takes_the_conditions_from_a_file(tiny_maisi, tmp
     tiny_maisi.save_pretrained(tmp_path / "start")
     VolumeRewardModel(channels=(8, 8), norm_num_groups=4, num_members=1).save_pretrained(tmp_path / "reward")
     (tmp_path / "table.json").write_text(json.dumps(ROWS))
-    flags = ["--pipeline", tmp_path / "start", "--volume_reward", tmp_path / "reward", "--slice_reward", ""]
+    flags = ["--model_name_or_path", tmp_path / "start", "--reward_funcs", tmp_path / "reward"]
     flags += ["--per_device_train_batch_size", 6, "--steps_per_generation", 2, "--num_generations", 4, "--max_steps", 1]
     flags += ["--num_inference_steps", 4, "--sde_window_size", 2, "--eval_num_inference_steps", 2, "--bf16", "false"]
     flags += ["--eval_volumes", 2, "--report_to", "none", "--output_dir", tmp_path / "out"]
-    with pytest.raises(ValueError, match="no column 'top_region'"):
+    with pytest.raises(SystemExit, match="no column 'top_region'"):
         run_example(monkeypatch, "ppo_finetune.py", *flags)
     run_example(monkeypatch, "ppo_finetune.py", *flags, "--conditions", tmp_path / "table.json")
     assert json.loads((tmp_path / "out" / "results.json").read_text())["volumes"] == 6

@@ -87,7 +87,9 @@ def outputs(folder: Path, inputs: dict[str, torch.Tensor], call: dict[str, Any])
 def test_a_frozen_pipeline_gives_the_outputs_it_gave_when_it_was_made(folder, call):
     expected = load_file(folder / "expected.safetensors")
     inputs = {name: expected.pop(name) for name in ("volumes", "sample")}
-    for name, value in outputs(folder, inputs, call).items():
+    found = outputs(folder, inputs, call)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
         assert expected[name].std() > 20 * TOLERANCE, name
         assert_close(value, expected[name], rtol=0, atol=TOLERANCE)
 

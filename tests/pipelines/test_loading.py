@@ -1,4 +1,4 @@
-"""Every way in which a saved pipeline must load (PITFALLS P1), each in a process that knows nothing but the import."""
+"""Every way in which a saved pipeline must load (docs/pitfalls.md, P1), each in a process that only imports us."""
 
 import json
 import os
@@ -159,7 +159,9 @@ def test_half_precision_files_load_as_float32_by_default(tiny_pipeline, tmp_path
 def test_saved_configs_do_not_tell_the_folder_that_a_component_came_from(tiny_pipeline_folder, tmp_path):
     loaded = DiffusionPipeline.from_pretrained(tiny_pipeline_folder)
     loaded.save_pretrained(tmp_path / "again")
-    for path in (tmp_path / "again").rglob("*.json"):
+    configs = list((tmp_path / "again").rglob("*.json"))
+    assert len(configs) == 4
+    for path in configs:
         assert str(tmp_path) not in path.read_text(), path
 
 
@@ -193,7 +195,7 @@ def test_a_bundled_generator_loads_by_its_bare_name(name):
 
 
 def test_no_folder_of_the_package_bears_the_name_of_a_diffusers_pipeline():
-    """diffusers would take components in it for its own and could not load them again (PITFALLS P2)."""
+    """diffusers would take components in it for its own and could not load them again (docs/pitfalls.md, P2)."""
     root = Path(diffusers_med3d.__file__).parent
     folders = {path.name for path in root.rglob("*") if path.is_dir() and (path / "__init__.py").exists()}
     assert folders

@@ -12,7 +12,7 @@ def column(*values):
 
 @pytest.mark.parametrize("rewards", [[0, 1, 2, 3], [False, True, True, False], torch.tensor([0, 1, 2, 3])])
 def test_integer_and_bool_rewards_are_not_truncated(rewards):
-    """P12."""
+    """Pitfall 12."""
     values = as_reward_tensor(rewards, 4, "r")
     assert values.dtype == torch.float32
     advantages = group_advantages(values[:, None], num_generations=4).values
@@ -20,7 +20,7 @@ def test_integer_and_bool_rewards_are_not_truncated(rewards):
 
 
 def test_none_nan_and_infinite_rewards_get_zero_advantage_and_leave_the_others_alone():
-    """P14."""
+    """Pitfall 14."""
     rewards = as_reward_tensor([1.0, None, 3.0, float("nan"), float("inf"), 2.0], 6, "r")
     assert rewards.isnan().tolist() == [False, True, False, True, True, False]
     values = group_advantages(rewards[:, None], num_generations=6, scale_rewards="group").values
@@ -47,7 +47,7 @@ def test_a_reward_that_returns_nothing_is_named():
 
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_rounding_noise_in_a_group_without_variance_is_not_amplified(scale):
-    """P13."""
+    """Pitfall 13."""
     rewards = column(0.5, 0.5 + 1e-7, 0.5, 0.5 - 1e-7, 0.0, 1.0, 2.0, 3.0)
     result = group_advantages(rewards, num_generations=4, scale_rewards=scale)
     assert (result.values[:4] == 0).all() and result.values[4:].abs().max() > 0.5
@@ -92,7 +92,7 @@ def test_scale_none_only_centres():
 
 
 def test_advantages_are_clipped():
-    """P23."""
+    """Pitfall 23."""
     rewards = column(*([0.0] * 99), 100.0)
     assert group_advantages(rewards, 100, scale_rewards="group").values.max() == 5.0
     assert group_advantages(rewards, 100, scale_rewards="group", clip=2.0).values.max() == 2.0
@@ -103,7 +103,7 @@ def test_advantages_are_clipped():
     [(0.0, 1.0, True), (0.5, 1.0, False), (-0.5, 1.0, True), (0.0, -1.0, True), (0.5, -1.0, True), (-0.5, -1.0, False)],
 )
 def test_the_clip_stops_only_moves_that_have_gone_far_enough(log_ratio, advantage, has_gradient):
-    """P23: pessimistic side. Gradient sign: more likely if the advantage is positive, less if negative."""
+    """Pitfall 23: pessimistic side. Gradient sign: more likely if the advantage is positive, less if negative."""
     new = torch.tensor([log_ratio], requires_grad=True)
     loss, ratio = clipped_loss(new, torch.zeros(1), torch.tensor([advantage]), epsilon=0.2)
     (gradient,) = torch.autograd.grad(loss.sum(), new)
@@ -114,7 +114,7 @@ def test_the_clip_stops_only_moves_that_have_gone_far_enough(log_ratio, advantag
 
 
 def test_the_gradient_of_the_surrogate_is_the_derivative_of_the_expected_reward():
-    """P23: finite differences of E[reward] of a 1-D Gaussian policy, reward -(x - 1)^2, at mean 0.3 and std 0.5."""
+    """Pitfall 23: finite differences of E[reward] of a 1-D Gaussian policy, reward -(x - 1)^2, at mean 0.3, std 0.5."""
     mean, std, samples = 0.3, 0.5, 400_000
 
     def expected_reward(m):
@@ -131,7 +131,7 @@ def test_the_gradient_of_the_surrogate_is_the_derivative_of_the_expected_reward(
 
 
 def test_a_gaussian_bandit_improves():
-    """P23: a few clipped updates on a toy policy must raise its reward and move every mean to its own target."""
+    """Pitfall 23: a few clipped updates on a toy policy must raise its reward and move every mean to its own target."""
     torch.manual_seed(0)
     means = torch.zeros(2, requires_grad=True)  # one mean per condition
     targets = torch.tensor([1.0, -1.0])

@@ -66,7 +66,7 @@ def policy():
 @pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_replaying_a_rollout_gives_a_ratio_of_one(policy, kind, spacing):
-    """P1."""
+    """Pitfall 1."""
     scheduler = make_scheduler(kind, spacing=spacing)
     trajectory = make_rollout(policy, scheduler, window=range(0, 5), trained=tuple(range(5)))
     ratio = torch.exp(replay(policy, scheduler, trajectory) - trajectory.log_probs)
@@ -75,7 +75,7 @@ def test_replaying_a_rollout_gives_a_ratio_of_one(policy, kind, spacing):
 
 
 def test_replaying_under_bf16_autocast_gives_a_ratio_of_one_only_with_the_same_context(policy):
-    """P8: autocast in the rollout and none in the update is seen at once."""
+    """Pitfall 8: autocast in the rollout and none in the update is seen at once."""
     scheduler = make_scheduler()
 
     def autocast_policy(sample, timestep):
@@ -89,7 +89,7 @@ def test_replaying_under_bf16_autocast_gives_a_ratio_of_one_only_with_the_same_c
 
 
 def test_a_batch_of_four_replays_one_by_one(policy):
-    """P9."""
+    """Pitfall 9."""
     scheduler = make_scheduler()
     trajectory = make_rollout(policy, scheduler)
     alone = torch.cat([replay(policy, scheduler, trajectory, slice(i, i + 1)) for i in range(4)], dim=1)
@@ -97,7 +97,7 @@ def test_a_batch_of_four_replays_one_by_one(policy):
 
 
 def test_dropout_in_the_update_would_be_seen(policy):
-    """P10: the reason why the trainer keeps the network in eval mode."""
+    """Pitfall 10: the reason why the trainer keeps the network in eval mode."""
     scheduler = make_scheduler()
     trajectory = make_rollout(policy, scheduler)
     policy.train()
@@ -107,7 +107,7 @@ def test_dropout_in_the_update_would_be_seen(policy):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_states_are_stored_in_float32_even_if_the_network_answers_in_half(policy, dtype):
-    """P2."""
+    """Pitfall 2."""
     scheduler = make_scheduler()
     trajectory = make_rollout(lambda s, t: policy(s, t).to(dtype), scheduler)
     for tensor in (trajectory.states, trajectory.next_states, trajectory.log_probs, trajectory.final):
@@ -119,7 +119,7 @@ def test_states_are_stored_in_float32_even_if_the_network_answers_in_half(policy
 
 @pytest.mark.parametrize("channels", [2, 4, 1])
 def test_samples_stay_apart_when_batch_and_channels_are_equal(channels):
-    """P7."""
+    """Pitfall 7."""
     torch.manual_seed(0)
     policy, scheduler = TinyPolicy(channels).eval(), make_scheduler()
     together = make_rollout(policy, scheduler, batch=4, channels=channels)
@@ -129,7 +129,7 @@ def test_samples_stay_apart_when_batch_and_channels_are_equal(channels):
 
 
 def test_noise_belongs_to_the_sample_and_differs_between_samples(policy):
-    """P16."""
+    """Pitfall 16."""
     scheduler = make_scheduler()
     one, again = make_rollout(policy, scheduler), make_rollout(policy, scheduler)
     assert torch.equal(one.final, again.final)
@@ -161,7 +161,7 @@ def test_what_comes_before_the_window_can_be_computed_once(policy):
 
 
 def test_the_window_never_holds_the_last_step_and_is_reproducible():
-    """P4, P16."""
+    """Pitfalls 4 and 16."""
     for seed in range(50):
         window, trained = rollout_window(6, 2, 1.0, seed)
         assert 0 <= window.start and window.stop <= 5 and trained == tuple(window)
@@ -171,7 +171,7 @@ def test_the_window_never_holds_the_last_step_and_is_reproducible():
 
 
 def test_a_fraction_trains_a_drawn_subset_of_distinct_steps():
-    """P19."""
+    """Pitfall 19."""
     subsets = {rollout_window(11, 0, 0.5, seed)[1] for seed in range(20)}
     assert len(subsets) > 5 and all(len(set(s)) == 5 for s in subsets)
     assert len(rollout_window(11, 0, 0.01, 0)[1]) == 1
@@ -185,7 +185,7 @@ def test_a_window_that_does_not_fit_is_refused(size, bounds):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_an_update_can_be_differentiated_after_a_rollout_under_any_mode(policy, mode):
-    """P26."""
+    """Pitfall 26."""
     scheduler = make_scheduler()
     with mode():
         trajectory = make_rollout(policy, scheduler)
@@ -196,7 +196,7 @@ def test_an_update_can_be_differentiated_after_a_rollout_under_any_mode(policy, 
 
 
 def test_only_trained_steps_are_kept(policy):
-    """P24."""
+    """Pitfall 24."""
     scheduler = make_scheduler()
     trajectory = make_rollout(policy, scheduler, window=range(0, 5), trained=(1, 4), storage_device="cpu")
     assert trajectory.states.shape == (2, 4, 2, 4, 4, 4) and trajectory.steps == (1, 4)

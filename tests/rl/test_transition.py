@@ -34,7 +34,7 @@ def noise_like(shape=(2, 3, 4, 4, 4), seed=0):
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("config", [{}, {"steps_offset": 1}, {"clip_sample": True}, {"steps": 7}])
 def test_mean_and_std_are_those_of_scheduler_step(kind, prediction, spacing, config):
-    """P5: no spacing is assumed. The scheduler's own step, with a known noise, must land on mean + std * noise."""
+    """Pitfall 5: no spacing is assumed. The scheduler's own step, with known noise, must land on mean + std * noise."""
     scheduler = make_scheduler(kind, prediction, spacing, **config)
     output, sample = noise_like()
     for timestep in scheduler.timesteps.tolist()[:-1]:
@@ -86,7 +86,7 @@ def test_every_step_without_noise_is_the_ddim_step_at_eta_zero(spacing, to_one, 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_the_last_step_has_no_density(kind, spacing, offset):
-    """P4: it goes where the scheduler says, which for DDPM and for DDIM's default is the clean sample."""
+    """Pitfall 4: it goes where the scheduler says, which for DDPM and for DDIM's default is the clean sample."""
     scheduler = make_scheduler(kind, spacing=spacing, steps_offset=offset)
     output, sample = noise_like()
     timestep = int(scheduler.timesteps[-1])
@@ -122,14 +122,14 @@ def test_ddpm_refuses_an_eta_that_it_would_ignore():
 
 @pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler])
 def test_schedulers_without_a_density_per_step_are_refused_with_the_reason(kind):
-    """P6."""
+    """Pitfall 6."""
     with pytest.raises(ValueError, match=f"{kind.__name__} cannot be used for PPO.*no Gaussian density"):
         check_scheduler(kind(), 1.0)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 4, 5, 6), (3, 3, 3, 3, 3), (1, 4, 2, 2, 2), (2, 1, 2, 2, 2)])
 def test_log_prob_is_the_mean_of_the_normal_log_density_for_any_shape(shape):
-    """P7: B = C and batches of one must not mix up samples and channels. P3: a mean, not a sum."""
+    """Pitfall 7: B = C and batches of one must not mix up samples and channels. Pitfall 3: a mean, not a sum."""
     generator = torch.Generator().manual_seed(1)
     mean, value = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     value = value * torch.arange(1, shape[0] + 1).view(-1, 1, 1, 1, 1)
@@ -138,7 +138,7 @@ def test_log_prob_is_the_mean_of_the_normal_log_density_for_any_shape(shape):
 
 
 def test_log_prob_does_not_grow_with_the_size_of_the_latent():
-    """P3: the same error everywhere must give the same log-ratio at 4 and at 8 voxels a side."""
+    """Pitfall 3: the same error everywhere must give the same log-ratio at 4 and at 8 voxels a side."""
     mean, noise = noise_like((1, 4, 4, 4, 4))
     ratios = []
     for repeat in (1, 2):
@@ -149,7 +149,7 @@ def test_log_prob_does_not_grow_with_the_size_of_the_latent():
 
 
 def test_kl_is_the_closed_form_and_zero_for_equal_policies():
-    """P20."""
+    """Pitfall 20."""
     a, b = noise_like((3, 2, 4, 4, 4))
     normal = torch.distributions.Normal
     expected = torch.distributions.kl_divergence(normal(a, 0.2), normal(b, 0.2)).flatten(1).mean(1)

@@ -139,7 +139,7 @@ def test_noise_does_not_change_what_is_sampled_from_pure_noise():
 
 
 def test_the_kl_is_that_of_two_gaussians_and_the_closed_form_of_the_paper():
-    """P20."""
+    """Pitfall 20."""
     scheduler = scheduler_of(6)
     sample, velocity, reference = (torch.randn(3, 2, 4, 4, 4) for _ in range(3))
     step, other = (transition(scheduler, v, scheduler.timesteps[2].item(), sample, 0.7) for v in (velocity, reference))
@@ -153,7 +153,7 @@ def test_the_kl_is_that_of_two_gaussians_and_the_closed_form_of_the_paper():
 
 
 def test_the_last_step_has_no_density_and_moves_without_noise():
-    """P4."""
+    """Pitfall 4."""
     scheduler, sample = scheduler_of(5), torch.randn(1, 2, 4, 4, 4)
     last = scheduler.timesteps[-1].item()
     with pytest.raises(ValueError, match="last step"):
@@ -164,7 +164,7 @@ def test_the_last_step_has_no_density_and_moves_without_noise():
 
 
 def test_a_rollout_is_replayed_with_a_ratio_of_exactly_one():
-    """P1: every stochastic step, the one from pure noise included."""
+    """Pitfall 1: every stochastic step, the one from pure noise included."""
     torch.manual_seed(1)
     network = torch.nn.Conv3d(2, 2, 3, padding=1)
     scheduler, initial = scheduler_of(6, 3.0), torch.randn(3, 2, 4, 4, 4)
@@ -189,7 +189,7 @@ def test_a_rollout_is_replayed_with_a_ratio_of_exactly_one():
     ],
 )
 def test_schedulers_that_are_no_policy_are_refused_with_the_reason(scheduler, message):
-    """P6."""
+    """Pitfall 6."""
     with pytest.raises(ValueError, match=message):
         check_scheduler(scheduler, 1.0)
 

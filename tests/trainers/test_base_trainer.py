@@ -1,4 +1,4 @@
-"""diffusers_med3d.trainers.base: TRL's private base made to work for diffusers models (PITFALLS P12-P17)."""
+"""diffusers_med3d.trainers.base: TRL's private base made to work for diffusers (docs/pitfalls.md, P12 to P17)."""
 
 import dataclasses
 import os
@@ -226,7 +226,8 @@ def test_settings_that_would_lose_or_leak_work_are_refused(tmp_path, settings, m
 
 def test_accumulated_small_batches_train_like_one_large_batch(tmp_path):
     class Open(Line):
-        def forward(self, x, **kwargs):  # with labels in the batch, Trainer would take the loss for scaled (P13)
+        # with labels in the batch, Trainer would take the loss for scaled (docs/pitfalls.md, P13)
+        def forward(self, x, **kwargs):
             return super().forward(x)
 
     class Exact(LineTrainer):
@@ -407,8 +408,16 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over_and_refused(tmp_path):
     assert last_checkpoint(tmp_path).endswith("checkpoint-4")
     (tmp_path / "checkpoint-4" / COMPLETE_MARKER).unlink()
     assert last_checkpoint(tmp_path).endswith("checkpoint-2")
+    resumed = make(tmp_path, save_strategy="no")
+    resumed.train(resume_from_checkpoint="latest")
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="checkpoint-4 is no whole checkpoint"):
         make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    fresh = make(tmp_path / "new", save_strategy="no")
+    with pytest.raises(ValueError, match="new holds no whole checkpoint to resume from"):
+        fresh.train(resume_from_checkpoint=True)
+    fresh.train(resume_from_checkpoint="latest")  # where there is none yet, from the start
+    assert fresh.state.global_step == 4
 
 
 def test_the_marker_is_the_last_file_of_a_checkpoint(tmp_path):
@@ -543,4 +552,5 @@ def test_two_processes_train_and_save_without_waiting_for_each_other_forever(tmp
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert {"rank-0", "rank-1", "README.md"} <= {path.name for path in (tmp_path / "run").iterdir()}
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
-    assert not torch.equal(torch.load(tmp_path / "run" / "weights.pt"), weights(make(tmp_path / "alone")))
+    trained = torch.load(tmp_path / "run" / "weights.pt", weights_only=True)
+    assert not torch.equal(trained, weights(make(tmp_path / "alone")))

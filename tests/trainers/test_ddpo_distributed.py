@@ -73,7 +73,7 @@ def run(folder: Path, base: str, processes: int, batches: int, kind: str = "full
     script.write_text(WORKER)
     out = folder / f"out-{processes}"
     launcher = [sys.executable]
-    if processes > 1:  # `accelerate launch --cpu --num_processes 2` would silently run one process (PITFALLS P15)
+    if processes > 1:  # `accelerate launch --cpu --num_processes 2` would run one process (docs/pitfalls.md, P15)
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     environment["CUDA_VISIBLE_DEVICES"] = ""  # gloo, also beside a GPU
@@ -86,7 +86,7 @@ def run(folder: Path, base: str, processes: int, batches: int, kind: str = "full
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_two_processes_have_the_advantages_of_one(tiny_pipeline_folder, tmp_path, kind):
-    """P15, P16, P17: 12 samples as 1 process x 4 batches or 2 x 2; noise by sample, window shared, saving returns."""
+    """Pitfalls 15 to 17: 12 samples as 1 process x 4 batches or 2 x 2; noise by sample, one window, saving returns."""
     one = run(tmp_path, tiny_pipeline_folder, 1, 4, kind)
     two = run(tmp_path, tiny_pipeline_folder, 2, 2, kind)
     assert (one["world"], two["world"]) == (1, 2)

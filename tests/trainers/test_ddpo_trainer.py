@@ -119,7 +119,7 @@ def test_a_reward_that_can_be_reached_rises(tiny_pipeline, tmp_path):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_ratio_is_one_before_the_first_update_of_every_rollout(tiny_pipeline, tmp_path, guidance_scale, bf16):
-    """P1, P8 (bf16), P11 (guidance in rollout and update); the reference is asked in the same way (P20)."""
+    """docs/pitfalls.md, 1, 8 (bf16) and 11 (guidance in rollout and update); the reference is asked alike (20)."""
     trainer = make_trainer(tiny_pipeline, tmp_path, guidance_scale=guidance_scale, bf16=bf16, max_steps=6)
     trainer.train()
     deviations = [log["ratio/first_step"] for log in training_logs(trainer) if "ratio/first_step" in log]
@@ -133,7 +133,7 @@ def test_the_ratio_is_one_before_the_first_update_of_every_rollout(tiny_pipeline
 
 
 def test_guidance_left_out_of_the_update_would_be_seen(tiny_pipeline, tmp_path):
-    """P11."""
+    """Pitfall 11."""
     trainer = make_trainer(tiny_pipeline, tmp_path, guidance_scale=3.0, max_steps=1)
     honest = trainer.compute_loss
 
@@ -148,7 +148,7 @@ def test_guidance_left_out_of_the_update_would_be_seen(tiny_pipeline, tmp_path):
 
 
 def test_dropout_is_off_in_rollout_and_update(tiny_pipeline, tmp_path):
-    """P10: a UNet whose blocks drop half of their activations in training mode."""
+    """Pitfall 10: a UNet whose blocks drop half of their activations in training mode."""
     for block in tiny_pipeline.unet.down_blocks:
         block.resnets[0].conv1 = torch.nn.Sequential(block.resnets[0].conv1, torch.nn.Dropout(0.5))
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=1, beta=0.0)
@@ -192,7 +192,7 @@ def test_training_again_starts_with_a_new_rollout(tiny_pipeline, tmp_path):
 
 
 def test_the_kl_is_zero_at_the_start_and_grows(tiny_pipeline, tmp_path):
-    """P20."""
+    """Pitfall 20."""
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=4)
     honest, expected = trainer.compute_loss, []
 
@@ -217,7 +217,7 @@ def test_the_kl_is_zero_at_the_start_and_grows(tiny_pipeline, tmp_path):
 
 
 def test_beta_changes_the_gradient(tiny_pipeline, tmp_path):
-    """P20: a KL inside no_grad would be logged and do nothing."""
+    """Pitfall 20: a KL inside no_grad would be logged and do nothing."""
     gradients = {}
     start = {k: v.clone() for k, v in tiny_pipeline.unet.state_dict().items()}
     for beta in (1e-9, 100.0):
@@ -233,7 +233,7 @@ def test_beta_changes_the_gradient(tiny_pipeline, tmp_path):
 
 
 def test_optimizer_steps_are_counted_in_samples_not_in_timesteps(tiny_pipeline, tmp_path):
-    """P18: 3 rows, one rollout per epoch of 2 x 6 samples, 2 passes: 4 optimizer steps; with accumulation 2."""
+    """Pitfall 18: 3 rows, one rollout per epoch of 2 x 6 samples, 2 passes: 4 optimizer steps; with accumulation 2."""
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=-1, num_train_epochs=1, num_iterations=2)
     trainer.train()
     assert trainer.state.global_step == 4
@@ -259,7 +259,7 @@ def gradient_of_one_step(trainer):
 def test_the_gradient_of_a_step_is_that_of_the_mean_over_all_samples_and_trained_steps(
     tiny_pipeline, tmp_path, batch_size, batches
 ):
-    """P18: 12 samples at once, or 4 batches of 3; never a sum over batches or timesteps."""
+    """Pitfall 18: 12 samples at once, or 4 batches of 3; never a sum over batches or timesteps."""
     trainer = make_trainer(
         tiny_pipeline, tmp_path, max_steps=1, max_grad_norm=0.0, learning_rate=0.0, beta=0.0,
         per_device_train_batch_size=batch_size, steps_per_generation=batches, gradient_accumulation_steps=batches,
@@ -288,7 +288,7 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_all_samples_and_trained
 
 @pytest.mark.parametrize(("accumulation", "rollouts"), [(1, 1), (2, 2)])
 def test_every_transition_is_used_once_per_pass(tiny_pipeline, tmp_path, accumulation, rollouts):
-    """P18, P19: four optimizer steps are two passes over one rollout, or, with accumulation 2, over two of them."""
+    """Pitfalls 18 and 19: four optimizer steps are two passes over one rollout, or, accumulating 2, over two."""
     trainer = make_trainer(
         tiny_pipeline,
         tmp_path,
@@ -326,7 +326,7 @@ def test_conditions_are_repeated_to_fill_rollouts_and_permuted(tiny_pipeline, tm
 
 
 def test_async_and_plain_rewards_with_missing_scores_are_weighed(tiny_pipeline, tmp_path):
-    """P14."""
+    """Pitfall 14."""
     seen = {}
 
     async def slow(volumes, class_label, **conditions):
@@ -355,12 +355,12 @@ def test_advantages_compare_samples_of_one_condition(tiny_pipeline, tmp_path):
 
     trainer = make_trainer(tiny_pipeline, tmp_path, [class_itself], max_steps=1)
     trainer.train()
-    assert all((chunk.advantages == 0).all() for chunk in trainer._chunks)
+    assert trainer._chunks and all((chunk.advantages == 0).all() for chunk in trainer._chunks)
     assert training_logs(trainer)[0]["rewards/class_itself/frac_zero_std"] == 1.0
 
 
 def test_a_brighter_sample_of_a_condition_has_the_higher_advantage(tiny_pipeline, tmp_path):
-    """P15: rewards and advantages come back in the order of the samples."""
+    """Pitfall 15: rewards and advantages come back in the order of the samples."""
     seen = []
 
     def recorded(volumes, **conditions):
@@ -384,7 +384,7 @@ def test_a_brighter_sample_of_a_condition_has_the_higher_advantage(tiny_pipeline
     ],
 )
 def test_advantages_are_those_of_the_options(tiny_pipeline, tmp_path, options):
-    """P14, P23: which rewards count how much, and where advantages are clipped."""
+    """Pitfalls 14 and 23: which rewards count how much, and where advantages are clipped."""
     seen = []
 
     def recorded(volumes, **conditions):
@@ -408,7 +408,7 @@ def test_two_rewards_of_one_name_are_told_apart(tiny_pipeline, tmp_path):
 
 @pytest.mark.parametrize(("epsilon", "word"), [(1e-9, "always"), (1.0, "never")])
 def test_a_clip_range_that_cannot_be_right_is_reported(tiny_pipeline, tmp_path, epsilon, word):
-    """P3."""
+    """Pitfall 3."""
     trainer = make_trainer(tiny_pipeline, tmp_path, epsilon=epsilon)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -421,7 +421,7 @@ def test_a_clip_range_that_cannot_be_right_is_reported(tiny_pipeline, tmp_path, 
 
 
 def test_a_scheduler_without_density_is_refused(tiny_pipeline, tmp_path):
-    """P6."""
+    """Pitfall 6."""
     tiny_pipeline.scheduler = DPMSolverMultistepScheduler.from_config(tiny_pipeline.scheduler.config)
     with pytest.raises(ValueError, match="DPMSolverMultistepScheduler cannot be used for PPO"):
         make_trainer(tiny_pipeline, tmp_path)
@@ -514,7 +514,7 @@ def test_a_run_out_of_time_ends_with_its_rollout_and_leaves_a_checkpoint(tiny_pi
 
 @pytest.mark.parametrize("variant", ["full", "lora", "synced reference"])
 def test_resuming_repeats_the_run_exactly(tiny_pipeline_folder, tmp_path, variant):
-    """P21: 2 + 2 rollouts are 4 rollouts: weights, average, rewards, logs."""
+    """Pitfall 21: 2 + 2 rollouts are 4 rollouts: weights, average, rewards, logs."""
     options = dict(max_steps=8, save_strategy="steps", save_steps=1, lr_scheduler_type="linear", save_total_limit=10)
     options |= {"synced reference": {"sync_ref_model": True, "ref_model_sync_steps": 3}}.get(variant, {})
 
@@ -558,7 +558,7 @@ def test_the_reference_follows_when_asked(tiny_pipeline, tmp_path):
 
 
 def test_lora_trains_adapters_only_and_saves_what_loads(tiny_pipeline, tmp_path):
-    """P22: save -> fresh load gives the same output, and not that of the base."""
+    """Pitfall 22: save -> fresh load gives the same output, and not that of the base."""
     base = unet_copy(tiny_pipeline)
     base_pipeline_folder = tmp_path / "base"
     tiny_pipeline.save_pretrained(base_pipeline_folder)
@@ -585,7 +585,7 @@ def test_lora_trains_adapters_only_and_saves_what_loads(tiny_pipeline, tmp_path)
 
 
 def test_default_lora_targets_leave_out_what_cannot_be_merged(tiny_unet):
-    """P17."""
+    """Pitfall 17."""
     targets = default_targets(tiny_unet)
     kernels = {m.kernel_size for n, m in tiny_unet.named_modules() if n in targets and isinstance(m, torch.nn.Conv3d)}
     assert targets and (1, 1, 1) not in kernels and (3, 3, 3) in kernels
@@ -598,14 +598,14 @@ def test_default_lora_targets_leave_out_what_cannot_be_merged(tiny_unet):
 
 
 def test_adapters_are_not_put_on_adapters(tiny_pipeline, tmp_path):
-    """P22."""
+    """Pitfall 22."""
     add_lora(tiny_pipeline.unet, LoraConfig(r=2))
     with pytest.raises(ValueError, match="carries LoRA layers already"):
         make_trainer(tiny_pipeline, tmp_path, peft_config=LoraConfig(r=2))
 
 
 def test_a_lora_file_that_does_not_fit_is_refused(tiny_pipeline, tiny_unet, tmp_path):
-    """P22: loading silently nothing."""
+    """Pitfall 22: loading silently nothing."""
     trainer = make_trainer(
         tiny_pipeline, tmp_path / "run", peft_config=LoraConfig(r=4, target_modules=["to_q", "to_v"])
     )
@@ -642,7 +642,7 @@ def test_tensorboard_gets_the_rewards(tiny_pipeline, tmp_path):
 
 
 def test_trajectories_are_offloaded_and_only_one_rollout_is_kept(tiny_pipeline, tmp_path, monkeypatch):
-    """P24; where the device is a CPU, only what `rollout` is told shows that they are offloaded."""
+    """Pitfall 24; where the device is a CPU, only what `rollout` is told shows that they are offloaded."""
     told = []
 
     def record(*args, **kwargs):
@@ -658,7 +658,7 @@ def test_trajectories_are_offloaded_and_only_one_rollout_is_kept(tiny_pipeline, 
 
 
 def test_volumes_are_decoded_in_chunks_with_the_statistics_applied_once(tiny_pipeline, tmp_path):
-    """P24, P25."""
+    """Pitfalls 24 and 25."""
     trainer = make_trainer(tiny_pipeline, tmp_path, decode_batch_size=2)
     sizes, honest = [], tiny_pipeline.vae.decode_latents
     tiny_pipeline.vae.decode_latents = lambda latents: sizes.append(len(latents)) or honest(latents)

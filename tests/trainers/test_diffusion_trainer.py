@@ -334,7 +334,7 @@ def test_evaluation_is_repeatable_and_uses_the_averaged_weights(tiny_pipeline, s
 
 
 def test_evaluation_noises_the_normalised_latents_of_the_validation_scans(tiny_pipeline, scans, tmp_path):
-    """P25: raw latents, or latents normalised twice, would be judged at other noise levels than are sampled."""
+    """Pitfall 25: raw latents, or latents normalised twice, would be judged at other noise levels than are sampled."""
     trainer = make(tmp_path, tiny_pipeline, scans)
     seen, honest = [], trainer._denoising_loss
 
@@ -395,10 +395,11 @@ def test_the_script_trains_on_no_part_that_judges(part, monkeypatch, capsys):
     assert f"invalid choice: '{part}'" in capsys.readouterr().err
 
 
-def test_the_script_guides_no_network_that_has_learned_nothing(monkeypatch, tmp_path):
+def test_the_script_guides_no_network_that_has_learned_nothing(monkeypatch, tmp_path, capsys):
     flags = ["--data_dir", tmp_path, "--split_file", tmp_path, "--autoencoder", tmp_path, "--autoguide", tmp_path]
-    with pytest.raises(ValueError, match="--autoguide needs --init_from"):
+    with pytest.raises(SystemExit):
         run_example(monkeypatch, "train_diffusion.py", *flags, "--output_dir", tmp_path)
+    assert "--autoguide needs --init_from" in capsys.readouterr().err
 
 
 def test_what_is_saved_is_the_average_in_a_pipeline_that_names_its_training_subjects(tiny_pipeline, scans, tmp_path):

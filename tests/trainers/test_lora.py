@@ -62,7 +62,7 @@ def adapters(tiny_pipeline, tmp_path) -> tuple[Path, Path]:
 
 
 def test_an_adapter_gives_the_volumes_of_the_network_it_was_trained_on(tiny_pipeline, tmp_path):
-    """P22: equal to the trained one, and not to the base."""
+    """Pitfall 22: equal to the trained one, and not to the base."""
     base = volumes_of(tiny_pipeline)
     trained = make_adapter(tiny_pipeline.unet, tmp_path, seed=1)
     tiny_pipeline.load_lora_weights(tmp_path)
@@ -193,7 +193,7 @@ def spoil(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]
     ],
 )
 def test_a_file_that_fits_in_part_is_refused_and_nothing_is_loaded(tiny_pipeline, adapters, how, message):
-    """P22: loading silently nothing, or half. P17: 1x1x1 convolutions."""
+    """Pitfall 22: loading silently nothing, or half. Pitfall 17: 1x1x1 convolutions."""
     tiny_pipeline.unet.skip = torch.nn.Conv3d(8, 8, 1)
     base = volumes_of(tiny_pipeline)
     tensors = load_file(adapters[0] / LORA_FILE)
@@ -290,7 +290,7 @@ def make_trainer(pipeline: MedDiffusion3DPipeline, folder: Path, peft_config: Lo
 
 
 def test_what_fine_tuning_writes_loads_into_a_fresh_pipeline_and_differs_from_the_base(tiny_pipeline_folder, tmp_path):
-    """P22. The whole pipeline (adapters merged) and the adapters on the base give equal volumes."""
+    """Pitfall 22. The whole pipeline (adapters merged) and the adapters on the base give equal volumes."""
     load = MedDiffusion3DPipeline.from_pretrained
     trainer = make_trainer(load(tiny_pipeline_folder), tmp_path, LoraConfig(r=4, lora_alpha=8))
     trainer.train()

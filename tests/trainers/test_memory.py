@@ -1,4 +1,4 @@
-"""What decoding and keeping a rollout take at most, measured at torch's allocator (P24)."""
+"""What decoding and keeping a rollout take at most, measured at torch's allocator (docs/pitfalls.md, 24)."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,7 @@
-"""Two real processes (gloo) draw random numbers of their own, share the order of the data, and resume exactly (P16)."""
+"""Two real processes (gloo) draw random numbers of their own, share the order of the data, and resume exactly.
+
+See docs/pitfalls.md, 16.
+"""
 
 import json
 import os

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from conftest import CLASS_NAMES, EXAMPLES, SPACING, VOLUME_SHAPE
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.training_subjects import TRAINING_SUBJECTS, read_training_subjects
+from diffusers_med3d.metrics import training_above_unseen
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.rewards.damage import DAMAGE_NAMES, damage, gaussian_smooth
 from diffusers_med3d.rewards.learned import SliceReward, VolumeReward
@@ -466,7 +467,7 @@ def script_arguments(tiny_pipeline, data, tmp_path) -> dict[str, list]:
     train = [*common, "--spectrum_dir", tmp_path / "spectrum", "--channels", 8, 16, "--norm_num_groups", 4]
     train += ["--per_device_train_batch_size", 2, "--bf16", "false", "--eval_steps", 2, "--save_steps", 2]
     train += ["--logging_steps", 1, "--resume_from_checkpoint", "latest"]
-    generators = ["--generator_a", tmp_path / "a", "--generator_b", tmp_path / "b"]
+    generators = ["--fold_a_model", tmp_path / "a", "--fold_b_model", tmp_path / "b"]
     return {"common": common, "train": train, "generators": generators}
 
 
@@ -474,7 +475,7 @@ def script_arguments(tiny_pipeline, data, tmp_path) -> dict[str, list]:
 def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
     output = tmp_path / "3d"
     for steps in (2, 3):
-        arguments = [*script_arguments["train"], *script_arguments["generators"], "--kind", "3d"]
+        arguments = [*script_arguments["train"], *script_arguments["generators"], "--architecture", "3d"]
         out = run_script("train_reward.py", [*arguments, "--output_dir", output, "--max_steps", steps])
         assert "eval_rank_correlation" in out
     made = sorted(path.parent.name + "/" + path.name for path in (tmp_path / "spectrum").rglob("*.safetensors"))
@@ -497,9 +498,9 @@ def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_o
     shutil.copytree(tmp_path / "a", tuned)
     (tuned / TRAINING_SUBJECTS).write_text(json.dumps([*SPLIT["folds"]["a"], *SPLIT["folds"]["b"]]))
     tiny_model().save_pretrained(tmp_path / "before")
-    arguments = [*script_arguments["train"], *script_arguments["generators"], "--generator", tuned]
+    arguments = [*script_arguments["train"], *script_arguments["generators"], "--model_name_or_path", tuned]
     arguments += ["--init_from", tmp_path / "before", "--learning_rate", 0, "--max_steps", 1]
-    run_script("train_reward.py", [*arguments, "--kind", "3d", "--output_dir", tmp_path / "after"])
+    run_script("train_reward.py", [*arguments, "--architecture", "3d", "--output_dir", tmp_path / "after"])
     before, after = (VolumeRewardModel.from_pretrained(tmp_path / name) for name in ("before", "after"))
     torch.testing.assert_close(weights(after).float(), weights(before), atol=1e-3, rtol=1e-3)
     made = {path.name for path in (tmp_path / "spectrum").iterdir()}
@@ -512,22 +513,29 @@ def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_o
 
 
 def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_arguments, tmp_path, monkeypatch, capsys):
-    one_generator = [*script_arguments["train"], *script_arguments["generators"][:2], "--kind", "2d", "--max_steps", 1]
+    one_generator = [*script_arguments["train"], *script_arguments["generators"][:2], "--architecture", "2d"]
+    one_generator += ["--max_steps", 1]
     run_here("train_reward.py", [*one_generator, "--output_dir", tmp_path / "2d"], monkeypatch)
     made = {path.name for path in (tmp_path / "spectrum").iterdir()}
     assert made == {"b-by-generator-a", "validation-by-generator-a"}  # with one generator its own fold is left out
     tiny_model().save_pretrained(tmp_path / "3d")
-    report = [*script_arguments["common"], "--output_dir", tmp_path / "report", "--generator", tmp_path / "a"]
-    report += ["--reward_3d", tmp_path / "3d", "--reward_2d", tmp_path / "2d"]
+    report = [*script_arguments["common"], "--output_dir", tmp_path / "report", "--model_name_or_path", tmp_path / "a"]
+    (tmp_path / "mine.py").write_text(
+        "def mean(volumes, **conditions):\n    return volumes.flatten(1).mean(1).tolist()\n"
+    )
+    report += ["--reward_funcs", tmp_path / "3d", tmp_path / "2d", f"{tmp_path}/mine.py:mean"]
     run_here("reward_report.py", report, monkeypatch)
     out = capsys.readouterr().out
     assert "2 scans of the validation subjects" in out and "| score/half_swap |" in out
-    assert "Memorisation: of 6 training scans" in out and "3d None, 2d None" in out  # no class on both sides
+    assert (
+        "Memorisation: of 6 training scans" in out and "VolumeReward None, SliceReward None, mean None" in out
+    )  # no class on both sides
     written = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert set(written["report"]) == {"3d", "2d"} and len(written["scores"]["3d"]) == 2
+    assert set(written["report"]) == {"VolumeReward", "SliceReward", "mean"} and len(written["scores"]["mean"]) == 2
     rewards = {
-        "3d": VolumeReward.from_pretrained(str(tmp_path / "3d")),
-        "2d": SliceReward.from_pretrained(str(tmp_path / "2d")),
+        "VolumeReward": VolumeReward.from_pretrained(str(tmp_path / "3d")),
+        "SliceReward": SliceReward.from_pretrained(str(tmp_path / "2d")),
+        "mean": lambda volumes: volumes.mean(),
     }
     spectrum = SpectrumDataset(sorted((tmp_path / "report" / "spectrum-validation").glob("*.safetensors")))
     for kind, reward in rewards.items():
@@ -535,7 +543,7 @@ def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_argumen
         assert [row["real"] for row in written["scores"][kind]] == pytest.approx(scores, abs=1e-4)
     assert {"report.md", "scores.png", "spectrum.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
     (tmp_path / "a" / TRAINING_SUBJECTS).write_text(json.dumps(SPLIT["validation"]))  # by another split
-    with pytest.raises(ValueError, match="2 of 2 subjects were in the training set of the generator"):
+    with pytest.raises(SystemExit, match="2 of 2 subjects were in the training set of"):
         run_here("reward_report.py", report, monkeypatch)
 
 
@@ -544,26 +552,25 @@ def test_the_report_refuses_a_severity_before_it_makes_a_spectrum():
         runpy.run_path(str(EXAMPLES / "reward_report.py"))["ReportArguments"](severities=[0.3, 1.5])
 
 
-def test_a_reward_that_knows_its_training_scans_is_found_out_within_each_class(data):
-    training_above_unseen = runpy.run_path(str(EXAMPLES / "reward_report.py"))["training_above_unseen"]
-    training = VolumeDataset(data.data_dir, ["sub-02", "sub-03", "sub-04"], data)  # young, young, middle
-    unseen = VolumeDataset(data.data_dir, ["sub-01", "sub-05", "sub-07"], data)  # two scans young, middle, old
-    interval = training_above_unseen([0.9, 0.4, 0.1], [0.5, 0.4, 0.6, 0.0], training, unseen)
+def test_a_reward_that_knows_its_training_scans_is_found_out_within_each_class():
+    sets = (["sub-02", "sub-03", "sub-04"], ["sub-01", "sub-01", "sub-05", "sub-07"], [0, 0, 1], [0, 0, 1, 2])
+    interval = training_above_unseen([0.9, 0.4, 0.1], [0.5, 0.4, 0.6, 0.0], *sets)
     # young: 0.9 wins twice, 0.4 loses once and ties once; middle: loses; old has no training scan
     assert interval.value == pytest.approx(2 / 3 * 2.5 / 4 + 1 / 3 * 0)
     assert interval.low < interval.value < interval.high
-    assert training_above_unseen([2.0, 2.0, 2.0], [1.0] * 4, training, unseen).value == 1
+    assert training_above_unseen([2.0, 2.0, 2.0], [1.0] * 4, *sets).value == 1
+    assert training_above_unseen([2.0], [1.0], ["sub-02"], ["sub-07"], [0], [2]) is None  # no class on both sides
 
 
 @pytest.mark.parametrize("kind", ["3d", "2d"])
 def test_the_training_script_takes_as_many_channels_as_the_generator_makes(kind):
     script = runpy.run_path(str(EXAMPLES / "train_reward.py"))
-    arguments = script["RewardArguments"](generator_a="a", kind=kind, channels=[8, 16], norm_num_groups=4)
+    arguments = script["RewardArguments"](fold_a_model="a", architecture=kind, channels=[8, 16], norm_num_groups=4)
     assert script["build"](arguments, in_channels=2)(torch.rand(1, 2, 16, 16, 16)).shape == (1,)
 
 
 def test_the_training_script_refuses_generators_of_the_wrong_fold(script_arguments, tmp_path, monkeypatch):
-    swapped = ["--generator_a", tmp_path / "b", "--generator_b", tmp_path / "a", "--output_dir", tmp_path / "x"]
+    swapped = ["--fold_a_model", tmp_path / "b", "--fold_b_model", tmp_path / "a", "--output_dir", tmp_path / "x"]
     with pytest.raises(ValueError, match="the generator of the other fold"):
         run_here("train_reward.py", [*script_arguments["train"], *swapped, "--max_steps", 1], monkeypatch)
 
@@ -573,6 +580,6 @@ def test_volumes_too_small_for_the_network_are_refused_before_the_spectrum_is_ma
 ):
     arguments = [*script_arguments["train"], *script_arguments["generators"], "--output_dir", tmp_path / "x"]
     arguments += ["--channels", *[8] * 5]
-    with pytest.raises(ValueError, match="every side must have at least 64 voxels"):
+    with pytest.raises(SystemExit, match="every side must have at least 64 voxels"):
         run_here("train_reward.py", arguments, monkeypatch)
     assert not (tmp_path / "spectrum").exists()

@@ -46,7 +46,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         "deep/result",
         "deep/result/a.txt",
     ]
-    with pytest.raises(OSError), whole_folder(folder) as written:  # what is there is never overwritten
+    # what is there is never overwritten
+    with pytest.raises(OSError, match="not empty"), whole_folder(folder) as written:
         written.mkdir()
     assert (folder / "a.txt").read_text() == "a"
 

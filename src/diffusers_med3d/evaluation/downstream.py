@@ -283,7 +283,7 @@ def estimates(
     }
 
     def combine(signs: Mapping[str, int], name: str) -> Interval:
-        value, *resamples = sum(sign * draws[arm][name] for arm, sign in signs.items()).tolist()
+        value, *resamples = torch.stack([sign * draws[arm][name] for arm, sign in signs.items()]).sum(0).tolist()
         low, high = np.percentile(resamples, [2.5, 97.5])  # not moved to the figure: the figures have bounds
         return Interval(value, float(low), float(high), float(np.std(resamples, ddof=1)))
 

@@ -132,8 +132,8 @@ def _similarity_figures(sets: Sets, max_pairs: int, seed: int) -> list[Figure]:
         rows = sets.floor_rows() if name == FLOOR else np.arange(len(one))
         labels = sets.labels[name][rows]
         subjects = [one.subjects[row] for row in rows]
-        pairs = ms_ssim_matrix(one.volumes[torch.from_numpy(rows)], labels.tolist(), max_pairs=max_pairs, seed=seed)
-        pairs = pairs.double().numpy()
+        volumes = one.volumes[torch.from_numpy(rows)]
+        pairs = ms_ssim_matrix(volumes, labels.tolist(), max_pairs=max_pairs, seed=seed).double().numpy()
         allowed = distinct(subjects, subjects) & np.isfinite(pairs)
         weights = (sets.floor_resamples if name == FLOOR else sets.weights[name])[:, rows]
         mean[name] = weighted_pair_mean(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ def _draw_views(axes: Axes, volume: torch.Tensor, spacing: Sequence[float]) -> N
         low = (height - view_height) / 2
         extent = (offset, offset + width, low, low + view_height)
         axes.imshow(picture.T.numpy(), cmap="gray", vmin=0, vmax=1, origin="lower", extent=extent)
-        style = {"color": "#ffb000", "fontsize": 6, "va": "center", "ha": "center"}
+        style: dict[str, Any] = {"color": "#ffb000", "fontsize": 6, "va": "center", "ha": "center"}
         axes.text(offset + 0.03 * width, height / 2, letters[0], **style)
         axes.text(offset + 0.97 * width, height / 2, letters[1], **style)
         axes.text(offset + 0.5 * width, low + 0.97 * view_height, letters[2], **style)

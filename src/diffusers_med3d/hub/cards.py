@@ -321,18 +321,6 @@ def sections(text: str) -> dict[str, str]:
     return {name: "\n".join(lines).strip() for name, lines in found.items()}
 
 
-def replace_section(text: str, heading: str, body: str) -> str:
-    """The card with another text under ``heading``.
-
-    Raises:
-        ValueError: no such section.
-    """
-    old = sections(text).get(heading)
-    if old is None:
-        raise ValueError(f"the card has no section {heading!r}; it has {list(sections(text))}.")
-    return text.replace(f"## {heading}\n\n{old}\n", f"## {heading}\n\n{body.strip()}\n", 1)
-
-
 def missing(text: str) -> list[str]:
     """What a card lacks: metadata keys, sections, the warning, a code block that shows how it is used."""
     data = ModelCard(text).data.to_dict()

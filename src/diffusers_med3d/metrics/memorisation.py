@@ -16,7 +16,7 @@ class Nearest(NamedTuple):
 
     distance: Tensor  # (N,) root mean square difference to the nearest training scan
     ratio: Tensor  # (N,) that distance over the one to the nearest scan of another training subject, in [0, 1]
-    index: Tensor  # (N,) which training scan is nearest
+    scan: Tensor  # (N,) which training scan is nearest
 
 
 def _shifted(volumes: Tensor) -> list[Tensor]:

@@ -90,6 +90,12 @@ def encode_rows(pipeline: MedDiffusion3DPipeline, rows: datasets.Dataset) -> Con
     )
 
 
+def names_by_index(pipeline: MedDiffusion3DPipeline) -> dict[int, str]:
+    """Return the class names of a pipeline by their index; empty where classes have none."""
+    names = pipeline.config.class_names or []
+    return {index: name for name, index in names.items()} if isinstance(names, dict) else dict(enumerate(names))
+
+
 def rows_to_sample(pipeline: MedDiffusion3DPipeline, path: str | Path | None = None) -> datasets.Dataset:
     """Return the table in a JSON file of columns, one row per condition; without a file one row per class, or the one
     row of a generator without classes.
@@ -103,7 +109,7 @@ def rows_to_sample(pipeline: MedDiffusion3DPipeline, path: str | Path | None = N
         OSError, ValueError: no such file, or no columns of one length in it.
     """
     if path is None:
-        names = list(pipeline.config.class_names or [])
+        names = list(names_by_index(pipeline).values())
         return datasets.Dataset.from_dict({LABEL_COLUMN: names} if names else {"sample": [0]})
     columns = json.loads(Path(path).read_text())
     lists = isinstance(columns, dict) and all(isinstance(values, list) for values in columns.values())

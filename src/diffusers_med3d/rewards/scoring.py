@@ -27,7 +27,7 @@ def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
 
 
 def check_signature(func: RewardFunc, name: str, columns: Sequence[str]) -> None:
-    """Refuse a function that cannot be called as `func(volumes, **columns)` (ValueError), before anything is sampled."""
+    """Refuse a function that cannot be called as `func(volumes, **columns)` (ValueError), before there are volumes."""
     try:
         signature = inspect.signature(func)
     except ValueError:  # some compiled functions have none

@@ -70,8 +70,8 @@ class AutoencoderConfig(Med3DConfig):
 class CropDataset(TorchDataset):
     """Random crops (C, s, s, s), flipped left-right half of the time.
 
-    Half are centred on a foreground voxel, half lie anywhere: GroupNorm sees the whole input (PITFALLS P20), so the
-    share of background must vary in training as it does between a crop and a whole volume.
+    Half are centred on a foreground voxel, half lie anywhere: GroupNorm sees the whole input (docs/pitfalls.md, P20),
+    so the share of background must vary in training as it does between a crop and a whole volume.
 
     An item is ``{"index": int}``; the training step cuts the crops with ``draw``. The loader reads a batch ahead of the
     step, so crops that it cut would leave the random state of a checkpoint one batch ahead, and a resumed run would not

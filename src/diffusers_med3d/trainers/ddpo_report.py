@@ -1,5 +1,5 @@
-"""What PPO fine-tuning changed: the same samples before and after as a table and pictures, and a progress bar that shows
-the rewards.
+"""What PPO fine-tuning changed: the same samples before and after as a table and as pictures; a progress bar with the
+rewards.
 """
 
 import math
@@ -11,6 +11,7 @@ from transformers import ProgressCallback
 
 from ..evaluation.figures import curves, orthogonal_views
 from ..metrics import diversity, noise_level, sharpness
+from ..pipelines.conditions import names_by_index
 from .ddpo import DDPOTrainer, Scored
 
 PICTURED_PER_CLASS = 2
@@ -132,8 +133,7 @@ def log_pictures(trainer: DDPOTrainer, before: Scored, after: Scored) -> None:
     if history and series:
         trainer.log_figure("reward_curve", curves(series, "optimizer step", "mean reward of the rollout"))
     config = trainer.pipeline.config
-    names = config.class_names or []
-    names = {index: name for name, index in names.items()} if isinstance(names, dict) else dict(enumerate(names))
+    names = names_by_index(trainer.pipeline)
     labels = torch.zeros(len(before.volumes)) if before.labels is None else before.labels
     rows = {}
     for c in labels.unique().tolist():

@@ -29,7 +29,8 @@ class ScriptParser(TrlParser):
     unknown flags; whatever is wrong ends the script with one line instead of a traceback.
 
     Args:
-        dataclass_types: the dataclasses, the script's own first. The first line of a docstring is its section's title.
+        dataclass_types: the dataclasses, the script's own first; the first sentence of a docstring is the title of its
+            section.
         description: what ``--help`` begins with, such as the script's docstring.
     """
 
@@ -101,7 +102,7 @@ class ScriptParser(TrlParser):
         inherited: dict[str, Any] = {}
         for dataclass_type in self.dataclass_types:
             types = get_type_hints(dataclass_type)
-            title = str(dataclass_type.__doc__).split("\n")[0].rstrip(".")
+            title = str(dataclass_type.__doc__).split("\n")[0].split(". ")[0].rstrip(".").replace("`", "")
             names = [entry.name for entry in fields(dataclass_type) if entry.init]
             sections[title] = {name: types[name] for name in names if _is_own(dataclass_type, name)}
             inherited |= {name: types[name] for name in names if not _is_own(dataclass_type, name)}
@@ -136,7 +137,7 @@ def _kind(kind: Any) -> str:
     for one in (bool, int, float):
         if one in (kind, *get_args(kind)):
             return one.__name__.upper()
-    return "TEXT"
+    return next((found for inner in get_args(kind) if (found := _kind(inner)) != "TEXT"), "TEXT")
 
 
 def _split_config(word: str) -> list[str]:

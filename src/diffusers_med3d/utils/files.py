@@ -31,7 +31,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        written = Path(temporary) / "written"  # a name that diffusers takes for none of its own pipelines (P2)
+        # a name that diffusers takes for none of its own pipelines (docs/pitfalls.md, P2)
+        written = Path(temporary) / "written"
         yield written
         os.replace(written, path)
 
