@@ -147,9 +147,9 @@ def main() -> None:
             volume_set(VolumeDataset.from_arguments(data, args.part)), data
         )
         draw_real(real_labels.tolist(), max(args.real_per_class), seed=0)
+        real, unseen = (prepare(real_volumes, settings), real_labels), prepare(unseen_volumes, settings)
         for model in models.values():
             check_unseen(model, unseen_subjects)
-        real, unseen = (prepare(real_volumes, settings), real_labels), prepare(unseen_volumes, settings)
     classes, synthetic, generators = [0, len(data.class_names) - 1], {}, {}
     for name, model in models.items():
         pipeline = MedDiffusion3DPipeline.from_pretrained(model).to(device)

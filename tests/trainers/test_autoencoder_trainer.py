@@ -92,6 +92,7 @@ def test_a_blurred_volume_has_a_spectral_loss_though_its_phase_is_right():
     assert spectral_l1(avg_pool3d(sharp, 3, 1, 1), sharp) > 0.1
 
 
+@pytest.mark.slow
 def test_the_discriminator_learns_to_tell_softer_volumes_from_sharp_ones(tmp_path):
     # with the norm and the weights that MONAI's starts with it was right about half of the pairs
     discriminator = AutoencoderLosses(kl_model(), config(tmp_path, discriminator_channels=8)).discriminator
@@ -217,6 +218,7 @@ def test_codes_that_nobody_uses_restart_at_latents_of_the_batch_in_training_only
     assert torch.allclose(quantizer.ema_w[3] / quantizer.ema_cluster_size[3], quantizer.embedding.weight[3])
 
 
+@pytest.mark.slow
 def test_the_codebook_does_not_collapse(tmp_path, scans):
     torch.manual_seed(1)
     model = VQModel3D(channels=(8, 8), num_res_channels=(8, 8), num_embeddings=32, embedding_dim=4, decay=0.9)

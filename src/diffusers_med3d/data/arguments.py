@@ -5,7 +5,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .settings import DATASET_FILE, GRID, DataSettings, combine_settings, metadata_columns, read_settings, with_defaults
+from .settings import (
+    DATASET_FILE,
+    GRID,
+    UNSET,
+    DataSettings,
+    combine_settings,
+    metadata_columns,
+    read_settings,
+    with_defaults,
+)
 from .split import read_split_settings
 from .transforms import FITS
 
@@ -22,27 +31,27 @@ class DataArguments:
 
     data_dir: str = field(metadata={"help": "Folder of NIfTI files with metadata.csv, as `datasets`' niftifolder."})
     split_file: str = field(metadata={"help": "JSON file with the split by subject (examples/make_split.py)."})
-    volume_shape: list[int] | None = field(
-        default=None, metadata={"help": "Size (X, Y, Z) in voxels after crop and pad; 64 64 64 if nothing says it."}
+    volume_shape: list[int] = field(
+        default=UNSET, metadata={"help": "Size (X, Y, Z) in voxels after crop and pad; 64 64 64 if nothing says it."}
     )
-    spacing: list[float] | None = field(
-        default=None, metadata={"help": "Voxel size (X, Y, Z) in mm after resampling; 3 3 3 if nothing says it."}
+    spacing: list[float] = field(
+        default=UNSET, metadata={"help": "Voxel size (X, Y, Z) in mm after resampling; 3 3 3 if nothing says it."}
     )
-    subject_column: str | None = field(
-        default=None, metadata={"help": "Column that names the subject; participant_id if nothing says it."}
+    subject_column: str = field(
+        default=UNSET, metadata={"help": "Column that names the subject; participant_id if nothing says it."}
     )
     label_column: str | None = field(
         default=None, metadata={"help": "Column that the class is made from; age if nothing says it."}
     )
-    class_names: list[str] | None = field(
-        default=None,
+    class_names: list[str] = field(
+        default=UNSET,
         metadata={
             "help": "Names of the classes in order; the null class comes after them and is not named. young middle old "
             "if nothing says it and there are ages, else no classes."
         },
     )
-    class_edges: list[float] | None = field(
-        default=None,
+    class_edges: list[float] = field(
+        default=UNSET,
         metadata={
             "help": "For a number in label_column: class 0 is <= the first edge, the last class is >= the last edge; "
             "one edge alone belongs to class 0. 35 60 if no class_names are given either; class_names without edges "

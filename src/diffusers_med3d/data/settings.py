@@ -96,6 +96,22 @@ class DataSettings:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+UNSET: Any = None
+"""Default of a field that has a value wherever it is read; a type checker need not ask."""
+
+
+@dataclass(eq=False)
+class FullSettings(DataSettings):
+    """``DataSettings`` that say everything a loader needs, as ``with_defaults`` makes them."""
+
+    volume_shape: list[int] = UNSET
+    spacing: list[float] = UNSET
+    antialias: bool = UNSET
+    subject_column: str = UNSET
+    class_names: list[str] = UNSET
+    class_edges: list[float] = UNSET
+
+
 def read_settings(folder: str | Path) -> DataSettings:
     """Settings of a data set from its ``dataset.json``; nothing is said where there is none."""
     path = Path(folder) / DATASET_FILE
@@ -163,17 +179,17 @@ def check_same_settings(
     combine_settings((names[0], first), (names[1], second), only=only)
 
 
-DEFAULT_GRID = {"volume_shape": [64, 64, 64], "spacing": [3.0, 3.0, 3.0]}
-DEFAULT_READING = {
+DEFAULT_GRID: dict[str, Any] = {"volume_shape": [64, 64, 64], "spacing": [3.0, 3.0, 3.0]}
+DEFAULT_READING: dict[str, Any] = {
     "orientation": "RAS",
     "intensity": INTENSITY,
     "antialias": False,
     "subject_column": "participant_id",
 }
-DEFAULT_CLASSES = {"class_names": ["young", "middle", "old"], "class_edges": [35.0, 60.0]}
+DEFAULT_CLASSES: dict[str, Any] = {"class_names": ["young", "middle", "old"], "class_edges": [35.0, 60.0]}
 
 
-def with_defaults(settings: DataSettings, columns: list[str] | None) -> tuple[DataSettings, list[str]]:
+def with_defaults(settings: DataSettings, columns: list[str] | None) -> tuple[FullSettings, list[str]]:
     """Settings that say everything a loader needs, and sentences that tell which defaults were taken.
 
     Args:
@@ -201,7 +217,7 @@ def with_defaults(settings: DataSettings, columns: list[str] | None) -> tuple[Da
         elif values["class_names"] == DEFAULT_CLASSES["class_names"]:
             values = DEFAULT_CLASSES | values
     values.setdefault("class_edges", [])
-    return DataSettings(**values), notes
+    return FullSettings(**values), notes
 
 
 def metadata_columns(folder: str | Path) -> list[str] | None:

@@ -32,7 +32,7 @@ def make_split(
     if len(test) != len(validation):
         raise ValueError(f"test and validation need one count per class, got {list(test)} and {list(validation)}.")
     rng = random.Random(seed)
-    split = {part: [] for part in PARTS}
+    split: dict[str, list[str]] = {part: [] for part in PARTS}
     folds: dict[str, list[str]] = {"a": [], "b": []}
     for index in range(len(test) + 1):
         subjects = sorted(subject for subject, label in classes.items() if label == index)

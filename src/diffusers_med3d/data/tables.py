@@ -68,8 +68,8 @@ def read_table(path: Path) -> dict[str, list]:
         first = text.partition("\n")[0]
         separator = max(",;\t", key=first.count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != "\t")
-        lines = ((reader.line_num, [value.strip() for value in row]) for row in reader)
-        lines = [(number, row) for number, row in lines if any(row)]
+        stripped = ((reader.line_num, [value.strip() for value in row]) for row in reader)
+        lines = [(number, row) for number, row in stripped if any(row)]
         names = lines[0][1] if lines else []
         for number, row in lines[1:]:
             if len(row) != len(names):
@@ -137,15 +137,16 @@ def read_folder(folder: Path) -> tuple[list[Path], dict[str, list]]:
         names = found.pop(_file_column(table, found))
         if any(not name for name in names):
             raise ValueError(f"{table}: {sum(not name for name in names)} row(s) have no file_name.")
-        resolved = [_resolve(name, table.parent) for name in names]
-        if None in resolved:
-            raise _missing_files(table, [name for name, path in zip(names, resolved, strict=True) if path is None])
+        resolved = {name: _resolve(name, table.parent) for name in names}
+        missing = [name for name in names if resolved[name] is None]
+        if missing:
+            raise _missing_files(table, missing)
         for name in names:
             if not is_nifti(name.replace("\\", "/")):
                 raise ValueError(f"{table} names {name!r}, which is no NIfTI file (.nii, .nii.gz).")
         for name in dict.fromkeys([*columns, *found]):
             columns[name] = columns.get(name, [None] * len(paths)) + found.get(name, [None] * len(names))
-        paths += resolved
+        paths += [path for name in names if (path := resolved[name]) is not None]
     real = [os.path.realpath(path) for path in paths]
     if len(set(real)) < len(real):
         twice = next(path for path in real if real.count(path) > 1)

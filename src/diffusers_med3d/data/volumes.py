@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,24 @@ from .arguments import DataArguments
 from .labels import classes_of
 from .nifti import check_affine, check_voxels, decode_nifti
 from .reading import check_columns, check_scans, read_scans
-from .settings import DATASET_FILE, DataSettings, combine_settings, read_settings, settings_of, with_defaults
+from .settings import (
+    DATASET_FILE,
+    DataSettings,
+    combine_settings,
+    read_settings,
+    settings_of,
+    with_defaults,
+)
 from .split import PARTS, load_split
 from .tables import as_numbers
 from .transforms import Placement, place, to_meta_tensor
 
 
-def _place(scan: MetaTensor, name: str, settings: DataSettings, fit: str) -> tuple[MetaTensor, Placement]:
+def _place(
+    scan: MetaTensor, name: str, volume_shape: Sequence[int], spacing: Sequence[float], antialias: bool, fit: str
+) -> tuple[MetaTensor, Placement]:
     try:
-        return place(scan, settings.volume_shape, settings.spacing, bool(settings.antialias), fit)
+        return place(scan, volume_shape, spacing, antialias, fit)
     except ValueError as error:
         raise ValueError(f"scan of {name} cannot be prepared: {error}") from error
 
@@ -73,7 +82,7 @@ def prepare(
             raise FileNotFoundError(f"no such scan: {path}")
         name = path.name
         scan = to_meta_tensor(*decode_nifti({"path": str(path), "bytes": None}, name, num_channels))
-    return _place(scan, name, settings, fit)[0]
+    return _place(scan, name, settings.volume_shape, settings.spacing, bool(settings.antialias), fit)[0]
 
 
 def _checked(scan: MetaTensor) -> MetaTensor:
@@ -164,9 +173,10 @@ class VolumeDataset(TorchDataset):
         num_channels = check_scans(chosen, [subject for subject, _ in order], num_channels)
         self.metadata = _typed(chosen.remove_columns("nifti"), self.settings.subject_column)
         self.items, self.placements = [], []
+        grid = self.settings.volume_shape, self.settings.spacing, self.settings.antialias
         for (subject, i), entry in zip(tqdm(order, desc="reading scans", unit="scan"), chosen["nifti"], strict=True):
             scan = to_meta_tensor(*decode_nifti(entry, subject, num_channels))
-            volume, placement = _place(scan, subject, self.settings, fit)
+            volume, placement = _place(scan, subject, *grid, fit)
             self.items.append({"volume": volume, "class_label": labels[i], "subject": subject})
             self.placements.append(placement)
 
@@ -185,6 +195,9 @@ class VolumeDataset(TorchDataset):
 
     def __getitem__(self, index: int) -> dict:
         return self.items[index]
+
+    def __iter__(self) -> Iterator[dict]:
+        return iter(self.items)
 
     def stack(self) -> torch.Tensor:
         """All volumes as one plain tensor (N, C, X, Y, Z)."""

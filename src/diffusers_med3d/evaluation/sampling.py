@@ -1,6 +1,7 @@
 """Sets of volumes to be judged: scans, and samples with the scans' class mix, all through one loader."""
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def volume_file(folder: Path, name: str) -> Path:
     return folder / f"{quote(name, safe='')}-0000.nii.gz"
 
 
-def save_volume(volume: Tensor, name: str, folder: Path, affine: np.ndarray, spacing: Sequence[float]) -> None:
+def save_volume(volume: Tensor, name: str, folder: Path, affine: np.ndarray | None, spacing: Sequence[float]) -> None:
     output = MedDiffusion3DPipelineOutput(volumes=volume[None], affine=affine, spacing=tuple(spacing))
     output.save_nifti(folder, prefix=quote(name, safe=""), overwrite=True)
 
@@ -216,9 +217,9 @@ def asked_for(
     if names:
         if like is None:
             raise ValueError(f"this generator takes {names} besides the class; give scans to take them from (like=).")
-        scans, members = scan_rows(pipeline, like), {}
+        scans, members = scan_rows(pipeline, like), defaultdict(list)
         for row, item in enumerate(like):
-            members.setdefault(item["class_label"], []).append(row)
+            members[item["class_label"]].append(row)
         absent = sorted(set(labels) - set(members))
         if absent:
             raise ValueError(f"there is no scan of class {absent} to take {names} from.")
@@ -276,7 +277,7 @@ def sample_volumes(
         "classes": list(data.class_names),
     }
     asked = asked_for(pipeline, labels, data, like)
-    if condition_names(pipeline):
+    if like is not None and condition_names(pipeline):
         settings["like"] = scan_rows(pipeline, like).to_dict()
     with state.main_process_first():
         check_settings(folder, settings)

@@ -68,7 +68,7 @@ class ResidualScorer(CheckpointedBlocksMixin, nn.Module):
             hidden = self._call(block, hidden)
             pooled.append(hidden.float().flatten(2).mean(-1))
         pooled.append(hidden.float().flatten(2).amax(-1))
-        features = torch.cat(pooled, dim=1).to(self.head[0].weight.dtype)
+        features = torch.cat(pooled, dim=1).to(next(self.head.parameters()).dtype)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features).squeeze(1)
 

@@ -89,9 +89,9 @@ class MedDiffusion3DPipelineOutput(BaseOutput):
         spacing: voxel size (mm) that was generated, whatever a given affine says. None for latents.
     """
 
-    volumes: torch.Tensor | np.ndarray
+    volumes: torch.Tensor | Any  # np.ndarray where asked for, which a type checker cannot tell
     affine: np.ndarray | None = None
-    spacing: tuple[float, float, float] | None = None
+    spacing: tuple[float, ...] | None = None
 
     def save_nifti(self, folder: str | os.PathLike, prefix: str = "sample", overwrite: bool = False) -> list[Path]:
         """Write ``folder/{prefix}-0000.nii.gz`` and on: float32 voxels as they are, true affine, millimetres.
@@ -142,7 +142,8 @@ def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | dict[
 
 
 def _with_affine(
-    volumes: torch.Tensor | Sequence[torch.Tensor] | None, affine: np.ndarray | torch.Tensor | None
+    volumes: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...] | None,
+    affine: np.ndarray | torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, np.ndarray | torch.Tensor | None]:
     """One scan or a list of scans as a plain batch, with the affines that MetaTensors bring unless one is given.
 
@@ -283,9 +284,9 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
 
     def affine(self, volume_shape: Sequence[int] | None = None, spacing: Sequence[float] | None = None) -> np.ndarray:
         """Voxel to RAS millimetres, float64 (4, 4): this pipeline's spacing, the volume's centre at the origin."""
-        spacing = np.asarray(spacing or self.config.spacing, dtype=np.float64)
-        affine = np.diag([*spacing, 1.0])
-        affine[:3, 3] = -spacing * (np.asarray(volume_shape or self.config.volume_shape) - 1) / 2
+        sides = np.asarray(spacing or self.config.spacing, dtype=np.float64)
+        affine = np.diag([*sides, 1.0])
+        affine[:3, 3] = -sides * (np.asarray(volume_shape or self.config.volume_shape) - 1) / 2
         return affine
 
     def encode_class_labels(self, labels: ClassLabels, batch: int) -> torch.Tensor | None:
@@ -443,7 +444,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         if (volumes is None) != (strength is None):
             given = "no volumes" if volumes is None else "volumes"
             raise ValueError(f"volumes and strength belong together, got {given} and strength={strength}.")
-        if volumes is None:
+        if volumes is None or strength is None:
             if affine is not None:
                 raise ValueError("affine belongs to volumes; generated volumes carry the pipeline's own.")
             return
@@ -519,7 +520,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pt",
-        volumes: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        volumes: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...] | None = None,
         strength: float | None = None,
         affine: np.ndarray | torch.Tensor | None = None,
         spacing: Sequence[float] | None = None,
@@ -527,7 +528,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
-    ) -> MedDiffusion3DPipelineOutput | tuple[torch.Tensor | np.ndarray, ...]:
+    ) -> MedDiffusion3DPipelineOutput | Any:
         """Generate volumes, or noise given ones partially and denoise them again.
 
         Args:
@@ -581,7 +582,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             tuple(volumes.shape[2:]) if volumes is not None else tuple(volume_shape or self.config.volume_shape)
         )
         latent_shape = (batch, self.unet.config.in_channels, *self._check_volume_shape(volume_shape))
-        class_labels = self.encode_class_labels(class_labels, batch)
+        labels = self.encode_class_labels(class_labels, batch)
         encoded_conditions = self.encode_conditions(conditions, spacing, batch)
 
         # 2. Where sampling starts
@@ -596,13 +597,13 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         flow = is_flow(self.scheduler)  # whose scheduler never scales
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = latents if flow else self.scheduler.scale_model_input(latents, t)
-            prediction = self.predict(model_input, t, class_labels, guidance_scale, encoded_conditions)
+            prediction = self.predict(model_input, t, labels, guidance_scale, encoded_conditions)
             latents = self.scheduler.step(prediction, t, latents, **extra).prev_sample
             if callback_on_step_end is not None:
-                tensors = {"latents": latents, "class_labels": class_labels}
+                tensors: dict[str, Any] = {"latents": latents, "class_labels": labels}
                 given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 tensors |= callback_on_step_end(self, i, t, given) or {}
-                latents, class_labels = tensors["latents"], tensors["class_labels"]
+                latents, labels = tensors["latents"], tensors["class_labels"]
 
         # 4. Decode
         if output_type == "latent":

@@ -150,7 +150,7 @@ class AutoencoderLosses(nn.Module):
             for layer in self.discriminator.modules():
                 if isinstance(layer, nn.Conv3d):  # MONAI's N(0, 0.02) counts on norms
                     nn.init.kaiming_normal_(layer.weight, 0.2)
-                    nn.init.zeros_(layer.bias)
+                    nn.init.zeros_(layer.get_parameter("bias"))
             self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares")
         self.args = args
 
@@ -275,7 +275,7 @@ class AutoencoderTrainer(Med3DTrainer):
         Returns:
             mean (c,), standard deviation (c,) of what is left after mean and atlas, and atlas (c, x, y, z) or None.
         """
-        total, squares = 0.0, 0.0
+        total = squares = torch.zeros((), dtype=torch.double)
         self.autoencoder.eval()
         for item in self.train_volumes:
             moments = self.autoencoder.encode_moments(item["volume"].as_tensor()[None].to(self.args.device))
