@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser
-from transformers import HfArgumentParser
+from trl import TrlParser
 
 from conftest import REPOSITORY, run_example
 
@@ -146,14 +146,14 @@ def check_call(call: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None:
         return None
     script, arguments = words[0], call[call.index(words[0]) + 1 :]
     assert (REPOSITORY / script).is_file(), f"{script} does not exist"
-    parse = HfArgumentParser.parse_args_into_dataclasses
+    parse = TrlParser.parse_args_into_dataclasses
 
     def parse_and_stop(self, *args, **kwargs):
         parse(self, *args, **kwargs)
         raise Parsed
 
     with monkeypatch.context() as patch:
-        patch.setattr(HfArgumentParser, "parse_args_into_dataclasses", parse_and_stop)
+        patch.setattr(TrlParser, "parse_args_into_dataclasses", parse_and_stop)
         patch.setattr(sys, "argv", [script, *arguments])
         with pytest.raises(Parsed):
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")
