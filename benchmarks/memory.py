@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.autograd import profiler
-from transformers import HfArgumentParser
 
 from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, VolumeRewardModel
+from diffusers_med3d.utils.arguments import ScriptParser
 
 
 @dataclass
@@ -84,7 +84,7 @@ def measure(size: int, device: str, checkpointing: bool) -> list[int]:
 
 def main() -> None:
     """Print one Markdown row per size, in GiB."""
-    (args,) = HfArgumentParser(MemoryArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(MemoryArguments, description=__doc__).parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("| volume | decode | denoise one step | score (3D reward) | train the UNet, batch 1 |\n|---|---|---|---|---|")
     for size in args.sizes:

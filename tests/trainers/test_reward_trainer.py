@@ -20,7 +20,12 @@ from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.rewards.damage import DAMAGE_NAMES, damage, gaussian_smooth
 from diffusers_med3d.rewards.learned import SliceReward, VolumeReward
 from diffusers_med3d.rewards.spectrum import REAL, clean_label
-from diffusers_med3d.rewards.spectrum_dataset import SpectrumDataset, build_spectrum, subject_levels
+from diffusers_med3d.rewards.spectrum_dataset import (
+    SpectrumDataset,
+    build_fold_spectra,
+    build_spectrum,
+    subject_levels,
+)
 from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, summarise
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer, draw_versions
 from diffusers_med3d.utils.seeding import seeded
@@ -205,7 +210,7 @@ def test_impossible_levels_are_refused(wrong, tiny_pipeline, scans, tmp_path):
 
 
 def test_two_scans_of_a_subject_have_a_file_each_and_the_null_class_works(tiny_pipeline, data, tmp_path):
-    scans = VolumeDataset(data.data_dir, ["sub-01", "sub-08"], data)
+    scans = VolumeDataset(data.data_dir, ["sub-01", "sub-08"], **data.reading())
     paths = build(tiny_pipeline, scans, tmp_path, trained_on=[])
     assert [path.name for path in paths] == [f"sub-0{name}.safetensors" for name in ("1-1", "1-2", "8-1")]
     assert SpectrumDataset(paths).subjects.tolist() == [0, 0, 2]  # which scans are of one subject
@@ -335,6 +340,7 @@ def test_perfect_symmetry_changes_neither_label_nor_order(tmp_path):
                 assert drawn.labels[i].item() == pytest.approx(clean_label(strength))
 
 
+@pytest.mark.slow
 @MODELS
 def test_training_teaches_the_order_of_unseen_subjects_and_moves_every_weight(model, tmp_path):
     model = tiny_model(**model)
@@ -471,6 +477,28 @@ def script_arguments(tiny_pipeline, data, tmp_path) -> dict[str, list]:
     return {"common": common, "train": train, "generators": generators}
 
 
+def test_each_fold_is_denoised_by_the_generator_of_the_other_and_the_one_to_be_tuned_adds_full_samples(
+    script_arguments, data, tmp_path
+):
+    shutil.copytree(tmp_path / "a", tmp_path / "tuned")
+    (tmp_path / "tuned" / TRAINING_SUBJECTS).write_text(json.dumps([*SPLIT["folds"]["a"], *SPLIT["folds"]["b"]]))
+    scans = {part: VolumeDataset.from_arguments(data, part) for part in ("a", "b", "validation")}
+    common = {"folder": tmp_path / "made", "strengths": LEVELS, "levels_per_subject": 2, "num_inference_steps": 2}
+    fold_a, fold_b, tuned = (str(tmp_path / name) for name in ("a", "b", "tuned"))
+    train, validation = build_fold_spectra(scans, fold_a, fold_b, tuned, **common)
+    assert [path.parent.name for path in train.paths] == ["b-by-generator-a"] * 2 + ["a-by-generator-b"] * 4
+    assert [path.parent.name for path in train.more] == ["b-by-generator"] * 2 + ["a-by-generator"] * 4
+    assert train[0]["strengths"].tolist() == [0.0, 1.0, 1.0]  # the last is the full sample of the one to be tuned
+    assert [path.parent.name for path in validation.paths] == ["validation-by-generator"] * 2
+    assert validation[0]["strengths"].tolist() == LEVELS
+
+    alone, judged_by_a = build_fold_spectra(scans, fold_a, None, None, **common)
+    assert len(alone) == 2 and not alone.more
+    assert judged_by_a.paths[0].parent.name == "validation-by-generator-a"
+    with pytest.raises(ValueError, match="the generator of the other fold"):
+        build_fold_spectra(scans, fold_b, fold_a, None, **common)
+
+
 @pytest.mark.slow
 def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
     output = tmp_path / "3d"
@@ -512,6 +540,7 @@ def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_o
         assert load_file(tmp_path / "spectrum" / f"{name}.safetensors")["strengths"].tolist() == levels
 
 
+@pytest.mark.slow
 def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_arguments, tmp_path, monkeypatch, capsys):
     one_generator = [*script_arguments["train"], *script_arguments["generators"][:2], "--architecture", "2d"]
     one_generator += ["--max_steps", 1]

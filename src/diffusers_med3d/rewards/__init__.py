@@ -2,9 +2,10 @@
 
 from .damage import DAMAGE_NAMES, damage
 from .learned import SliceReward, VolumeReward
+from .loading import load_reward
 from .scoring import RewardFunc
 from .spectrum import partial_noising, spectrum_loss
-from .spectrum_dataset import SpectrumDataset, build_spectrum
+from .spectrum_dataset import SpectrumDataset, build_fold_spectra, build_spectrum
 from .spectrum_scores import score_spectrum, summarise
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "SliceReward",
     "SpectrumDataset",
     "VolumeReward",
+    "build_fold_spectra",
     "build_spectrum",
     "damage",
+    "load_reward",
     "partial_noising",
     "score_spectrum",
     "spectrum_loss",

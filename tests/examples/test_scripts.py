@@ -12,11 +12,10 @@ import torch
 import yaml
 from matplotlib.image import imread
 
-from conftest import SPACING, VOLUME_SHAPE, run_example
+from conftest import EXAMPLES, SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d import DDPOConfig
 from diffusers_med3d.utils.arguments import INHERITED, ScriptParser, refused_in_one_line
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "ScriptParser" in path.read_text())
 A_SCREEN = 60  # lines, of 120 columns
 
@@ -137,6 +136,7 @@ def test_an_own_generator_needs_its_own_rewards(tiny_pipeline_folder, monkeypatc
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_a_reward_from_a_file_named_on_the_command_line_moves(tiny_pipeline_folder, monkeypatch, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(
@@ -206,6 +206,7 @@ def test_generate_writes_volumes_and_one_picture(tiny_pipeline, tiny_pipeline_fo
     )
 
 
+@pytest.mark.slow
 def test_the_picture_has_a_row_for_every_model_and_the_scans_of_a_class(
     tiny_pipeline, tiny_pipeline_folder, brains_folder, monkeypatch, tmp_path
 ):
