@@ -26,8 +26,12 @@ COARSE_CORRELATION = 0.7
 SAME_SCAN = 0.8
 """Correlation of the fine detail from which two scans count as one.
 
-Among 140 brains of different people (IXI, 2 mm) PLACEHOLDER.
+Among 140 brains of different people (IXI, 2 mm, 224 pairs of neighbours) the highest is 0.70; copies that were resampled
+to 1.5, 3 or 4 mm, mirrored, scaled, given another gamma (0.8, 1.3), noise or a turn of 5 degrees have 0.93 and more.
 """
+HOPE = 0.6
+"""Detail correlation after the coarse registration below which the finer one is not tried."""
+STEPS = 30
 MIRRORINGS = list(product((1, -1), repeat=3))
 
 
@@ -106,38 +110,44 @@ def _unit(values: np.ndarray) -> np.ndarray:
     return values / (np.linalg.norm(values) + 1e-12)
 
 
-def align(moving: np.ndarray, fixed: np.ndarray, steps: int = 15) -> np.ndarray:
-    """``moving`` laid over ``fixed`` by the affine of the highest correlation.
+def align(
+    moving: np.ndarray, fixed: np.ndarray, smoothing: float, stride: int, start: np.ndarray | None = None
+) -> np.ndarray:
+    """The affine (3, 4) about the middle that lays ``moving`` over ``fixed`` with the highest correlation.
 
-    Gauss-Newton steps (ECC; Evangelidis & Psarakis, TPAMI 2008) from the identity on every second point, first of
-    smoother volumes; both are (48, 48, 48).
+    Gauss-Newton steps (ECC; Evangelidis & Psarakis, TPAMI 2008).
+
+    Args:
+        moving, fixed: (48, 48, 48).
+        smoothing: of both, in voxels.
+        stride: every how many points they are compared.
+        start: affine to begin with; the identity if not given.
     """
-    centre, stride = (SIDE - 1) / 2, 2
+    centre = (SIDE - 1) / 2
     points = np.stack(np.meshgrid(*[np.arange(0, SIDE, stride) - centre] * 3, indexing="ij")).reshape(3, -1)
     homogeneous = np.concatenate([points, np.ones((1, points.shape[1]))]).astype(np.float32)
-    transform = np.eye(3, 4)
-    for smoothing in (2.0, 1.0):
-        source = gaussian_filter(moving, smoothing)
-        slopes = np.gradient(source)
-        wanted = _unit(gaussian_filter(fixed, smoothing)[::stride, ::stride, ::stride])
-        for _ in range(steps):
-            moved = [_moved(part, transform, stride).ravel() for part in (source, *slopes)]
-            # (points, 12): how each voxel changes with each entry of the transform
-            jacobian = np.concatenate([slope * homogeneous for slope in moved[1:]]).T
-            jacobian -= jacobian.mean(0)
-            image = moved[0] - moved[0].mean()
-            onto_image, onto_wanted = jacobian.T @ image, jacobian.T @ wanted
-            square = jacobian.T @ jacobian + 1e-6 * np.eye(12)
-            solved = np.linalg.solve(square, np.stack([onto_image, onto_wanted], 1))
-            bottom = image @ wanted - onto_image @ solved[:, 1]
-            if bottom <= 0:
-                break
-            scale = (image @ image - onto_image @ solved[:, 0]) / bottom  # eq. 19
-            step = (scale * solved[:, 1] - solved[:, 0]).reshape(3, 4)
-            transform = transform + step
-            if np.abs(step[:, :3]).max() * centre + np.abs(step[:, 3]).max() < 0.02:
-                break
-    return _moved(moving, transform, 1)
+    transform = np.eye(3, 4) if start is None else start
+    source = gaussian_filter(moving, smoothing, truncate=3)
+    slopes = np.gradient(source)
+    wanted = _unit(gaussian_filter(fixed, smoothing, truncate=3)[::stride, ::stride, ::stride])
+    for _ in range(STEPS):
+        moved = [_moved(part, transform, stride).ravel() for part in (source, *slopes)]
+        # (points, 12): how each voxel changes with each entry of the transform
+        jacobian = np.concatenate([slope * homogeneous for slope in moved[1:]]).T
+        jacobian -= jacobian.mean(0)
+        image = moved[0] - moved[0].mean()
+        onto_image, onto_wanted = jacobian.T @ image, jacobian.T @ wanted
+        square = jacobian.T @ jacobian + 1e-6 * np.eye(12)
+        solved = np.linalg.solve(square, np.stack([onto_image, onto_wanted], 1))
+        bottom = image @ wanted - onto_image @ solved[:, 1]
+        if bottom <= 0:
+            break
+        scale = (image @ image - onto_image @ solved[:, 0]) / bottom  # eq. 19
+        step = (scale * solved[:, 1] - solved[:, 0]).reshape(3, 4)
+        transform = transform + step
+        if np.abs(step[:, :3]).max() * centre + np.abs(step[:, 3]).max() < 0.02:
+            break
+    return transform
 
 
 def _moved(volume: np.ndarray, transform: np.ndarray, stride: int) -> np.ndarray:
@@ -158,9 +168,10 @@ def detail_correlation(first: np.ndarray, second: np.ndarray) -> float:
     if shared.sum() < 1000:
         return 0.0
     weight = shared.astype(np.float32)
+    weights = {width: gaussian_filter(weight, width, truncate=2) for width in (0.5, 1.5, 3.0)}
 
     def local_mean(values: np.ndarray, width: float) -> np.ndarray:
-        return gaussian_filter(values * weight, width) / (gaussian_filter(weight, width) + 1e-6)
+        return gaussian_filter(values * weight, width, truncate=2) / (weights[width] + 1e-6)
 
     def detail(values: np.ndarray) -> np.ndarray:
         band = local_mean(values, 0.5) - local_mean(values, 1.5)
@@ -207,11 +218,12 @@ def _candidates(prints: Sequence[np.ndarray]) -> list[tuple[int, int, tuple[int,
     """Each scan with its nearest neighbours and the mirroring in which they are nearest."""
     if len(prints) < 2:
         return []
-    vectors = np.stack([_coarse(one) for one in prints])
+    coarse = np.stack([_coarse(one) for one in prints])
+    vectors = coarse.reshape(len(prints), -1)
     best = np.full((len(prints),) * 2, -1.0)
     which = np.zeros(best.shape, dtype=int)
     for number, mirroring in enumerate(MIRRORINGS):
-        similar = vectors @ np.stack([_coarse(_mirrored(one, mirroring)) for one in prints]).T
+        similar = vectors @ np.stack([_mirrored(one, mirroring) for one in coarse]).reshape(len(prints), -1).T
         which = np.where(similar > best, number, which)
         best = np.maximum(best, similar)
     np.fill_diagonal(best, -1.0)
@@ -225,7 +237,10 @@ def _candidates(prints: Sequence[np.ndarray]) -> list[tuple[int, int, tuple[int,
 
 
 def _coarse(one: np.ndarray) -> np.ndarray:
-    return _unit(_band(one, 1.0, 3.0)[::2, ::2, ::2]).astype(np.float32)
+    """(24, 24, 24), mean 0, norm 1; averaged over blocks, so that it mirrors as the fingerprint does."""
+    half = SIDE // 2
+    blocks = _band(one, 1.0, 3.0).reshape(half, 2, half, 2, half, 2).mean((1, 3, 5))
+    return _unit(blocks).reshape(blocks.shape).astype(np.float32)
 
 
 def _mirrored(one: np.ndarray, mirroring: tuple[int, int, int]) -> np.ndarray:
@@ -233,7 +248,17 @@ def _mirrored(one: np.ndarray, mirroring: tuple[int, int, int]) -> np.ndarray:
 
 
 def _score(first: np.ndarray, second: np.ndarray) -> float:
-    return max(detail_correlation(first, second), detail_correlation(align(first, second), second))
+    """Detail correlation as they are, or after registration; the finer step only where the coarser one gave hope."""
+    score = detail_correlation(first, second)
+    transform = None
+    for smoothing, stride, hope in ((2.0, 4, HOPE), (1.0, 2, 1.0)):
+        if score >= SAME_SCAN:
+            break
+        transform = align(first, second, smoothing, stride, transform)
+        score = max(score, detail_correlation(_moved(first, transform, 1), second))
+        if score < hope:
+            break
+    return score
 
 
 def one_person_each(people: Sequence[str], duplicates: Sequence[Duplicate]) -> list[str]:

@@ -9,10 +9,12 @@ from pathlib import Path
 import nibabel
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.ndimage import zoom
 
 from ..utils.files import whole_file, write_whole
 
 MONTAGE = "montage.png"
+CELL = 160  # pixels
 ROWS_SHOWN = 500
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
@@ -33,24 +35,36 @@ class Section:
 
 def montage(paths: Sequence[Path], titles: Sequence[str], output: Path) -> None:
     """Three middle slices of each scan as one PNG; the person's right, front and top are right, right and up."""
-    figure = Figure(figsize=(6.6, 2.2 * len(paths)), layout="constrained", facecolor="black")
-    axes = figure.subplots(len(paths), 3, squeeze=False)
-    for row, path, title in zip(axes, paths, titles, strict=True):
-        image = nibabel.load(path)
-        array = np.asarray(image.dataobj, dtype=np.float32)
-        array = array[..., 0] if array.ndim == 4 else array
-        inside = np.nonzero(array > 0)
-        middle = [int(where.min() + where.max()) // 2 for where in inside]
-        spacing = image.header.get_zooms()[:3]
-        top = float(np.quantile(array[inside], 0.995))
-        for axis, view in zip((2, 1, 0), row, strict=True):
-            plane = array.take(middle[axis], axis)
-            across, up = (one for one in range(3) if one != axis)
-            view.imshow(plane.T, origin="lower", cmap="gray", vmin=0, vmax=top, aspect=spacing[up] / spacing[across])
-            view.axis("off")
-        row[0].set_title(title, color="white", fontsize=9, loc="left")
+    mosaic = np.concatenate([_views(path) for path in paths])
+    figure = Figure(figsize=(mosaic.shape[1] / 80, mosaic.shape[0] / 80), facecolor="black")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(mosaic, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.axis("off")
+    for number, title in enumerate(titles):
+        axes.text(4, number * CELL + 12, title, color="white", fontsize=8)
     with whole_file(output) as temporary:
         figure.savefig(temporary, format="png", dpi=80, metadata={"Software": None})
+
+
+def _views(path: Path) -> np.ndarray:
+    """Axial, coronal and sagittal middle slices side by side, (160, 480) in [0, 1], of one scale."""
+    image = nibabel.load(path)
+    array = np.asarray(image.dataobj, dtype=np.float32)
+    array = array[..., 0] if array.ndim == 4 else array
+    inside = np.nonzero(array > 0)
+    box = tuple(slice(where.min(), where.max() + 1) for where in inside)
+    spacing = np.array(image.header.get_zooms()[:3])
+    top = float(np.quantile(array[inside], 0.995))
+    array = np.clip(array[box] / top, 0, 1)
+    scale = (CELL - 20) / (np.array(array.shape) * spacing).max()  # pixels per mm
+    row = np.zeros((CELL, 3 * CELL), np.float32)
+    for number, axis in enumerate((2, 1, 0)):
+        across, up = (one for one in range(3) if one != axis)
+        plane = array.take(array.shape[axis] // 2, axis).T[::-1]
+        view = zoom(plane, (spacing[up] * scale, spacing[across] * scale), order=1, grid_mode=True, mode="nearest")
+        low, left = (CELL - view.shape[0]) // 2, number * CELL + (CELL - view.shape[1]) // 2
+        row[low : low + view.shape[0], left : left + view.shape[1]] = view
+    return row
 
 
 def as_markdown(title: str, sections: Sequence[Section], picture: str | None) -> str:
