@@ -3,8 +3,8 @@
 import nibabel
 import numpy as np
 import pytest
-import trees
 
+import trees
 from diffusers_med3d.data.layouts import Options, analyze, find_scans, load_scan
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-import trees
 
+import trees
 from conftest import run_example
 from diffusers_med3d.data import VolumeDataset, load_split
 from diffusers_med3d.data.grid import choose_grid
