@@ -98,11 +98,11 @@ def test_all_scans_of_a_person_are_in_one_part_and_named_after_session_and_run(t
 
 
 def test_nothing_that_identifies_a_dicom_patient_reaches_an_output(tmp_path, monkeypatch, capsys):
-    source, output = tmp_path / "DOE_JANE", tmp_path / "out"
+    source, output = tmp_path / "QUAGMIRE_JANE", tmp_path / "out"
     table = [["participant_id", "finding", "born"]]
     for number in range(10):
         patient = f"MRN-77881{number}"
-        trees.dicom_series(source / f"doe^jane{number}" / trees.SCANNED, patient, trees.anatomy(number))
+        trees.dicom_series(source / f"quagmire^jane{number}" / trees.SCANNED, patient, trees.anatomy(number))
         table.append([patient, ("clear", "tumour")[number % 2], trees.BIRTH])
     trees.dicom_series(source / "gap", "MRN-778819", trees.anatomy(30), study=2, drop=(5,))
     trees.dicom_series(source / "broken", "MRN-778820", trees.anatomy(31))
@@ -114,7 +114,7 @@ def test_nothing_that_identifies_a_dicom_patient_reaches_an_output(tmp_path, mon
     assert len(rows) == 10 and rows[0]["participant_id"] == "sub-0001" and rows[1]["finding"] == "tumour"
     report = (output / "report.md").read_text()
     assert "a gap: slices 5 and 6" in report and "its voxels cannot be read" in report
-    secrets = ["DOE", "JANE", "MRN", "77881", trees.BIRTH, trees.SCANNED[:-2], "2005-11", "Elsewhere", "ACC4711"]
+    secrets = ["quagmire", "MRN-7", "77881", trees.BIRTH, trees.SCANNED[:-2], "2005-11", "Elsewhere", "ACC4711"]
     secrets += ["1.2.826.0.1", "mprage", str(tmp_path), str(source.resolve()), "/root", "093011"]
     contents = files_below(output)
     assert len(contents) == 10 + len(["metadata.csv", "dataset.json", "split.json", "report.md", "report.html", "png"])

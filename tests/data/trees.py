@@ -180,13 +180,13 @@ def dicom_series(
         file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = "1.2.840.10008.5.1.4.1.1.4"
         file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = f"{root}.{number}.{k + 1}"
-        file.PatientID, file.PatientName = patient, f"DOE^JANE{patient[-1]}"
+        file.PatientID, file.PatientName = patient, f"QUAGMIRE^JANE{patient[-1]}"
         file.PatientBirthDate, file.PatientAge, file.PatientSex = BIRTH, "048Y", "F"
         file.StudyDate, file.StudyTime = f"{SCANNED[:-1]}{study}", "093011"
         file.InstitutionName, file.AccessionNumber = "Saint Elsewhere", "ACC4711"
         file.StudyInstanceUID, file.SeriesInstanceUID = root, f"{root}.{number}"
         file.SeriesNumber, file.InstanceNumber = number, k + 1
-        file.SeriesDescription, file.Modality, file.ImageType = "t1 mprage of DOE", "MR", ["ORIGINAL", "PRIMARY"]
+        file.SeriesDescription, file.Modality, file.ImageType = "t1 mprage of QUAGMIRE", "MR", ["ORIGINAL", "PRIMARY"]
         file.Rows, file.Columns = array.shape[1], array.shape[0]
         file.PixelSpacing = [step, step]
         corner = -step * (np.array(array.shape) - 1) / 2
