@@ -245,7 +245,7 @@ def _coarse(one: np.ndarray) -> np.ndarray:
     return _unit(blocks).reshape(blocks.shape).astype(np.float32)
 
 
-def _mirrored(one: np.ndarray, mirroring: tuple[int, int, int]) -> np.ndarray:
+def _mirrored(one: np.ndarray, mirroring: Sequence[int]) -> np.ndarray:
     return np.ascontiguousarray(one[tuple(slice(None, None, step) for step in mirroring)])
 
 

@@ -59,8 +59,8 @@ def register_group(
         known = json.loads(record.read_text())
         affines = [np.array(known["scans"][stem]["affine"]) for stem in stems]
     else:
-        template, affines = _template(scans, trains, grid, options)
-        jobs = [(path, grid, template, affine) for path, affine in zip(scans, affines, strict=True)]
+        template, starts = _template(scans, trains, grid, options)
+        jobs = [(path, grid, template, start) for path, start in zip(scans, starts, strict=True)]
         found = list(parallel(_align, jobs, options.num_proc, "registering all scans"))
         affines = [affine for affine, _ in found]
         with whole_file(output / "template.nii.gz") as temporary:
@@ -91,7 +91,7 @@ def _template(
         given = _read(options.template)
         return reg.normalised(given, reg.centred(given), grid), affines
     chosen = [i for i, train in enumerate(trains) if train]
-    template = None
+    template: np.ndarray | None = None
     for turn in range(options.rounds + 1):
         jobs = [(scans[i], grid, template, affines[i]) for i in chosen]
         found = list(parallel(_align, jobs, options.num_proc, f"mean of the group, round {turn}"))
@@ -99,6 +99,7 @@ def _template(
         if turn:
             for i, (affine, _) in zip(chosen, found, strict=True):
                 affines[i] = affine
+    assert template is not None  # there is one round at least
     return template, affines
 
 
@@ -114,8 +115,8 @@ def _align(job: tuple[Path, reg.Grid, np.ndarray | None, np.ndarray | None]) -> 
     if template is None:
         transform = reg.centred(scan)
     else:
-        start = None if start is None else reg.transform_of(start)
-        transform = reg.register(scan, reg.template_image(template, grid), start)
+        known = None if start is None else reg.transform_of(start)
+        transform = reg.register(scan, reg.template_image(template, grid), known)
     return reg.affine_of(transform), reg.normalised(scan, transform, grid)
 
 

@@ -18,7 +18,7 @@ from .grid import MAX_VOXELS, choose_grid
 from .labels import class_of, is_missing, number_of
 from .layouts import Found, LeftOut, Options, Scan, find_scans
 from .report import MONTAGE, Section, montage, write_report
-from .settings import DATASET_FILE, INTENSITY, DataSettings, write_settings
+from .settings import DATASET_FILE, INTENSITY, DataSettings, FullSettings, write_settings
 from .split import PARTS, load_split, make_split, save_split
 from .writing import people_and_names, write_metadata, write_scan
 
@@ -177,7 +177,7 @@ def _public_name(scan: Scan, name: str, folder: Path) -> str:
     return scan.files[0].relative_to(folder).as_posix()
 
 
-def _duplicates(what: Preparation, written: list[Entry]) -> tuple[list[list[object]], dict[str, str]]:
+def _duplicates(what: Preparation, written: list[Entry]) -> tuple[list[list[str]], dict[str, str]]:
     """Pairs of scans that are the same (rows of the report), and the one name of people who share a scan."""
     progress = what.output / PROGRESS
     prints = [np.load(progress / f"{Path(entry.file).name}.npy") for entry in written]
@@ -201,7 +201,7 @@ def _duplicates(what: Preparation, written: list[Entry]) -> tuple[list[list[obje
     return rows, dict(zip(names, one_person_each(names, pairs), strict=True))
 
 
-def _settings(what: Preparation, found: Found, written: list[Entry]) -> DataSettings:
+def _settings(what: Preparation, found: Found, written: list[Entry]) -> FullSettings:
     label = what.options.label_column or found.label_column
     names, edges = what.class_names or found.class_names, what.class_edges or found.class_edges
     if what.class_names and not what.class_edges:
@@ -216,7 +216,7 @@ def _settings(what: Preparation, found: Found, written: list[Entry]) -> DataSett
     count = written[0].record["channels"]
     if len(channels) != count:
         channels = [f"{channels[0]}_{i}" for i in range(count)]
-    return DataSettings(
+    return FullSettings(
         orientation="RAS",
         intensity=INTENSITY,
         registration=None if what.register == "none" else _frame(what.register),
@@ -270,11 +270,11 @@ def _split(what: Preparation, classes: dict[str, int], people: dict[str, str]) -
     made = what.output / "split.json"
     given = what.split_file or (made if made.is_file() else None)
     if given is not None:
-        split = load_split(given)
-        absent = sorted({name for part in PARTS for name in split[part]} - set(people))
+        known = load_split(given)
+        absent = sorted({name for part in PARTS for name in known[part]} - set(people))
         if absent:
             raise ValueError(f"{len(absent)} people of the split have no scan, the first is {absent[0]!r}.")
-        return {name: split[name] for name in (*PARTS, "folds")}
+        return {name: known[name] for name in (*PARTS, "folds")}
     counts = Counter(classes.values())
     labelled = range(max(1, max(counts) + 1))
     smallest = min(counts[label] for label in labelled if counts[label])
@@ -298,7 +298,7 @@ def _split(what: Preparation, classes: dict[str, int], people: dict[str, str]) -
 
 
 def _rows(
-    what: Preparation, written: list[Entry], split: dict[str, Any], settings: DataSettings
+    what: Preparation, written: list[Entry], split: dict[str, Any], settings: FullSettings
 ) -> list[dict[str, str]]:
     """Rows of metadata.csv; with registration, the volumes are written here."""
     files, copies = [[entry.file] for entry in written], what.register != "none"
@@ -330,7 +330,7 @@ def _session_in(file: str) -> str:
     return next((part[4:] for part in Path(file).name.split(".")[0].split("_") if part.startswith("ses-")), "")
 
 
-def _picture(written: list[Entry], rows: list[dict[str, str]], settings: DataSettings, output: Path) -> None:
+def _picture(written: list[Entry], rows: list[dict[str, str]], settings: FullSettings, output: Path) -> None:
     """Montage of scans of all classes in turn."""
     by_class = defaultdict(list)
     for entry in written:
@@ -345,9 +345,9 @@ def _sections(
     what: Preparation,
     written: list[Entry],
     split: dict[str, Any],
-    settings: DataSettings,
+    settings: FullSettings,
     grid: str,
-    doubles: list[list[object]],
+    doubles: list[list[str]],
     left_out: list[LeftOut],
     notes: list[str],
 ) -> list[Section]:
@@ -378,7 +378,7 @@ def _sections(
             "Counts",
             [
                 f"{len(written)} scans of {len(people)} people; {len(left_out)} entries were left out (below).",
-                f"Channels: {', '.join(settings.channel_names)}. Classes {said}{edges}.",
+                f"Channels: {', '.join(settings.channel_names or ())}. Classes {said}{edges}.",
                 "The split is by person; test and validation hold as many people of every class.",
             ],
             ["class", "scans", "people", *(f"people in {part}" for part in PARTS)],

@@ -25,9 +25,10 @@ def find(folder: Path, options: Options) -> Found:
     stated = {row[name]: row[grade] for row in rows} if name and grade else {}
     seen: dict[str, str] = {}
     same_person = {}
-    for row in rows if name and other else []:
-        if row[other]:
-            same_person[row[name]] = seen.setdefault(row[other], row[name])
+    if name and other:
+        for row in rows:
+            if row[other]:
+                same_person[row[name]] = seen.setdefault(row[other], row[name])
     scans, left_out = [], []
     cases = [case for case in folder.rglob("BraTS19_*") if case.is_dir() and case.parent.name in GRADES]
     for case in sorted(cases):
@@ -36,7 +37,7 @@ def find(folder: Path, options: Options) -> Found:
         own = case.parent.name
         if missing:
             left_out.append(LeftOut(below(case, folder), f"no {', '.join(missing)}; there are {sorted(files)}"))
-        elif stated.get(case.name, own) != own:
+        elif path is not None and stated.get(case.name, own) != own:
             left_out.append(
                 LeftOut(below(case, folder), f"the folder says {own}, {path.name} says {stated[case.name]}")
             )

@@ -20,8 +20,8 @@ def find(folder: Path, options: Options) -> Found:
         notes = ("there is no metadata.csv: every file counts as another person, without a label",)
         return Found(scans, [], channel_names, notes=notes)
     rows = read_rows(path)
-    names = {"file": column(rows, "file_name"), "person": column(rows, "participant_id", "subject_id", "subject")}
-    if None in names.values():
+    file_column, person_column = column(rows, "file_name"), column(rows, "participant_id", "subject_id", "subject")
+    if file_column is None or person_column is None:
         raise ValueError(
             f"{path.name} must have the columns file_name and participant_id, got {list(rows[0]) if rows else []}."
         )
@@ -32,7 +32,7 @@ def find(folder: Path, options: Options) -> Found:
     session = column(rows, "session")
     scans, left_out, used = [], [], set()
     for number, row in enumerate(rows, 2):
-        name = PureWindowsPath(row[names["file"]]).as_posix().removeprefix("./")
+        name = PureWindowsPath(row[file_column]).as_posix().removeprefix("./")
         file = files.get(name) or files.get(
             below(path.parent, folder) + "/" + name if path.is_relative_to(folder) else ""
         )
@@ -42,11 +42,11 @@ def find(folder: Path, options: Options) -> Found:
             left_out.append(LeftOut(PureWindowsPath(name).name or f"row {number}", f"row {number}: no such file"))
             continue
         used.add(file)
-        if not row[names["person"]]:
-            left_out.append(LeftOut(below(file, folder), f"row {number}: no {names['person']}"))
+        if not row[person_column]:
+            left_out.append(LeftOut(below(file, folder), f"row {number}: no {person_column}"))
         elif label and not columns[label] and not options.keep_unlabelled:
             left_out.append(LeftOut(below(file, folder), f"no {label} (kept with --keep_unlabelled)"))
         else:
-            scans.append(Scan((file,), row[names["person"]], columns, row[session] if session else ""))
+            scans.append(Scan((file,), row[person_column], columns, row[session] if session else ""))
     left_out += [LeftOut(name, f"not in {path.name}") for name, file in files.items() if file not in used]
     return Found(scans, left_out, channel_names, label)

@@ -29,7 +29,9 @@ def find(folder: Path, options: Options) -> Found:
         raise ValueError(f"{path.name} must have the columns ID and CDR, got {list(rows[0]) if rows else []}.")
     clinical = {row[names["ID"]]: row for row in rows}
     scans, left_out = [], []
-    for session in sorted(path for path in folder.rglob("OAS1_*_MR*") if path.is_dir() and SESSION.match(path.name)):
+    for session in sorted(path for path in folder.rglob("OAS1_*_MR*") if path.is_dir()):
+        if not (named := SESSION.match(session.name)):
+            continue
         images = sorted((session / "PROCESSED" / "MPRAGE" / "T88_111").glob("*_t88_masked_gfc.hdr"))
         if not images:
             left_out.append(LeftOut(below(session, folder), "no PROCESSED/MPRAGE/T88_111/*_t88_masked_gfc.hdr"))
@@ -43,7 +45,7 @@ def find(folder: Path, options: Options) -> Found:
             reason = "no rating (CDR) in the table" if row else f"not in {path.name}"
             left_out.append(LeftOut(below(session, folder), f"{reason} (kept with --keep_unlabelled)"))
             continue
-        person, number = SESSION.match(session.name).groups()
+        person, number = named.groups()
         columns = {
             "diagnosis": ("AD" if float(rating) > 0 else "CN") if rating else "",
             "cdr": rating,
