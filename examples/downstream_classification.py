@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_med3d import MedDiffusion3DPipeline
-from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
 from diffusers_med3d.evaluation import VolumeSet, figures
 from diffusers_med3d.evaluation.downstream import (
     ARMS,
@@ -137,6 +137,10 @@ def main() -> None:
     output = Path(args.output_dir)
     models = dict(zip(("before", "after"), args.model_name_or_path, strict=True))
     with refused_in_one_line():  # before hours of sampling
+        for model in models.values():
+            pipeline = MedDiffusion3DPipeline.from_pretrained(model)
+            data.adopt(settings_of(pipeline), f"the generator {model}")
+            check_pipeline(pipeline, data)
         scans = VolumeDataset.from_arguments(data, "train")
         real_volumes, real_labels, real_subjects = two_classes(volume_set(scans), data)
         unseen_volumes, unseen_labels, unseen_subjects = two_classes(
@@ -145,7 +149,6 @@ def main() -> None:
         draw_real(real_labels.tolist(), max(args.real_per_class), seed=0)
         real, unseen = (prepare(real_volumes, settings), real_labels), prepare(unseen_volumes, settings)
         for model in models.values():
-            check_pipeline(MedDiffusion3DPipeline.from_pretrained(model), data)
             check_unseen(model, unseen_subjects)
     classes, synthetic, generators = [0, len(data.class_names) - 1], {}, {}
     for name, model in models.items():

@@ -21,7 +21,7 @@ import torch
 from accelerate import PartialState
 
 from diffusers_med3d import MedDiffusion3DPipeline
-from diffusers_med3d.data import DataArguments, VolumeDataset, check_columns, read_scans
+from diffusers_med3d.data import DataArguments, VolumeDataset, read_scans, settings_of
 from diffusers_med3d.evaluation import check_mix, check_scans, evaluate, sampling, write_report
 from diffusers_med3d.evaluation.breakdown import (
     STRENGTHS,
@@ -150,15 +150,14 @@ class BreakdownArguments:
 def read_folder(folder: str, data: DataArguments) -> VolumeDataset:
     """All scans of a folder; without a label column they are one class, the null class."""
     rows = read_scans(folder)
-    if data.label_column not in rows.column_names:
+    if data.class_names and data.label_column not in rows.column_names:
         print(f"{folder} has no column {data.label_column!r}: its scans have no class.")
         rows = rows.add_column(data.label_column, [None] * len(rows))
     if data.subject_column not in rows.column_names:
         raise ValueError(
             f"{folder} has no column {data.subject_column!r}, only {rows.column_names}; see --subject_column."
         )
-    check_columns(rows, data)
-    return VolumeDataset(rows, sorted(set(map(str, rows[data.subject_column]))), data)
+    return VolumeDataset(rows, **data.reading())
 
 
 def read_extractor(name: str, device: torch.device) -> Extractor:
@@ -185,7 +184,9 @@ def main() -> None:
         if parts.breakdown and len(names) > 1:
             raise ValueError(f"--breakdown takes one generator at a time, got {list(names)}.")
         for model in names:
-            sampling.check_pipeline(MedDiffusion3DPipeline.from_pretrained(model), data)
+            pipeline = MedDiffusion3DPipeline.from_pretrained(model)
+            data.adopt(settings_of(pipeline), f"the generator {model}")
+            sampling.check_pipeline(pipeline, data)
         extractors = {name: read_extractor(name, state.device) for name in args.extractors}
         segmenter = read_segmenter(args.segmenter)
         if data.split_file:

@@ -17,7 +17,7 @@ import datasets
 import torch
 
 from diffusers_med3d import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
-from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
 from diffusers_med3d.evaluation.figures import orthogonal_views, save
 from diffusers_med3d.evaluation.sampling import short_names
 from diffusers_med3d.pipelines.conditions import (
@@ -122,6 +122,8 @@ def main() -> None:
         models = short_names(args.model_name_or_path)
         pipelines = {name: MedDiffusion3DPipeline.from_pretrained(model).to(device) for model, name in models.items()}
         asked = {name: rows_asked_for(pipeline, args) for name, pipeline in pipelines.items()}
+        if data.data_dir:
+            data.adopt(settings_of(next(iter(pipelines.values()))), f"the generator {next(iter(pipelines))}")
         scans = VolumeDataset.from_arguments(data, "train") if data.data_dir else None
         for folder in (output / name for name in pipelines):
             if not args.overwrite and any(folder.glob("*.nii.gz")):

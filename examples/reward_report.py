@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
 from diffusers_med3d.data.training_subjects import read_training_subjects, refuse_seen_subjects
 from diffusers_med3d.evaluation import figures
 from diffusers_med3d.metrics import training_above_unseen
@@ -104,6 +104,7 @@ def main() -> None:
         rewards = named_rewards(args.reward_funcs, device)
         pipeline = MedDiffusion3DPipeline.from_pretrained(args.model_name_or_path).to(device)
         trained_on = read_training_subjects(args.model_name_or_path)
+        data.adopt(settings_of(pipeline), f"the generator {args.model_name_or_path}")
         scans = VolumeDataset.from_arguments(data, args.part)
         refuse_seen_subjects([item["subject"] for item in scans], trained_on, args.model_name_or_path)
     paths = build_spectrum(

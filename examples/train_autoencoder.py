@@ -89,6 +89,7 @@ def main() -> None:
     set_seed(args.seed)
     with refused_in_one_line():
         scans = VolumeDataset.from_arguments(data, "train")
+        print(scans.report())
         trainer = AutoencoderTrainer(
             model=build(model, in_channels=len(scans[0]["volume"])),
             args=args,

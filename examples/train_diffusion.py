@@ -14,7 +14,7 @@ from transformers import set_seed
 
 import diffusers_med3d  # noqa: F401  (registers the classes with diffusers)
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
-from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
 from diffusers_med3d.data.training_subjects import read_training_subjects
 from diffusers_med3d.evaluation.figures import curves
 from diffusers_med3d.hub.resolve import resolve
@@ -101,8 +101,10 @@ class ModelArguments:
 def build(model: ModelArguments, data: DataArguments) -> MedDiffusion3DPipeline:
     """The pipeline that the arguments describe: the autoencoder, and a new network or the one to go on from."""
     autoencoder = AutoModel.from_pretrained(resolve(model.autoencoder), subfolder=model.autoencoder_subfolder)
+    data.adopt(settings_of(autoencoder), f"the autoencoder {model.autoencoder}")
     if model.init_from:
         start = MedDiffusion3DPipeline.from_pretrained(model.init_from)
+        data.adopt(settings_of(start), f"the generator {model.init_from}")
         unet, scheduler, class_names = start.unet, start.scheduler, start.config.class_names
         model.channel_names = model.channel_names or start.config.channel_names
     else:
@@ -114,13 +116,13 @@ def build(model: ModelArguments, data: DataArguments) -> MedDiffusion3DPipeline:
             attention_levels=[False] * (len(model.channels) - 1) + [True],
             num_head_channels=model.num_head_channels,
             norm_num_groups=model.norm_num_groups,
-            num_class_embeds=len(data.class_names) + 1,
+            num_class_embeds=len(data.class_names) + 1 if data.class_names else None,
             sample_skip=model.sample_skip,
             sample_gate=model.sample_gate,
             num_modes=model.num_modes,
             mode_shape=autoencoder.latent_shape(data.volume_shape) if model.num_modes else None,
         )
-        scheduler, class_names = default_scheduler(model.prediction_type, model.shift), data.class_names
+        scheduler, class_names = default_scheduler(model.prediction_type, model.shift), data.class_names or None
     return MedDiffusion3DPipeline(
         vae=autoencoder,
         unet=unet,
@@ -128,8 +130,8 @@ def build(model: ModelArguments, data: DataArguments) -> MedDiffusion3DPipeline:
         volume_shape=data.volume_shape,
         spacing=data.spacing,
         class_names=class_names,
-        channel_names=model.channel_names,
-        intensity="0: background; 1: the scan's 99.5th percentile above 0",
+        channel_names=model.channel_names or data.settings.channel_names,
+        intensity=data.settings.intensity,
     )
 
 

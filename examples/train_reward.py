@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from diffusers_med3d import MedDiffusion3DPipeline
-from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
 from diffusers_med3d.hub.origin import license_of
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 from diffusers_med3d.rewards.spectrum import STRENGTHS
@@ -95,8 +95,13 @@ def main() -> None:
     reward, data, args = ScriptParser(RewardArguments, DataArguments, RewardModelConfig, description=__doc__).parse()
     set_seed(args.seed)
     with refused_in_one_line():
-        in_channels = MedDiffusion3DPipeline.from_pretrained(reward.fold_a_model).vae.config.in_channels
+        for name in (reward.fold_a_model, reward.fold_b_model, reward.model_name_or_path):
+            if name is not None:
+                generator = MedDiffusion3DPipeline.from_pretrained(name)
+                data.adopt(settings_of(generator), f"the generator {name}")
+        in_channels = generator.vae.config.in_channels
         model = build(reward, in_channels)
+        model.register_to_config(data_settings=data.settings.to_dict())
         # Too small a grid is refused now, before hours of making the spectrum
         model.check_input(torch.zeros(1, in_channels, *data.volume_shape))
         parts = ["b", "validation", *(["a"] if reward.fold_b_model else [])]

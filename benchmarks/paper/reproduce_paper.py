@@ -48,7 +48,7 @@ import torch
 
 import experiment
 from diffusers_med3d import MedDiffusion3DPipeline, SliceReward, VolumeReward, metrics
-from diffusers_med3d.data import DataArguments, VolumeDataset, load_split
+from diffusers_med3d.data import DataArguments, VolumeDataset, load_split, settings_of
 from diffusers_med3d.data.training_subjects import read_training_subjects, refuse_seen_subjects
 from diffusers_med3d.evaluation import VolumeSet, write_report
 from diffusers_med3d.evaluation import evaluate as measure_sets
@@ -205,6 +205,7 @@ class Experiment:
         refuse_seen_subjects(
             split["validation"] + split["test"], read_training_subjects(args.model_name_or_path), "the base"
         )
+        data.adopt(settings_of(self.base), f"the generator {args.model_name_or_path}")
         setting = {name: value for name, value in asdict(data).items() if name not in ("data_dir", "split_file")}
         setting |= {"split": json_hash(split), "base": pipeline_hash(self.base)}
         setting |= {reward.__name__: tensor_hash(reward.model.state_dict().items()) for reward in self.rewards}

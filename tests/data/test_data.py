@@ -56,7 +56,7 @@ def spot(volume: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def volumes(brains_folder) -> VolumeDataset:
-    return VolumeDataset(brains_folder, ["sub-04", "sub-03", "sub-02"], arguments(brains_folder))
+    return VolumeDataset(brains_folder, ["sub-04", "sub-03", "sub-02"], **arguments(brains_folder).reading())
 
 
 def test_scans_stored_in_any_orientation_come_out_right_anterior_superior(volumes):
@@ -77,7 +77,7 @@ def test_the_affine_still_says_where_in_the_scanner_a_voxel_lies(volumes, brains
 
 def test_every_volume_has_the_size_and_spacing_asked_for(brains_folder):
     args = arguments(brains_folder, volume_shape=[16, 20, 24], spacing=[12.0, 10.0, 8.0])
-    volume = VolumeDataset(brains_folder, ["sub-01"], args)[0]["volume"]
+    volume = VolumeDataset(brains_folder, ["sub-01"], **args.reading())[0]["volume"]
     assert volume.shape == (1, 16, 20, 24)
     assert np.diag(volume.affine).tolist() == pytest.approx([12, 10, 8, 1])
 
@@ -87,7 +87,9 @@ def test_a_ball_in_anisotropic_voxels_is_a_ball_again(tmp_path):
     grid = np.stack(np.meshgrid(*(np.arange(n) * s for n, s in zip((60, 30, 24), steps, strict=True)), indexing="ij"))
     ball = (np.linalg.norm(grid - 60, axis=0) < 45).astype(np.int16) * 500
     rows = dataset_of(ball, np.diag([*steps, 1]), tmp_path / "ball.nii.gz")
-    volume = VolumeDataset(rows, ["sub-x"], arguments("unused", spacing=[3.0, 3.0, 3.0]))[0]["volume"][0] > 0.5
+    volume = (
+        VolumeDataset(rows, ["sub-x"], **arguments("unused", spacing=[3.0, 3.0, 3.0]).reading())[0]["volume"][0] > 0.5
+    )
     extents = [int((volume.any(dim=[d for d in range(3) if d != axis])).sum()) for axis in range(3)]
     assert all(abs(extent - 30) <= 2 for extent in extents), extents  # 90 mm / 3 mm
 
@@ -95,7 +97,8 @@ def test_a_ball_in_anisotropic_voxels_is_a_ball_again(tmp_path):
 def test_the_brain_is_cropped_to_its_foreground_and_centred_on_a_background_of_exactly_zero(tmp_path):
     array = np.zeros((60, 50, 40), dtype=np.int16)
     array[40:58, 4:20, 2:12] = 700  # far off centre
-    volume = VolumeDataset(dataset_of(array, np.eye(4), tmp_path / "a.nii"), ["sub-x"], arguments("", spacing=[1] * 3))
+    rows, args = dataset_of(array, np.eye(4), tmp_path / "a.nii"), arguments("", spacing=[1] * 3)
+    volume = VolumeDataset(rows, ["sub-x"], **args.reading())
     filled = np.argwhere(volume[0]["volume"].numpy()[0] > 0)
     assert (filled.max(0) - filled.min(0) + 1).tolist() == [18, 16, 10]
     assert np.abs((filled.max(0) + filled.min(0)) / 2 - 15.5).max() <= 1
@@ -133,7 +136,9 @@ def test_smoothing_is_off_by_default_and_leaves_axes_alone_that_get_no_coarser(b
     for wanted in (coarse, smooth):
         args = arguments(brains_folder, volume_shape=[16, 32, 32], spacing=[12.0, 6.0, 6.0], antialias=wanted is smooth)
         subject = read_scans(brains_folder)[0]["participant_id"]
-        assert torch.equal(VolumeDataset(brains_folder, [subject], args)[0]["volume"].as_tensor(), wanted.as_tensor())
+        assert torch.equal(
+            VolumeDataset(brains_folder, [subject], **args.reading())[0]["volume"].as_tensor(), wanted.as_tensor()
+        )
 
 
 def test_a_few_glaring_voxels_and_the_scanners_gain_do_not_change_the_intensities():
@@ -152,7 +157,7 @@ def test_a_few_glaring_voxels_and_the_scanners_gain_do_not_change_the_intensitie
 
 
 def test_scans_of_one_subject_stand_together_with_their_label(brains_folder):
-    dataset = VolumeDataset(brains_folder, ["sub-08", "sub-01"], arguments(brains_folder))
+    dataset = VolumeDataset(brains_folder, ["sub-08", "sub-01"], **arguments(brains_folder).reading())
     assert [(item["subject"], item["class_label"]) for item in dataset] == [("sub-01", 0), ("sub-01", 0), ("sub-08", 3)]
     assert dataset.stack().shape == (3, 1, 32, 32, 32)
     assert type(dataset.stack()) is torch.Tensor
@@ -217,7 +222,7 @@ def copied_folder(brains_folder, tmp_path) -> Path:
 
 
 def read_first(folder: Path, **changes) -> VolumeDataset:
-    return VolumeDataset(str(folder), ["sub-01"], arguments(str(folder), **changes))
+    return VolumeDataset(str(folder), ["sub-01"], **arguments(str(folder), **changes).reading())
 
 
 def test_a_folder_that_is_not_there_or_holds_no_scan_is_named(tmp_path):
@@ -331,7 +336,7 @@ def test_a_missing_column_is_named_beside_those_there_are(brains_folder):
 def test_subjects_may_be_numbers_and_are_text_from_the_split_on(copied_folder, tmp_path, monkeypatch):
     metadata = copied_folder / "metadata.csv"
     metadata.write_text(re.sub(r",sub-0(\d),", r",\1,", metadata.read_text()))
-    assert read_scans(copied_folder)["participant_id"][0] == 1
+    assert read_scans(copied_folder)["participant_id"][0] == "1"
     options = ["--data_dir", copied_folder, "--split_file", tmp_path / "split.json"]
     run_example(monkeypatch, "make_split.py", *options, "--test", 1, 1, 1, "--validation", 1, 0, 1)
     split = load_split(tmp_path / "split.json")
@@ -353,9 +358,9 @@ def test_scans_without_a_subject_are_refused(copied_folder):
 
 def test_a_subject_without_a_scan_is_named(brains_folder):
     with pytest.raises(ValueError, match="1 subject.* no scan, the first is 'sub-99'"):
-        VolumeDataset(brains_folder, ["sub-01", "sub-99"], arguments(brains_folder))
+        VolumeDataset(brains_folder, ["sub-01", "sub-99"], **arguments(brains_folder).reading())
     with pytest.raises(ValueError, match="no subjects were asked for"):
-        VolumeDataset(brains_folder, [], arguments(brains_folder))
+        VolumeDataset(brains_folder, [], **arguments(brains_folder).reading())
 
 
 def test_none_or_two_columns_of_scans_are_refused():

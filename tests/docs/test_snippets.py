@@ -49,7 +49,7 @@ PROGRAMS = (
     "tensorboard",
     "ruff",
 )
-PROGRAMS += ("pre-commit",)
+PROGRAMS += ()
 
 
 def blocks(path: Path, language: str) -> list[tuple[str, int, str | None]]:
@@ -88,6 +88,7 @@ def workplace(tmp_path, monkeypatch, brains_folder) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", having("python", PAGES), ids=identifier)
 def test_the_python_of_a_page_runs(path, workplace):
     scope: dict[str, object] = {}
@@ -181,6 +182,7 @@ def test_a_wrong_flag_in_a_block_is_found(workplace, monkeypatch):
         check_call(["python", "examples/no_such.py"], monkeypatch)
 
 
+@pytest.mark.slow
 def test_the_quick_commands_of_the_guides_run(workplace, monkeypatch, capsys):
     """Those that need no training: draw a split, generate."""
     (workplace / "split.json").unlink()

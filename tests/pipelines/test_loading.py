@@ -136,6 +136,7 @@ def test_an_unknown_attribute_of_the_package_is_an_attribute_error():
         _ = diffusers_med3d.NoSuchTrainer
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_trl():
     assert run_python("import sys, diffusers_med3d; print('trl' in sys.modules)").strip() == "False"
 

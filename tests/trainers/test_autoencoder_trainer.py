@@ -32,7 +32,7 @@ SPLIT = {
 @pytest.fixture(scope="module")
 def scans(brains_folder) -> VolumeDataset:
     args = DataArguments(brains_folder, "unused.json", volume_shape=[16, 16, 16], spacing=[12.0, 12.0, 12.0])
-    return VolumeDataset(brains_folder, TRAIN, args)
+    return VolumeDataset(brains_folder, TRAIN, **args.reading())
 
 
 def kl_model(**changes) -> AutoencoderKL3D:
@@ -92,6 +92,7 @@ def test_a_blurred_volume_has_a_spectral_loss_though_its_phase_is_right():
     assert spectral_l1(avg_pool3d(sharp, 3, 1, 1), sharp) > 0.1
 
 
+@pytest.mark.slow
 def test_the_discriminator_learns_to_tell_softer_volumes_from_sharp_ones(tmp_path):
     # with the norm and the weights that MONAI's starts with it was right about half of the pairs
     discriminator = AutoencoderLosses(kl_model(), config(tmp_path, discriminator_channels=8)).discriminator
@@ -158,7 +159,7 @@ def test_a_crop_that_cannot_be_cut_or_encoded_is_refused(scans, size):
 def test_volumes_that_cannot_be_evaluated_whole_are_refused_before_training(tmp_path, brains_folder):
     args = DataArguments(brains_folder, "unused.json", volume_shape=[18, 16, 16], spacing=[12.0, 12.0, 12.0])
     with pytest.raises(ValueError, match=r"\(18, 16, 16\) must be a multiple of 4 .* fits is \(16, 16, 16\)"):
-        make(tmp_path, kl_model(), VolumeDataset(brains_folder, ["sub-01"], args))
+        make(tmp_path, kl_model(), VolumeDataset(brains_folder, ["sub-01"], **args.reading()))
 
 
 # --- training ---
@@ -217,6 +218,7 @@ def test_codes_that_nobody_uses_restart_at_latents_of_the_batch_in_training_only
     assert torch.allclose(quantizer.ema_w[3] / quantizer.ema_cluster_size[3], quantizer.embedding.weight[3])
 
 
+@pytest.mark.slow
 def test_the_codebook_does_not_collapse(tmp_path, scans):
     torch.manual_seed(1)
     model = VQModel3D(channels=(8, 8), num_res_channels=(8, 8), num_embeddings=32, embedding_dim=4, decay=0.9)

@@ -102,6 +102,7 @@ def test_the_frozen_parts_do_not_move(tiny_pipeline, tmp_path):
     assert all(torch.equal(reference[k], v) for k, v in trainer.reference.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_reward_that_can_be_reached_rises(tiny_pipeline, tmp_path):
     trainer = make_trainer(
         tiny_pipeline, tmp_path, max_steps=16, learning_rate=3e-3, beta=0.0, num_generations=8,
@@ -117,7 +118,7 @@ def test_a_reward_that_can_be_reached_rises(tiny_pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_ratio_is_one_before_the_first_update_of_every_rollout(tiny_pipeline, tmp_path, guidance_scale, bf16):
     """docs/pitfalls.md, 1, 8 (bf16) and 11 (guidance in rollout and update); the reference is asked alike (20)."""
     trainer = make_trainer(tiny_pipeline, tmp_path, guidance_scale=guidance_scale, bf16=bf16, max_steps=6)
@@ -512,7 +513,10 @@ def test_a_run_out_of_time_ends_with_its_rollout_and_leaves_a_checkpoint(tiny_pi
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
-@pytest.mark.parametrize("variant", ["full", "lora", "synced reference"])
+SLOW_VARIANTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "synced reference")]
+
+
+@pytest.mark.parametrize("variant", ["full", *SLOW_VARIANTS])
 def test_resuming_repeats_the_run_exactly(tiny_pipeline_folder, tmp_path, variant):
     """Pitfall 21: 2 + 2 rollouts are 4 rollouts: weights, average, rewards, logs."""
     options = dict(max_steps=8, save_strategy="steps", save_steps=1, lr_scheduler_type="linear", save_total_limit=10)

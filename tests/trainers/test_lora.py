@@ -313,6 +313,7 @@ def networks() -> int:
     return sum(type(thing) is DiffusionUNet3D for thing in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_the_reference_policy_is_the_network_with_the_adapter_off_and_no_second_copy(tiny_pipeline, tmp_path):
     base, before = copy_of(tiny_pipeline.unet), networks()
     trainer = make_trainer(tiny_pipeline, tmp_path, LoraConfig(r=4, lora_alpha=8))

@@ -210,7 +210,7 @@ def test_impossible_levels_are_refused(wrong, tiny_pipeline, scans, tmp_path):
 
 
 def test_two_scans_of_a_subject_have_a_file_each_and_the_null_class_works(tiny_pipeline, data, tmp_path):
-    scans = VolumeDataset(data.data_dir, ["sub-01", "sub-08"], data)
+    scans = VolumeDataset(data.data_dir, ["sub-01", "sub-08"], **data.reading())
     paths = build(tiny_pipeline, scans, tmp_path, trained_on=[])
     assert [path.name for path in paths] == [f"sub-0{name}.safetensors" for name in ("1-1", "1-2", "8-1")]
     assert SpectrumDataset(paths).subjects.tolist() == [0, 0, 2]  # which scans are of one subject
@@ -340,6 +340,7 @@ def test_perfect_symmetry_changes_neither_label_nor_order(tmp_path):
                 assert drawn.labels[i].item() == pytest.approx(clean_label(strength))
 
 
+@pytest.mark.slow
 @MODELS
 def test_training_teaches_the_order_of_unseen_subjects_and_moves_every_weight(model, tmp_path):
     model = tiny_model(**model)
@@ -539,6 +540,7 @@ def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_o
         assert load_file(tmp_path / "spectrum" / f"{name}.safetensors")["strengths"].tolist() == levels
 
 
+@pytest.mark.slow
 def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_arguments, tmp_path, monkeypatch, capsys):
     one_generator = [*script_arguments["train"], *script_arguments["generators"][:2], "--architecture", "2d"]
     one_generator += ["--max_steps", 1]

@@ -1,14 +1,14 @@
 """MONAI transforms that make every scan a volume of the same size, spacing, orientation and intensity range."""
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
-    Compose,
+    CenterSpatialCrop,
     CropForeground,
     GaussianSmooth,
     Orientation,
@@ -18,6 +18,15 @@ from monai.transforms import (
 
 FOREGROUND_THRESHOLD = 0.02
 """Voxels of a prepared volume above this count as foreground."""
+
+FITS = ("refuse", "shrink", "crop")
+"""What may become of anatomy that is larger than the grid; see ``volume_transform``."""
+
+MAX_LOST = 0.01
+"""Share of the anatomy that may lie outside the grid before a scan is refused."""
+
+ANATOMY = 0.1
+"""Voxels above this share of the 99.5th percentile are anatomy, also where the background holds noise."""
 
 
 def to_meta_tensor(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
@@ -71,6 +80,10 @@ def check_positive(volume: MetaTensor) -> MetaTensor:
     return volume
 
 
+def _thinned(values: torch.Tensor) -> torch.Tensor:
+    return values[:: max(1, values.numel() // 1_000_000)]  # torch.quantile takes 16 million at most
+
+
 def scale_foreground(volume: MetaTensor) -> MetaTensor:
     """Robust range: 0 stays 0 and the 99.5th percentile of what is above 0 becomes 1, clipped, channel by channel."""
     scaled = []
@@ -78,7 +91,7 @@ def scale_foreground(volume: MetaTensor) -> MetaTensor:
         foreground = channel[channel > 0]
         if foreground.numel() == 0:
             raise ValueError("nothing in the scan is above 0; intensities must be positive on a background of 0.")
-        scaled.append(channel / torch.quantile(foreground[:: max(1, foreground.numel() // 1_000_000)], 0.995))
+        scaled.append(channel / torch.quantile(_thinned(foreground), 0.995))
     return torch.stack(scaled).clamp(0.0, 1.0)
 
 
@@ -95,20 +108,78 @@ def smooth_for_spacing(volume: MetaTensor, spacing: Sequence[float]) -> MetaTens
     return torch.where(volume > 0, GaussianSmooth(sigmas)(volume), 0.0)
 
 
-def volume_transform(volume_shape: Sequence[int], spacing: Sequence[float], antialias: bool = False) -> Compose:
+class Placement(NamedTuple):
+    """How a scan's anatomy lies in the grid."""
+
+    size: tuple[float, ...]  # mm (X, Y, Z) of the box around its foreground
+    lost: float  # share of its voxels above ANATOMY of the bright ones that lie outside the grid, 0 if all are in
+    shrunk: float  # factor by which it was made smaller, 1 if it was not
+
+
+def refuse_cut(placement: Placement, volume_shape: Sequence[int], spacing: Sequence[float]) -> None:
+    """Refuse (ValueError, with both sizes) anatomy of which more than ``MAX_LOST`` lies outside the grid."""
+    if placement.lost > MAX_LOST:
+        grid = [round(side * step) for side, step in zip(volume_shape, spacing, strict=True)]
+        raise ValueError(
+            f"its anatomy of {[round(side) for side in placement.size]} mm is larger than the grid of {grid} mm "
+            f"(volume_shape {list(volume_shape)} x spacing {list(spacing)}): {placement.lost:.0%} would be cut off. "
+            "Choose a larger volume_shape or spacing, or fit='shrink' (--fit shrink), or 'crop' to cut it."
+        )
+
+
+def _resample(volume: MetaTensor, spacing: Sequence[float], antialias: bool) -> MetaTensor:
+    volume = smooth_for_spacing(volume, spacing) if antialias else volume
+    volume = Spacing(pixdim=tuple(spacing), mode="bilinear", padding_mode="zeros")(volume)
+    return CropForeground(allow_smaller=True)(volume)
+
+
+def _excess(volume: MetaTensor, volume_shape: Sequence[int]) -> float:
+    return max(side / most for side, most in zip(volume.shape[1:], volume_shape, strict=True))
+
+
+def _lost(volume: MetaTensor, volume_shape: Sequence[int]) -> float:
+    """Share of the anatomy that centre cropping cuts off; background noise is none."""
+    if _excess(volume, volume_shape) <= 1:
+        return 0.0
+    plain = volume.as_tensor()
+    bright = torch.stack([torch.quantile(_thinned(c[c > 0]), 0.995) if (c > 0).any() else c.max() for c in plain])
+    anatomy = (plain > ANATOMY * bright.view(-1, 1, 1, 1)).any(0)
+    inside = CenterSpatialCrop(tuple(volume_shape))(anatomy[None])
+    return 1 - float(inside.sum()) / max(float(anatomy.sum()), 1.0)
+
+
+def place(
+    volume: MetaTensor,
+    volume_shape: Sequence[int],
+    spacing: Sequence[float],
+    antialias: bool = False,
+    fit: str = "refuse",
+) -> tuple[MetaTensor, Placement]:
+    """Prepared volume, as by ``volume_transform``, and how its anatomy lies in the grid."""
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {list(FITS)}, got {fit!r}.")
+    scan = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(check_positive(volume))
+    volume = _resample(scan, spacing, antialias)
+    size = tuple(side * step for side, step in zip(volume.shape[1:], spacing, strict=True))
+    shrunk = 1.0
+    while fit == "shrink" and (excess := _excess(volume, volume_shape)) > 1:  # rounding may leave a voxel too many
+        shrunk *= excess
+        volume = _resample(scan, [step * shrunk for step in spacing], antialias)
+    placement = Placement(size, _lost(volume, volume_shape), shrunk)
+    if fit == "refuse":
+        refuse_cut(placement, volume_shape, spacing)
+    return scale_foreground(ResizeWithPadOrCrop(spatial_size=tuple(volume_shape))(volume)), placement
+
+
+def volume_transform(
+    volume_shape: Sequence[int], spacing: Sequence[float], antialias: bool = False, fit: str = "refuse"
+) -> Callable[[MetaTensor], MetaTensor]:
     """Channel-first MetaTensor to (C, *volume_shape) in [0, 1], RAS, ``spacing`` mm; the affine follows every step.
 
-    With ``antialias`` the scan goes through ``smooth_for_spacing`` first.
+    Args:
+        volume_shape, spacing: of the result.
+        antialias: the scan goes through ``smooth_for_spacing`` first.
+        fit: what becomes of anatomy that is larger than the grid: "refuse" raises a ValueError, "shrink" takes larger
+            voxels for this scan (its affine says so), "crop" cuts it about its centre.
     """
-    smooth = [partial(smooth_for_spacing, spacing=spacing)] if antialias else []
-    return Compose(
-        [
-            check_positive,
-            Orientation(axcodes="RAS"),
-            *smooth,
-            Spacing(pixdim=tuple(spacing), mode="bilinear", padding_mode="zeros"),
-            CropForeground(allow_smaller=True),
-            ResizeWithPadOrCrop(spatial_size=tuple(volume_shape)),
-            scale_foreground,
-        ]
-    )
+    return lambda volume: place(volume, volume_shape, spacing, antialias, fit)[0]

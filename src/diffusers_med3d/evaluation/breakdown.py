@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -195,16 +196,17 @@ def class_thirds(
             f"{len(labels)} samples have no third with all {len(set(reference_labels))} classes of the reference; take "
             "more samples."
         )
-    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
-    best, worst = [], []
+    values, classes = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    best: list[int] = []
+    worst: list[int] = []
     for label, count in Counter(matched_labels(reference_labels, len(labels) // 3)).items():
-        rows = np.flatnonzero((labels == label) & ~np.isnan(scores))
+        rows = np.flatnonzero((classes == label) & ~np.isnan(values))
         if len(rows) < 2 * count:
             raise ValueError(
                 f"class {label} has {len(rows)} samples with a score, its best and worst third need {2 * count}; take "
                 "more samples."
             )
-        ordered = rows[np.argsort(-scores[rows], kind="stable")]
+        ordered = rows[np.argsort(-values[rows], kind="stable")]
         best += ordered[:count].tolist()
         worst += ordered[-count:].tolist()
     return sorted(best), sorted(worst)
@@ -481,7 +483,7 @@ def breakdown(
     with tqdm(total=len(extractors) + 1, desc="measuring", unit="step") as progress:
         for space, extractor in extractors.items():
             progress.set_postfix_str(space)
-            features = of_all(lambda volumes, extractor=extractor: features_of(extractor, volumes, batch_size))
+            features = of_all(partial(features_of, extractor, batch_size=batch_size))
             found += _space_figures(sets, space, extractor, features)
             progress.update()
         progress.set_postfix_str("detail")
@@ -510,8 +512,8 @@ def breakdown(
             space: bootstrap_interval(one.draws[f"worst third by {reward}"] - one.draws[f"best third by {reward}"])
             for space, one in kids.items()
         }
-        own = list((seen or {}).get(reward, ()))
-        rewards.append(RewardFinding(reward, own, differences, ranks_samples(differences, own)))
+        declared = list((seen or {}).get(reward, ()))
+        rewards.append(RewardFinding(reward, declared, differences, ranks_samples(differences, declared)))
     return Breakdown(found, sets.models, sets.counts, spaces, rewards, sets.notes)
 
 
@@ -540,7 +542,8 @@ def write_breakdown(found: Breakdown, folder: str | Path, settings: Mapping[str,
         [
             f"# {title}\n",
             f"**{found.headline}**\n",
-            *(f"- {one.sentence}" for one in (*found.spaces, *found.rewards)),
+            *(f"- {one.sentence}" for one in found.spaces),
+            *(f"- {one.sentence}" for one in found.rewards),
             "\nDistances to the reference scans are excess over the floor (training scans in place of samples; the row "
             "of the floor has the distance itself), with standard errors by bootstrap over subjects and samples. No "
             "KID pairs a reference scan with its own round-trip or noised version. Never for clinical use.\n",

@@ -1,7 +1,7 @@
 """Sets of volumes to be judged: scans, and samples with the scans' class mix, all through one loader."""
 
-import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def volume_file(folder: Path, name: str) -> Path:
     return folder / f"{quote(name, safe='')}-0000.nii.gz"
 
 
-def save_volume(volume: Tensor, name: str, folder: Path, affine: np.ndarray, spacing: Sequence[float]) -> None:
+def save_volume(volume: Tensor, name: str, folder: Path, affine: np.ndarray | None, spacing: Sequence[float]) -> None:
     output = MedDiffusion3DPipelineOutput(volumes=volume[None], affine=affine, spacing=tuple(spacing))
     output.save_nifti(folder, prefix=quote(name, safe=""), overwrite=True)
 
@@ -95,8 +95,8 @@ def read_volumes(
     classes = [None if label == len(data.class_names) else data.class_names[label] for label in labels]
     rows = Dataset.from_dict({"nifti": [str(volume_file(folder, name)) for name in names], "name": list(names)})
     rows = rows.add_column("class", classes).cast_column("nifti", Nifti(decode=False))
-    loader = dataclasses.replace(data, class_edges=[], label_column="class", subject_column="name")
-    dataset = VolumeDataset(rows, names, loader)
+    own = {"class_edges": [], "label_column": "class", "subject_column": "name"}
+    dataset = VolumeDataset(rows, names, **data.reading() | own)
     return as_set(dataset, dataset.stack(), background)
 
 
@@ -217,9 +217,9 @@ def asked_for(
     if names:
         if like is None:
             raise ValueError(f"this generator takes {names} besides the class; give scans to take them from (like=).")
-        scans, members = scan_rows(pipeline, like), {}
+        scans, members = scan_rows(pipeline, like), defaultdict(list)
         for row, item in enumerate(like):
-            members.setdefault(item["class_label"], []).append(row)
+            members[item["class_label"]].append(row)
         absent = sorted(set(labels) - set(members))
         if absent:
             raise ValueError(f"there is no scan of class {absent} to take {names} from.")
@@ -277,7 +277,7 @@ def sample_volumes(
         "classes": list(data.class_names),
     }
     asked = asked_for(pipeline, labels, data, like)
-    if condition_names(pipeline):
+    if like is not None and condition_names(pipeline):
         settings["like"] = scan_rows(pipeline, like).to_dict()
     with state.main_process_first():
         check_settings(folder, settings)

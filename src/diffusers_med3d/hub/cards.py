@@ -347,8 +347,9 @@ def for_hub(text: str, namespace: str, names: Sequence[str]) -> str:
         names: all bundled names.
     """
     card = ModelCard(text)
-    if card.data.base_model in names:
-        card.data.base_model = f"{namespace}/{card.data.base_model}"
+    data = card.data
+    if data.get("base_model") in names:
+        data["base_model"] = f"{namespace}/{data['base_model']}"
     text = str(card)
     for name in names:
         text = text.replace(f'from_pretrained("{name}")', f'from_pretrained("{namespace}/{name}")')
@@ -371,5 +372,6 @@ def for_repository(text: str, repo_id: str) -> str:
 
 
 def pictures(text: str) -> list[str]:
-    """Paths of the pictures that a card shows, relative to the card; addresses on the web are left out."""
-    return [path for path in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text) if "://" not in path]
+    """Paths of the pictures that a card shows, below its folder; others and addresses on the web are left out."""
+    found = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text)
+    return [path for path in found if "://" not in path and not path.startswith("/") and ".." not in path.split("/")]

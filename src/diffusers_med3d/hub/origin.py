@@ -86,7 +86,7 @@ def license_of(source: str) -> str | None:
 
 
 def _license_in(card: Path) -> str | None:
-    license = ModelCard(card.read_text(), ignore_metadata_errors=True).data.license
+    license = ModelCard(card.read_text(), ignore_metadata_errors=True).data.get("license")
     return license if isinstance(license, str) and license != "other" else None
 
 

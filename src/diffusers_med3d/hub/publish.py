@@ -5,11 +5,11 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from glob import escape
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from diffusers import DiffusionPipeline
 from huggingface_hub import CommitInfo, HfApi
@@ -18,6 +18,11 @@ from safetensors import safe_open
 from . import cards
 from .origin import inherited_license, source_folder, without_local_path
 from .resolve import check_class, did_you_mean, resolve
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin as _DiffusersModel  # what the mixin is mixed into
+else:
+    _DiffusersModel = object
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PUBLISHED_SUFFIXES = (".json", ".safetensors", ".md", ".png", ".py", ".txt")
@@ -117,7 +122,8 @@ def publish(
         ValueError: something that must not leave the machine.
     """
     check_publishable(folder, files)
-    return HfApi().upload_folder(
+    upload: Callable[..., Any] = HfApi().upload_folder  # whose overloads want to know run_as_future beforehand
+    return upload(
         repo_id=repo_id,
         folder_path=folder,
         path_in_repo=path_in_repo,
@@ -147,7 +153,7 @@ def _same_weights(first: Path, second: Path) -> bool:
     return True
 
 
-class PublishMixin:
+class PublishMixin(_DiffusersModel):
     """``push_to_hub`` of diffusers with our card, of the files that ``from_pretrained`` reads and of no others; and
     ``from_pretrained`` of bundled checkpoints by their bare names.
 
@@ -202,7 +208,7 @@ class PublishMixin:
         commit_message: str | None = None,
         create_pr: bool = False,
         subfolder: str | None = None,
-    ) -> CommitInfo:
+    ) -> CommitInfo | Future[CommitInfo]:
         """The private method of diffusers that every push ends in, ``save_pretrained(..., push_to_hub=True)`` too."""
         if subfolder is None:
             self._write_card(Path(working_dir), repo_id)

@@ -1,6 +1,7 @@
 """AutoencoderKL3D: MONAI's AutoencoderKL as a diffusers model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -130,6 +131,8 @@ class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
         include_fc: attention ends in a linear layer; networks of MONAI's GenerativeModels were trained without.
         latents_mean, latents_std: per-channel statistics of the raw latents over the training set.
         atlas_shape: size (x, y, z) of the atlas of the latents, see ``NormalizedLatentsMixin``; None for none.
+        data_settings: how the volumes of the training data were made (grid, intensity, classes), as
+            ``data.DataSettings.to_dict`` gives it; None where that is not known.
     """
 
     _supports_gradient_checkpointing = True
@@ -152,6 +155,7 @@ class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
         atlas_shape: Sequence[int] | None = None,
+        data_settings: dict[str, Any] | None = None,
     ) -> None:
         AutoencoderKL.__init__(
             self,

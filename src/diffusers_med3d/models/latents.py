@@ -25,6 +25,7 @@ class NormalizedLatentsMixin(PublishMixin, QuietCastMixin, CheckpointedBlocksMix
 
     downsample_factor: int
     latent_channels: int
+    latents_atlas: torch.Tensor | None
 
     def encode_moments(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of the raw latents of volumes (B, C, X, Y, Z), each (B, latent_channels, X/f,
@@ -39,9 +40,8 @@ class NormalizedLatentsMixin(PublishMixin, QuietCastMixin, CheckpointedBlocksMix
 
     def latent_shape(self, volume_shape: Iterable[int]) -> tuple[int, int, int]:
         """Spatial latent size of a volume of size (X, Y, Z); raises ValueError with the nearest size that fits."""
-        volume_shape = tuple(volume_shape)
-        check_divisible(volume_shape, self.downsample_factor, "volume shape")
-        return tuple(int(side) // self.downsample_factor for side in volume_shape)
+        x, y, z = check_divisible(tuple(volume_shape), self.downsample_factor, "volume shape")
+        return x // self.downsample_factor, y // self.downsample_factor, z // self.downsample_factor
 
     def _add_atlas(self, shape: Iterable[int] | None) -> None:
         self.register_buffer("latents_atlas", None if shape is None else torch.zeros(self.latent_channels, *shape))

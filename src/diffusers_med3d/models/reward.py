@@ -6,6 +6,7 @@ where reinforcement learning has to find its way. GroupNorm only: a sample's sco
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class ResidualScorer(CheckpointedBlocksMixin, nn.Module):
             hidden = self._call(block, hidden)
             pooled.append(hidden.float().flatten(2).mean(-1))
         pooled.append(hidden.float().flatten(2).amax(-1))
-        features = torch.cat(pooled, dim=1).to(self.head[0].weight.dtype)
+        features = torch.cat(pooled, dim=1).to(next(self.head.parameters()).dtype)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features).squeeze(1)
 
@@ -173,6 +174,8 @@ class VolumeRewardModel(_RewardModel):
         num_members: networks of the ensemble, which differ by their initial weights; the score is their mean.
         compare_sides: show the networks the difference to the mirror image across the first axis (left to right): for
             anatomy that is nearly symmetric.
+        data_settings: how the volumes of the training data were made (grid, intensity, classes), as
+            ``data.DataSettings.to_dict`` gives it; None where that is not known.
     """
 
     @register_to_config
@@ -183,6 +186,7 @@ class VolumeRewardModel(_RewardModel):
         norm_num_groups: int = 8,
         num_members: int = 2,
         compare_sides: bool = False,
+        data_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_architecture(channels, norm_num_groups, num_members)
@@ -211,6 +215,8 @@ class SliceRewardModel(_RewardModel):
         mass_margin: share of the intensity that lies before the first and after the last interval of an axis.
         compare_sides: show the networks the difference to the same slice of the mirror image across the first axis
             (left to right): for anatomy that is nearly symmetric.
+        data_settings: how the volumes of the training data were made (grid, intensity, classes), as
+            ``data.DataSettings.to_dict`` gives it; None where that is not known.
     """
 
     @register_to_config
@@ -223,6 +229,7 @@ class SliceRewardModel(_RewardModel):
         num_slices: int = 8,
         mass_margin: float = 0.03,
         compare_sides: bool = False,
+        data_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_architecture(channels, norm_num_groups, num_members)

@@ -41,6 +41,8 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
         decay: decay of the codebook's moving average.
         latents_mean, latents_std: per-channel statistics of the encoder output over the training set.
         atlas_shape: size (x, y, z) of the atlas of the latents, see ``NormalizedLatentsMixin``; None for none.
+        data_settings: how the volumes of the training data were made (grid, intensity, classes), as
+            ``data.DataSettings.to_dict`` gives it; None where that is not known.
     """
 
     _supports_gradient_checkpointing = True
@@ -61,6 +63,7 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
         atlas_shape: Sequence[int] | None = None,
+        data_settings: dict[str, Any] | None = None,
     ) -> None:
         VQVAE.__init__(
             self,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from diffusers.loaders import CogVideoXLoraLoaderMixin, PeftAdapterMixin
 from diffusers.loaders.lora_base import LoraBaseMixin
 from peft import LoraConfig
@@ -41,7 +42,7 @@ def adapter_names(unet: nn.Module) -> list[str]:
     return sorted({name for layer in lora_layers(unet).values() for name in layer.lora_A})
 
 
-def write_lora(unet: nn.Module, folder: str | os.PathLike, adapter_name: str) -> Path:
+def write_lora(unet: ModelMixin, folder: str | os.PathLike, adapter_name: str) -> Path:
     """Write one adapter of `unet` alone to `folder/pytorch_lora_weights.safetensors`, whole or not at all."""
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in unet.peft_config[adapter_name].to_dict().items()}
     state = get_peft_model_state_dict(unet, adapter_name=adapter_name)
@@ -136,7 +137,7 @@ class UNetLoraMixin(LoraBaseMixin):
             hotswap=hotswap,
             _pipeline=self,
         )
-        if hotswap:  # PEFT swaps weights and scaling, but not what would be saved with them
+        if hotswap and metadata is not None:  # PEFT swaps weights and scaling, but not what would be saved with them
             config = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
             self.unet.peft_config[adapter_name] = LoraConfig(**config)
 

@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from monai.data import MetaTensor
 
 from ..hub.origin import forget_local_path
 from ..hub.publish import PublishMixin
@@ -88,9 +89,9 @@ class MedDiffusion3DPipelineOutput(BaseOutput):
         spacing: voxel size (mm) that was generated, whatever a given affine says. None for latents.
     """
 
-    volumes: torch.Tensor | np.ndarray
+    volumes: torch.Tensor | Any  # np.ndarray where asked for, which a type checker cannot tell
     affine: np.ndarray | None = None
-    spacing: tuple[float, float, float] | None = None
+    spacing: tuple[float, ...] | None = None
 
     def save_nifti(self, folder: str | os.PathLike, prefix: str = "sample", overwrite: bool = False) -> list[Path]:
         """Write ``folder/{prefix}-0000.nii.gz`` and on: float32 voxels as they are, true affine, millimetres.
@@ -138,6 +139,30 @@ def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | dict[
         ordered = sorted(names, key=names.__getitem__)
         return ordered if [names[name] for name in ordered] == list(range(len(ordered))) else dict(names)
     return None if names is None else list(names)
+
+
+def _with_affine(
+    volumes: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...] | None,
+    affine: np.ndarray | torch.Tensor | None,
+) -> tuple[torch.Tensor | None, np.ndarray | torch.Tensor | None]:
+    """One scan or a list of scans as a plain batch, with the affines that MetaTensors bring unless one is given.
+
+    A batch that torch.stack made of MetaTensors has the affine of the first scan only; it is not taken for the others.
+    """
+    if isinstance(volumes, list | tuple):
+        scans = list(volumes)
+    elif isinstance(volumes, MetaTensor) and (volumes.ndim == 4 or (volumes.ndim == 5 and len(volumes) == 1)):
+        scans = [volumes if volumes.ndim == 4 else volumes[0]]
+        scans[0].affine = volumes.affine.reshape(-1, 4, 4)[0]
+    else:
+        return volumes, affine
+    shapes = sorted({tuple(scan.shape) for scan in scans})
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        raise ValueError(f"a list of volumes must hold (C, X, Y, Z) tensors of one shape, got {shapes}.")
+    known = [scan.affine.cpu().numpy() for scan in scans if isinstance(scan, MetaTensor)]
+    if affine is None and len(known) == len(scans):
+        affine = known[0] if len(known) == 1 else np.stack(known)
+    return torch.stack([scan.as_subclass(torch.Tensor) for scan in scans]), affine
 
 
 class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
@@ -259,9 +284,9 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
 
     def affine(self, volume_shape: Sequence[int] | None = None, spacing: Sequence[float] | None = None) -> np.ndarray:
         """Voxel to RAS millimetres, float64 (4, 4): this pipeline's spacing, the volume's centre at the origin."""
-        spacing = np.asarray(spacing or self.config.spacing, dtype=np.float64)
-        affine = np.diag([*spacing, 1.0])
-        affine[:3, 3] = -spacing * (np.asarray(volume_shape or self.config.volume_shape) - 1) / 2
+        sides = np.asarray(spacing or self.config.spacing, dtype=np.float64)
+        affine = np.diag([*sides, 1.0])
+        affine[:3, 3] = -sides * (np.asarray(volume_shape or self.config.volume_shape) - 1) / 2
         return affine
 
     def encode_class_labels(self, labels: ClassLabels, batch: int) -> torch.Tensor | None:
@@ -419,7 +444,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         if (volumes is None) != (strength is None):
             given = "no volumes" if volumes is None else "volumes"
             raise ValueError(f"volumes and strength belong together, got {given} and strength={strength}.")
-        if volumes is None:
+        if volumes is None or strength is None:
             if affine is not None:
                 raise ValueError("affine belongs to volumes; generated volumes carry the pipeline's own.")
             return
@@ -495,7 +520,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pt",
-        volumes: torch.Tensor | None = None,
+        volumes: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...] | None = None,
         strength: float | None = None,
         affine: np.ndarray | torch.Tensor | None = None,
         spacing: Sequence[float] | None = None,
@@ -503,7 +528,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
-    ) -> MedDiffusion3DPipelineOutput | tuple[torch.Tensor | np.ndarray, ...]:
+    ) -> MedDiffusion3DPipelineOutput | Any:
         """Generate volumes, or noise given ones partially and denoise them again.
 
         Args:
@@ -518,11 +543,13 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
                 differently).
             latents: start from these instead of drawn noise: (B, c, x, y, z), standard normal.
             output_type: "pt", "np" (same axes as "pt") or "latent" (normalised latents, not decoded).
-            volumes: (B, C, X, Y, Z) in [0, 1]; encoded (posterior mean), noised to ``strength`` and denoised (SDEdit,
-                Meng et al. 2021, arXiv 2108.01073). Needs ``strength``.
+            volumes: (B, C, X, Y, Z) in [0, 1], one scan (C, X, Y, Z) of ``data.prepare``, or a list of them; encoded
+                (posterior mean), noised to ``strength`` and denoised (SDEdit, Meng et al. 2021, arXiv 2108.01073).
+                Needs ``strength``.
             strength: part of the schedule in [0, 1]: the last ``round(strength * num_inference_steps)`` steps run. 0 is
                 the round trip through the autoencoder; 1 starts from pure noise.
-            affine: of ``volumes``, (4, 4) or (B, 4, 4); handed on to the output.
+            affine: of ``volumes``, (4, 4) or (B, 4, 4); handed on to the output. Prepared scans (MetaTensors, alone or
+                in a list) bring their own, so what is made of a scan overlays it.
             spacing: voxel size (mm) to generate, for a network that takes it (MAISI); by default the pipeline's own.
             conditions: other conditions of such a network by name (``unet.condition_names``), such as
                 ``{"top_region": "chest", "bottom_region": "abdomen"}``; for the whole batch or one per sample.
@@ -542,6 +569,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             torch.Size([2, 1, 64, 64, 64])
         """
         # 1. Check the arguments
+        volumes, affine = _with_affine(volumes, affine)
         affine = affine.cpu() if isinstance(affine, torch.Tensor) else affine
         self._check_inputs(
             num_inference_steps, guidance_scale, eta, generator, latents, output_type,
@@ -554,7 +582,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             tuple(volumes.shape[2:]) if volumes is not None else tuple(volume_shape or self.config.volume_shape)
         )
         latent_shape = (batch, self.unet.config.in_channels, *self._check_volume_shape(volume_shape))
-        class_labels = self.encode_class_labels(class_labels, batch)
+        labels = self.encode_class_labels(class_labels, batch)
         encoded_conditions = self.encode_conditions(conditions, spacing, batch)
 
         # 2. Where sampling starts
@@ -569,13 +597,13 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         flow = is_flow(self.scheduler)  # whose scheduler never scales
         for i, t in enumerate(self.progress_bar(timesteps)):
             model_input = latents if flow else self.scheduler.scale_model_input(latents, t)
-            prediction = self.predict(model_input, t, class_labels, guidance_scale, encoded_conditions)
+            prediction = self.predict(model_input, t, labels, guidance_scale, encoded_conditions)
             latents = self.scheduler.step(prediction, t, latents, **extra).prev_sample
             if callback_on_step_end is not None:
-                tensors = {"latents": latents, "class_labels": class_labels}
+                tensors: dict[str, Any] = {"latents": latents, "class_labels": labels}
                 given = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 tensors |= callback_on_step_end(self, i, t, given) or {}
-                latents, class_labels = tensors["latents"], tensors["class_labels"]
+                latents, labels = tensors["latents"], tensors["class_labels"]
 
         # 4. Decode
         if output_type == "latent":

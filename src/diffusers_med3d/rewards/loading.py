@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from inspect import isclass
 from pathlib import Path
+from typing import Any
 
 from ..hub.resolve import resolve
 from ..models.reward import SliceRewardModel, VolumeRewardModel
@@ -53,10 +54,10 @@ def load_rewards(rewards: Reward | Sequence[Reward]) -> list[RewardFunc]:
     Raises:
         ValueError: an empty list. Otherwise as `load_reward`.
     """
-    rewards = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
-    if not rewards:
+    given: list[Any] = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+    if not given:
         raise ValueError(f"reward_funcs is empty; give at least one: {_WANTED}.")
-    return [load_reward(reward) for reward in rewards]
+    return [load_reward(reward) for reward in given]
 
 
 def default_rewards(model_name_or_path: str) -> list[str]:

@@ -54,7 +54,7 @@ def score(
     concurrently, in a thread of its own, so that this also works inside a running event loop (a notebook).
     """
     with torch.no_grad():
-        results = [func(volumes, **conditions) for func in reward_funcs]
+        results: list[Any] = [func(volumes, **conditions) for func in reward_funcs]
     pending = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     if pending:
         with ThreadPoolExecutor(1) as thread:

@@ -86,7 +86,8 @@ def build_spectrum(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"generator": pipeline_hash(pipeline), "num_inference_steps": num_inference_steps, "seed": seed}
-    paths, todo, scans_of = [], [], {}
+    paths, todo = [], []
+    scans_of: dict[str, int] = {}
     for scan, item in enumerate(volumes):
         subject = item["subject"]
         number = scans_of[subject] = scans_of.get(subject, 0) + 1
@@ -124,10 +125,10 @@ def build_spectrum(
                 for i, volume in zip(rows, made, strict=True):
                     versions[i][strength] = volume
                 progress.update(len(rows))
-            for (path, _, scan, levels, metadata), made in zip(chunk, versions, strict=True):
+            for (path, _, scan, levels, metadata), own_versions in zip(chunk, versions, strict=True):
                 tensors = {
                     "real": volumes[scan]["volume"].as_tensor().half().contiguous(),
-                    "versions": torch.stack([made[strength] for strength in levels]).half(),
+                    "versions": torch.stack([own_versions[strength] for strength in levels]).half(),
                     "strengths": torch.tensor(levels),
                 }
                 with whole_file(path) as temporary:

@@ -8,6 +8,7 @@ from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.utils.data import Dataset as TorchDataset
 
 from .. import metrics
@@ -80,7 +81,7 @@ class CropDataset(TorchDataset):
 
     def __init__(self, volumes: VolumeDataset, crop_size: int, divisor: int) -> None:
         sides = volumes[0]["volume"].shape[1:]
-        if crop_size % divisor or any(crop_size > side for side in sides):
+        if crop_size % divisor or crop_size > max(sides):
             raise ValueError(
                 f"crop_size {crop_size} must be a multiple of {divisor} and fit in volumes of {tuple(sides)}."
             )
@@ -95,13 +96,16 @@ class CropDataset(TorchDataset):
         return {"index": index}
 
     def draw(self, indices: Tensor) -> Tensor:
-        """One random crop of each volume: (B,) to (B, C, s, s, s), with numbers from torch's global generator."""
+        """One random crop of each volume: (B,) to (B, C, s, s, s), with numbers from torch's global generator.
+
+        Along an axis of fewer voxels (a stack of few slices) all of them are taken.
+        """
         return torch.stack([self._crop(index) for index in indices.tolist()])
 
     def _crop(self, index: int) -> Tensor:
         volume = self.volumes[index]
         if self.crop_size:
-            limit = torch.tensor(volume.shape[1:]) - self.crop_size
+            limit = (torch.tensor(volume.shape[1:]) - self.crop_size).clamp(min=0)
             corner = (torch.rand(3) * (limit + 1)).long()
             if torch.rand(()) < 0.5:
                 foreground = self.foreground[index]
@@ -111,6 +115,16 @@ class CropDataset(TorchDataset):
         if torch.rand(()) < 0.5:
             volume = volume.flip(1)
         return volume
+
+
+DISCRIMINATOR_SIDE = 12
+"""Voxels that a side must have for the discriminator's four convolutions to leave one patch."""
+
+
+def pad_thin(volume: Tensor) -> Tensor:
+    """Background (0) around a (B, C, X, Y, Z) stack on the sides that are too short for the discriminator."""
+    missing = [max(0, DISCRIMINATOR_SIDE - side) for side in volume.shape[:1:-1]]  # Z, Y, X, as F.pad has them
+    return F.pad(volume, [part for gap in missing for part in (gap // 2, gap - gap // 2)]) if any(missing) else volume
 
 
 class AutoencoderLosses(nn.Module):
@@ -136,7 +150,7 @@ class AutoencoderLosses(nn.Module):
             for layer in self.discriminator.modules():
                 if isinstance(layer, nn.Conv3d):  # MONAI's N(0, 0.02) counts on norms
                     nn.init.kaiming_normal_(layer.weight, 0.2)
-                    nn.init.zeros_(layer.bias)
+                    nn.init.zeros_(layer.get_parameter("bias"))
             self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares")
         self.args = args
 
@@ -159,6 +173,7 @@ class AutoencoderLosses(nn.Module):
         loss = loss + parts["l1"] + args.gradient_weight * parts["gradient"] + args.spectral_weight * parts["spectral"]
         if self.discriminator is not None and adversarial:
             frozen = {name: tensor.detach() for name, tensor in self.discriminator.named_parameters()}
+            reconstruction, volume = pad_thin(reconstruction), pad_thin(volume)
             judged = functional_call(self.discriminator, frozen, (reconstruction,))[-1].float()
             parts["adversarial"] = self.adversarial_loss(judged, target_is_real=True, for_discriminator=False)
             fake = self.discriminator(reconstruction.detach())[-1].float()
@@ -260,7 +275,7 @@ class AutoencoderTrainer(Med3DTrainer):
         Returns:
             mean (c,), standard deviation (c,) of what is left after mean and atlas, and atlas (c, x, y, z) or None.
         """
-        total, squares = 0.0, 0.0
+        total = squares = torch.zeros((), dtype=torch.double)
         self.autoencoder.eval()
         for item in self.train_volumes:
             moments = self.autoencoder.encode_moments(item["volume"].as_tensor()[None].to(self.args.device))
@@ -281,4 +296,5 @@ class AutoencoderTrainer(Med3DTrainer):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the autoencoder with its latent statistics."""
         self.autoencoder.set_latent_statistics(*self.latent_statistics())
+        self.autoencoder.register_to_config(data_settings=self.train_volumes.settings.to_dict())
         self.autoencoder.save_pretrained(folder)

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,10 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
+from ..data import VolumeDataset
 from ..evaluation import figures
 from ..hub import cards
 from ..hub.publish import model_files, publish
@@ -76,7 +77,7 @@ def keep_small_convolutions_exact(model: nn.Module, args: "Med3DConfig") -> None
         return
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
-            module._conv_forward = partial(_convolve, module._conv_forward)
+            module._conv_forward = partial(_convolve, module._conv_forward)  # type: ignore[method-assign]
 
 
 def _convolve(inner: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -146,7 +147,7 @@ class Med3DConfig(_BaseConfig):
     def __post_init__(self) -> None:
         if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True  # also after `accelerate launch --cpu`, of which transformers knows nothing
-        if "activation_checkpointing" in _CHECKPOINTING and self.activation_checkpointing is None:
+        if "activation_checkpointing" in _CHECKPOINTING and vars(self)["activation_checkpointing"] is None:
             self.activation_checkpointing = self.gradient_checkpointing
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast(on_gpu=not self.use_cpu)
@@ -170,14 +171,14 @@ class Med3DConfig(_BaseConfig):
 class _EMACallback(TrainerCallback):
     """Moves the average after every optimizer step."""
 
-    def __init__(self, trainer: "Med3DTrainer") -> None:
-        self.trainer = trainer
+    def __init__(self, ema: EMAModel, parameters: list[nn.Parameter]) -> None:
+        self.ema, self.parameters = ema, parameters
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.trainer.ema.to(args.device)  # DeepSpeed places the weights only now
+        self.ema.to(args.device)  # DeepSpeed places the weights only now
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.trainer.ema.step(self.trainer.ema_parameters)
+        self.ema.step(self.parameters)
 
 
 class _TimeLimitCallback(TrainerCallback):
@@ -229,6 +230,7 @@ class Med3DTrainer(_BaseTrainer):
     Subclasses give ``compute_loss`` and ``save_pretrained(folder)``, which writes what ``from_pretrained`` reads.
     """
 
+    control: TrainerControl
     loss_is_scaled_for_ga = False
     round_steps = 1
     """Optimizer steps between two states that a checkpoint can hold."""
@@ -271,7 +273,7 @@ class Med3DTrainer(_BaseTrainer):
         self.ema_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if args.ema_decay > 0:
             self.ema = EMAModel(self.ema_parameters, decay=args.ema_decay)
-            self.add_callback(_EMACallback(self))
+            self.add_callback(_EMACallback(self.ema, self.ema_parameters))
 
     def _send_telemetry(self) -> None:
         """Nothing about anybody's scans leaves the machine."""
@@ -485,12 +487,8 @@ def _for_snippet(folder: Path) -> str:
     return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else folder.name
 
 
-def describe_volumes(volumes: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]] | None) -> str:
-    """Numbers of scans and subjects and their grid in a sentence, for a model card.
-
-    Args:
-        volumes, validation: items as those of ``VolumeDataset``.
-    """
+def describe_volumes(volumes: VolumeDataset, validation: VolumeDataset | None) -> str:
+    """Numbers of scans and subjects and their grid in a sentence, for a model card."""
     subjects = len({item["subject"] for item in volumes})
     volume = volumes[0]["volume"]
     shape, spacing = (" x ".join(f"{v:g}" for v in values) for values in (volume.shape[1:], volume.pixdim))

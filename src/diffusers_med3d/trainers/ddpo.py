@@ -15,6 +15,7 @@ Gaussian of known variance.
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
+from ..data import check_same_settings, settings_of
 from ..evaluation.figures import orthogonal_views
 from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
@@ -148,6 +150,10 @@ class DDPOTrainer(Med3DTrainer):
         self.pipeline = pipeline
         self.reward_funcs = load_rewards(reward_funcs)
         self.reward_names = reward_names(self.reward_funcs)
+        for func, name in zip(self.reward_funcs, self.reward_names, strict=True):
+            if isinstance(func, VolumeReward | SliceReward):
+                known = settings_of(func.model)
+                check_same_settings(settings_of(pipeline), known, ("the generator", f"the reward {name}"))
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"Found {len(args.reward_weights)} reward_weights for rewards {self.reward_names}.")
         if train_dataset is None or len(train_dataset) == 0:
@@ -209,6 +215,7 @@ class DDPOTrainer(Med3DTrainer):
             if isinstance(func, VolumeReward | SliceReward):
                 func.to(device)
 
+        assert args.steps_per_generation is not None  # its default was filled in by the config
         self.samples_per_process = args.per_device_train_batch_size * args.steps_per_generation
         total = self.samples_per_process * self.accelerator.num_processes
         if total % args.num_generations:
@@ -271,7 +278,7 @@ class DDPOTrainer(Med3DTrainer):
         with self.accelerator.autocast():
             return guided_prediction(model, sample, timestep, asked.class_labels, scale, asked.others).float()
 
-    def _noise(self, keys: list[tuple[int, ...]]) -> torch.Tensor:
+    def _noise(self, keys: Sequence[tuple[int, ...]]) -> torch.Tensor:
         shape = (len(keys), *self.latent_shape)
         return randn_tensor(shape, generator=generators_for(keys), device=self.accelerator.device)
 
@@ -312,7 +319,7 @@ class DDPOTrainer(Med3DTrainer):
                     initial = self._noise([(seed, index, INITIAL, i) for i in chunk])
                 trajectories.append(
                     rollout(
-                        lambda sample, t, own=own: self._predict(model, sample, t, own),
+                        partial(self._predict, model, asked=own),
                         self.scheduler,
                         initial,
                         generators_for([(seed, index, STEP, i) for i in chunk]),
@@ -356,7 +363,7 @@ class DDPOTrainer(Med3DTrainer):
             own = asked.take(part)
             states.append(
                 deterministic_steps(
-                    lambda sample, t, own=own: self._predict(model, sample, t, own),
+                    partial(self._predict, model, asked=own),
                     self.scheduler,
                     noise[part],
                     range(window.start),
@@ -386,7 +393,8 @@ class DDPOTrainer(Med3DTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Numbers of the batches of one epoch. Every process gets all of them: samples are divided in `_generate`."""
         count = self.rollouts_per_epoch * self.batches_per_rollout
-        return DataLoader(range(count), batch_size=1, collate_fn=lambda items: {"batch": items[0]})
+        batches: Any = range(count)  # has __len__ and __getitem__, all that a DataLoader needs of a dataset
+        return DataLoader(batches, batch_size=1, collate_fn=lambda items: {"batch": items[0]})
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -472,6 +480,8 @@ class DDPOTrainer(Med3DTrainer):
 
     def sync_reference(self) -> None:
         """Let the reference policy be the current one from here on."""
+        if self.reference is None:
+            raise ValueError("there is no reference policy to refresh: it needs beta > 0 and no adapters.")
         self.reference.load_state_dict(self.model.state_dict())
 
     # Logs
@@ -506,7 +516,7 @@ class DDPOTrainer(Med3DTrainer):
         own = [min(self.accelerator.process_index * share + i, total - 1) for i in range(share)]
         rows = conditions.select([i // num_generations for i in own])
         self.model.eval()
-        volumes = []
+        own_volumes = []
         bar = tqdm(
             total=share,
             desc=description,
@@ -528,14 +538,14 @@ class DDPOTrainer(Med3DTrainer):
                         generator=generators_for([(*key, STEP) for key in keys]),
                         output_type="latent",
                     ).volumes
-                volumes.append(self.decode(latents).cpu())
+                own_volumes.append(self.decode(latents).cpu())
                 bar.update(len(chunk))
         columns = {name: list(rows[name]) for name in rows.column_names}
         device = self.accelerator.device
-        rewards = score(self.reward_funcs, self.reward_names, torch.cat(volumes).to(device), columns)
+        rewards = score(self.reward_funcs, self.reward_names, torch.cat(own_volumes).to(device), columns)
         rewards = self.accelerator.gather(rewards.to(device)).cpu()[:total]
         # every batch (1, b, ...) becomes (processes, b, ...): not all volumes are on the device at once
-        volumes = torch.cat([self.accelerator.gather(batch[None].to(device)).cpu() for batch in volumes], dim=1)
+        volumes = torch.cat([self.accelerator.gather(batch[None].to(device)).cpu() for batch in own_volumes], dim=1)
         asked = encode_rows(self.pipeline, conditions.select([i // num_generations for i in range(total)]))
         labels = None if asked.class_labels is None else asked.class_labels.cpu()
         return Scored(volumes.flatten(0, 1)[:total], labels, rewards)
@@ -587,7 +597,7 @@ class DDPOTrainer(Med3DTrainer):
     # The reference is the starting point, which a resumed run loads anyway, unless it has been refreshed.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.sync_ref_model and self.args.should_save:
+        if self.reference is not None and self.args.sync_ref_model and self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             save_file(self.reference.state_dict(), folder / REFERENCE_FILE)
@@ -595,5 +605,5 @@ class DDPOTrainer(Med3DTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.sync_ref_model:
+        if self.reference is not None and self.args.sync_ref_model:
             self.reference.load_state_dict(load_file(Path(resume_from_checkpoint) / REFERENCE_FILE))

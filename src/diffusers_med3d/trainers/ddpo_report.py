@@ -92,7 +92,7 @@ def compare(trainer: DDPOTrainer, before: Scored, after: Scored, seconds: dict[s
 
 def table(results: dict) -> str:
     """The results as a Markdown table."""
-    rows = [("", "before", "after", "difference")]
+    rows: list[tuple[str, ...]] = [("", "before", "after", "difference")]
     for name, figures in results["rewards"].items():
         rows.append(
             (

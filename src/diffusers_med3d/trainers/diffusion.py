@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from .. import metrics
-from ..data import VolumeDataset
+from ..data import VolumeDataset, check_same_settings, settings_of
 from ..data.latents import LatentDataset
 from ..data.training_subjects import TRAINING_SUBJECTS
 from ..evaluation import figures
@@ -109,6 +109,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
 
     _name = "LatentDiffusion"
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         model: MedDiffusion3DPipeline,
@@ -120,6 +122,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
         **kwargs,
     ) -> None:
         self.pipeline = model
+        check_same_settings(settings_of(model), train_dataset.settings, ("the pipeline", "the scans"))
         self.teacher = self.guide = None
         if guide is not None:
             _check_guide(model, guide)
@@ -163,11 +166,12 @@ class LatentDiffusionTrainer(Med3DTrainer):
         """
         if not self.args.muon or self.optimizer is not None:
             return super().create_optimizer(model)
-        matrices, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in (model or self.model).named_parameters():
             if parameter.requires_grad:
                 (matrices if "_block" in name and parameter.ndim >= 2 else others).append(parameter)
-        self.optimizer = Muon(
+        optimizer = self.optimizer = Muon(
             matrices,
             others,
             lr=self.args.learning_rate,
@@ -175,7 +179,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
         )
-        return self.optimizer
+        return optimizer
 
     def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         prediction_type = self.pipeline.scheduler.config.prediction_type
@@ -222,6 +226,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
         self, noisy: Tensor, timesteps: Tensor, labels: Tensor | None, others: dict[str, Tensor] | None
     ) -> Tensor:
         """Karras et al. 2024, equation 3: guide + scale * (network at the start - guide)."""
+        assert self.teacher is not None and self.guide is not None  # with autoguidance alone
         with self.accelerator.autocast():
             strong, weak = (
                 _under(unet, others)(noisy, timesteps, labels, return_dict=False)[0].float()

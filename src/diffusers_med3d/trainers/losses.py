@@ -7,7 +7,7 @@ from torch import Tensor
 def gradient_l1(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of the finite differences along x, y and z; both (B, C, X, Y, Z). Scalar."""
     error = reconstruction - target
-    return sum(error.diff(dim=axis).abs().mean() for axis in (2, 3, 4)) / 3
+    return torch.stack([error.diff(dim=axis).abs().mean() for axis in (2, 3, 4)]).mean()
 
 
 def spectral_l1(reconstruction: Tensor, target: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Muon: momentum whose matrices are made orthogonal before they become steps."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": list(matrices), "use_muon": True, "momentum": momentum},
             {"params": list(others), "use_muon": False, "betas": betas, "eps": eps},
         ]
@@ -77,7 +78,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step; parameters without a gradient stay as they are.
 
         Args:

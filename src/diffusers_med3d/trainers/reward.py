@@ -171,11 +171,11 @@ def draw_versions(batch: dict[str, Tensor], args: RewardModelConfig, generator: 
         moved = augment(torch.cat(group), seeded(int(torch.randint(2**31, (), generator=generator))), args.max_shift)
         volumes += moved.split(real.shape[1])
     size = len(volumes) // count
-    volumes = torch.stack([clear_haze(volume, generator) for volume in volumes])
+    cleared = torch.stack([clear_haze(volume, generator) for volume in volumes])
     order = torch.tensor(orders)
     better = torch.block_diag(*[dominance(*group.unbind(1)) for group in order.split(size)])
     device = real.device
-    return Versions(volumes, torch.tensor(labels, device=device), better.bool().to(device), names)
+    return Versions(cleared, torch.tensor(labels, device=device), better.bool().to(device), names)
 
 
 def _share(generator: torch.Generator) -> float:

@@ -52,7 +52,8 @@ class ScriptParser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         """End the script with exit code 2 and the message in one line."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2)
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
         """Take values of the YAML file as defaults, converted and checked as if they stood on the command line."""
