@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-Job, Result = TypeVar("Job"), TypeVar("Result")
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def parallel(
