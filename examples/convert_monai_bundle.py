@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from diffusers_med3d.conversion import BundleConfig, convert_bundle, read_bundle
 from diffusers_med3d.conversion.definitions import bundle_config_files
-from diffusers_med3d.data import read_scans, volume_transform
+from diffusers_med3d.data import read_scans
 from diffusers_med3d.data.volumes import prepare
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 from diffusers_med3d.utils.files import whole_folder
@@ -70,9 +70,8 @@ def weights_file(given: str | None, folder: Path | None, names: Sequence[str], o
 
 def prepared_scans(folder: str, volume_shape: Sequence[int], spacing: Sequence[float]) -> Iterator[Tensor]:
     """Scans of a folder, prepared one after the other as our own training does it."""
-    transform = volume_transform(volume_shape, spacing)
-    for i, row in enumerate(tqdm(read_scans(folder), desc="encoding scans", unit="scan")):
-        yield prepare(row["nifti"], f"row {i}", transform).as_tensor()
+    for row in tqdm(read_scans(folder), desc="encoding scans", unit="scan"):
+        yield prepare(row["nifti"]["path"], volume_shape=volume_shape, spacing=spacing).as_tensor()
 
 
 def read_definitions(args: ConvertArguments) -> tuple[BundleConfig, Path | None]:

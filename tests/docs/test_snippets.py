@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from sybil import Document
 from sybil.parsers.markdown import CodeBlockParser
+from transformers import HfArgumentParser
 from trl import TrlParser
 
 from conftest import REPOSITORY, run_example
@@ -146,14 +147,17 @@ def check_call(call: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None:
         return None
     script, arguments = words[0], call[call.index(words[0]) + 1 :]
     assert (REPOSITORY / script).is_file(), f"{script} does not exist"
-    parse = TrlParser.parse_args_into_dataclasses
 
-    def parse_and_stop(self, *args, **kwargs):
-        parse(self, *args, **kwargs)
-        raise Parsed
+    def stop_after(parse):
+        def parse_and_stop(self, *args, **kwargs):
+            parse(self, *args, **kwargs)
+            raise Parsed
+
+        return parse_and_stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrlParser, "parse_args_into_dataclasses", parse_and_stop)
+        for parser in (HfArgumentParser, TrlParser):  # TRL has its own copy of the former
+            patch.setattr(parser, "parse_args_into_dataclasses", stop_after(parser.parse_args_into_dataclasses))
         patch.setattr(sys, "argv", [script, *arguments])
         with pytest.raises(Parsed):
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")

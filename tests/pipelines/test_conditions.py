@@ -257,7 +257,9 @@ def test_scans_without_a_condition_are_refused_before_anything_is_encoded(with_o
         latent_trainer(with_other, without, tmp_path)
     with pytest.raises(ValueError, match=message):
         build_spectrum(with_other, without, [], tmp_path / "spectrum", [0.0, 1.0])
-    with pytest.raises(ValueError, match=r"read at \[16.0, 16.0, 16.0\] mm, this pipeline makes \(12.0, 12.0, 12.0\)"):
+    with pytest.raises(
+        ValueError, match=r"spacing is \[16.0, 16.0, 16.0\] by the scans, but \[12.0, 12.0, 12.0\] by the pipeline"
+    ):
         latent_trainer(with_other, read(scan_folder, spacing=(16.0, 16.0, 16.0)), tmp_path)
     with pytest.raises(ValueError, match="unknown class 'young'"):
         latent_trainer(with_other, read(scan_folder, class_names=("young", "middle", "old")), tmp_path)

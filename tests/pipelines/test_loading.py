@@ -123,6 +123,7 @@ def test_everything_that_diffusers_looks_up_is_an_attribute_of_the_package():
         assert getattr(diffusers_med3d, name) is getattr(diffusers, name) and name not in diffusers_med3d.__all__
 
 
+@pytest.mark.slow
 def test_dir_lists_what_can_be_imported_and_nothing_else():
     subpackages = {module.name for module in pkgutil.iter_modules(diffusers_med3d.__path__) if module.ispkg}
     assert set(dir(diffusers_med3d)) == {*diffusers_med3d.__all__, *subpackages, "__version__"}

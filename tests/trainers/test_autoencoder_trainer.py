@@ -1,10 +1,7 @@
 """Stage 1: diffusers_med3d.trainers.autoencoder and examples/train_autoencoder.py."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel
@@ -13,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool3d
 
-from conftest import REPOSITORY
+from conftest import run_example
 from diffusers_med3d import AutoencoderKL3D, VQModel3D
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.trainers.autoencoder import AutoencoderConfig, AutoencoderLosses, AutoencoderTrainer, CropDataset
@@ -324,13 +321,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, scans):
 # --- the script ---
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    script = REPOSITORY / "examples" / "train_autoencoder.py"
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ)
-
-
 @pytest.mark.slow
-def test_the_script_takes_as_many_channels_as_the_scans_have(tmp_path, brains_folder):
+def test_the_script_takes_as_many_channels_as_the_scans_have(tmp_path, brains_folder, monkeypatch):
     shutil.copytree(brains_folder, tmp_path / "scans")
     for path in (tmp_path / "scans" / "images").iterdir():
         image = nibabel.load(path)
@@ -340,27 +332,25 @@ def test_the_script_takes_as_many_channels_as_the_scans_have(tmp_path, brains_fo
     common = ["--data_dir", str(tmp_path / "scans"), "--split_file", str(tmp_path / "split.json"), "--max_steps", "1"]
     common += ["--volume_shape", "16", "16", "16", "--spacing", "12", "12", "12", "--channels", "4", "8", "8"]
     common += ["--latent_channels", "2", "--crop_size", "0", "--per_device_train_batch_size", "2"]
-    done = run_script(*common, "--output_dir", str(tmp_path / "out"), "--adversarial_weight", "0")
-    assert done.returncode == 0, done.stderr[-3000:]
+    common += ["--output_dir", str(tmp_path / "out"), "--adversarial_weight", "0"]
+    run_example(monkeypatch, "train_autoencoder.py", *common)
     assert AutoencoderKL3D.from_pretrained(tmp_path / "out").config.in_channels == 2
 
 
 @pytest.mark.slow
-def test_the_script_trains_two_steps_is_resumed_and_writes_a_loadable_autoencoder(tmp_path, brains_folder):
+def test_the_script_trains_two_steps_is_resumed_and_writes_a_loadable_autoencoder(tmp_path, brains_folder, monkeypatch):
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))
     common = ["--data_dir", brains_folder, "--split_file", str(tmp_path / "split.json"), "--volume_shape", "16", "16"]
     common += ["16", "--spacing", "12", "12", "12", "--channels", "4", "8", "8", "--latent_channels", "2"]
     common += ["--crop_size", "12", "--per_device_train_batch_size", "2", "--adversarial_start", "1"]
     common += ["--discriminator_channels", "4", "--save_steps", "1", "--logging_steps", "1"]
     common += ["--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "latest"]
-    first = run_script(*common, "--max_steps", "2")
-    assert first.returncode == 0, first.stderr[-3000:]
+    run_example(monkeypatch, "train_autoencoder.py", *common, "--max_steps", "2")
     model = AutoencoderKL3D.from_pretrained(tmp_path / "out")
     assert len(model.config.latents_mean) == 2 and min(model.config.latents_std) > 0
     assert {"README.md", "figures", "runs"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert last_checkpoint(tmp_path / "out").endswith("checkpoint-2")
-    again = run_script(*common, "--max_steps", "3")
-    assert again.returncode == 0, again.stderr[-3000:]
+    run_example(monkeypatch, "train_autoencoder.py", *common, "--max_steps", "3")
     history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3]
     assert not torch.equal(

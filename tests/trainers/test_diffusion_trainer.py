@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CLASS_NAMES, REPOSITORY, SPACING, VOLUME_SHAPE, run_example
+from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.latents import LatentDataset
@@ -452,13 +450,10 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tiny_pipeline_folde
 # --- the script ---
 
 
-def run_script(*arguments: str) -> subprocess.CompletedProcess:
-    script = REPOSITORY / "examples" / "train_diffusion.py"
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=os.environ)
-
-
 @pytest.mark.slow
-def test_the_script_trains_two_steps_on_a_fold_is_resumed_and_writes_a_pipeline(tmp_path, brains_folder, tiny_vae):
+def test_the_script_trains_two_steps_on_a_fold_is_resumed_and_writes_a_pipeline(
+    tmp_path, brains_folder, tiny_vae, monkeypatch
+):
     tiny_vae.save_pretrained(tmp_path / "vae")
     (tmp_path / "split.json").write_text(json.dumps(SPLIT))
     common = ["--data_dir", brains_folder, "--split_file", str(tmp_path / "split.json"), "--volume_shape", "16", "16"]
@@ -466,23 +461,18 @@ def test_the_script_trains_two_steps_on_a_fold_is_resumed_and_writes_a_pipeline(
     common += ["--channels", "8", "16", "--num_res_blocks", "1", "--num_head_channels", "8", "--norm_num_groups", "8"]
     common += ["--per_device_train_batch_size", "2", "--eval_samples", "0", "--copies", "1", "--save_steps", "1"]
     common += ["--logging_steps", "1", "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", "latest"]
-    first = run_script(*common, "--max_steps", "2")
-    assert first.returncode == 0, first.stderr[-3000:]
+    run_example(monkeypatch, "train_diffusion.py", *common, "--max_steps", "2")
     pipeline = MedDiffusion3DPipeline.from_pretrained(tmp_path / "out")
     assert pipeline(num_samples=1, class_labels=[2], num_inference_steps=2).volumes.shape == (1, 1, 16, 16, 16)
     assert pipeline.config.spacing == [12.0, 12.0, 12.0]
     assert json.loads((tmp_path / "out" / "training_subjects.json").read_text()) == SPLIT["folds"]["a"]
     assert "README.md" in {path.name for path in (tmp_path / "out").iterdir()}
-    again = run_script(*common, "--max_steps", "3")
-    assert again.returncode == 0, again.stderr[-3000:]
+    run_example(monkeypatch, "train_diffusion.py", *common, "--max_steps", "3")
     history = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3]
 
     (tmp_path / "out" / "training_subjects.json").write_text('["sub-06"]')
-    guided = run_script(
-        *(*common, "--max_steps", "1", "--init_from", str(tmp_path / "out"), "--autoguide", str(tmp_path / "out")),
-        *("--part", "b", "--output_dir", str(tmp_path / "guided")),
-    )
-    assert guided.returncode == 0, guided.stderr[-3000:]
+    guided = ["--init_from", tmp_path / "out", "--autoguide", tmp_path / "out", "--part", "b", "--max_steps", "1"]
+    run_example(monkeypatch, "train_diffusion.py", *common, *guided, "--output_dir", tmp_path / "guided")
     seen = json.loads((tmp_path / "guided" / "training_subjects.json").read_text())
     assert seen == ["sub-04", "sub-06", "sub-08"]  # its own and those of the generators that it comes from

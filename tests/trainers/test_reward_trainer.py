@@ -1,18 +1,16 @@
 """Stage 3 as a whole: the spectrum on disk, the trainer, the two scripts."""
 
 import json
-import os
 import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import CLASS_NAMES, EXAMPLES, SPACING, VOLUME_SHAPE
+from conftest import CLASS_NAMES, EXAMPLES, SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.training_subjects import TRAINING_SUBJECTS, read_training_subjects
 from diffusers_med3d.metrics import training_above_unseen
@@ -450,19 +448,6 @@ def test_too_few_scans_for_a_batch_are_refused(tmp_path):
 # --------------------------------------------------------------------------------------------------------- the scripts
 
 
-def run_script(name, arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def run_here(name, arguments, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-
-
 @pytest.fixture
 def script_arguments(tiny_pipeline, data, tmp_path) -> dict[str, list]:
     common = ["--data_dir", data.data_dir, "--split_file", data.split_file]
@@ -500,12 +485,12 @@ def test_each_fold_is_denoised_by_the_generator_of_the_other_and_the_one_to_be_t
 
 
 @pytest.mark.slow
-def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
+def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path, monkeypatch, capfd):
     output = tmp_path / "3d"
     for steps in (2, 3):
         arguments = [*script_arguments["train"], *script_arguments["generators"], "--architecture", "3d"]
-        out = run_script("train_reward.py", [*arguments, "--output_dir", output, "--max_steps", steps])
-        assert "eval_rank_correlation" in out
+        run_example(monkeypatch, "train_reward.py", *arguments, "--output_dir", output, "--max_steps", steps)
+        assert "eval_rank_correlation" in capfd.readouterr().out
     made = sorted(path.parent.name + "/" + path.name for path in (tmp_path / "spectrum").rglob("*.safetensors"))
     assert made == [
         *(f"a-by-generator-b/sub-0{name}.safetensors" for name in ("1-1", "1-2", "3-1", "5-1")),
@@ -521,14 +506,16 @@ def test_the_training_script_runs_and_is_resumed(script_arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_on_with(script_arguments, tmp_path):
+def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_on_with(
+    script_arguments, tmp_path, monkeypatch
+):
     tuned = tmp_path / "tuned"
     shutil.copytree(tmp_path / "a", tuned)
     (tuned / TRAINING_SUBJECTS).write_text(json.dumps([*SPLIT["folds"]["a"], *SPLIT["folds"]["b"]]))
     tiny_model().save_pretrained(tmp_path / "before")
     arguments = [*script_arguments["train"], *script_arguments["generators"], "--model_name_or_path", tuned]
     arguments += ["--init_from", tmp_path / "before", "--learning_rate", 0, "--max_steps", 1]
-    run_script("train_reward.py", [*arguments, "--architecture", "3d", "--output_dir", tmp_path / "after"])
+    run_example(monkeypatch, "train_reward.py", *arguments, "--architecture", "3d", "--output_dir", tmp_path / "after")
     before, after = (VolumeRewardModel.from_pretrained(tmp_path / name) for name in ("before", "after"))
     torch.testing.assert_close(weights(after).float(), weights(before), atol=1e-3, rtol=1e-3)
     made = {path.name for path in (tmp_path / "spectrum").iterdir()}
@@ -544,7 +531,7 @@ def test_the_generator_to_be_fine_tuned_adds_full_samples_and_a_reward_is_gone_o
 def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_arguments, tmp_path, monkeypatch, capsys):
     one_generator = [*script_arguments["train"], *script_arguments["generators"][:2], "--architecture", "2d"]
     one_generator += ["--max_steps", 1]
-    run_here("train_reward.py", [*one_generator, "--output_dir", tmp_path / "2d"], monkeypatch)
+    run_example(monkeypatch, "train_reward.py", *one_generator, "--output_dir", tmp_path / "2d")
     made = {path.name for path in (tmp_path / "spectrum").iterdir()}
     assert made == {"b-by-generator-a", "validation-by-generator-a"}  # with one generator its own fold is left out
     tiny_model().save_pretrained(tmp_path / "3d")
@@ -553,7 +540,7 @@ def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_argumen
         "def mean(volumes, **conditions):\n    return volumes.flatten(1).mean(1).tolist()\n"
     )
     report += ["--reward_funcs", tmp_path / "3d", tmp_path / "2d", f"{tmp_path}/mine.py:mean"]
-    run_here("reward_report.py", report, monkeypatch)
+    run_example(monkeypatch, "reward_report.py", *report)
     out = capsys.readouterr().out
     assert "2 scans of the validation subjects" in out and "| score/half_swap |" in out
     assert (
@@ -573,7 +560,7 @@ def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_argumen
     assert {"report.md", "scores.png", "spectrum.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
     (tmp_path / "a" / TRAINING_SUBJECTS).write_text(json.dumps(SPLIT["validation"]))  # by another split
     with pytest.raises(SystemExit, match="2 of 2 subjects were in the training set of"):
-        run_here("reward_report.py", report, monkeypatch)
+        run_example(monkeypatch, "reward_report.py", *report)
 
 
 def test_the_report_refuses_a_severity_before_it_makes_a_spectrum():
@@ -601,7 +588,7 @@ def test_the_training_script_takes_as_many_channels_as_the_generator_makes(kind)
 def test_the_training_script_refuses_generators_of_the_wrong_fold(script_arguments, tmp_path, monkeypatch):
     swapped = ["--fold_a_model", tmp_path / "b", "--fold_b_model", tmp_path / "a", "--output_dir", tmp_path / "x"]
     with pytest.raises(ValueError, match="the generator of the other fold"):
-        run_here("train_reward.py", [*script_arguments["train"], *swapped, "--max_steps", 1], monkeypatch)
+        run_example(monkeypatch, "train_reward.py", *script_arguments["train"], *swapped, "--max_steps", 1)
 
 
 def test_volumes_too_small_for_the_network_are_refused_before_the_spectrum_is_made(
@@ -610,5 +597,5 @@ def test_volumes_too_small_for_the_network_are_refused_before_the_spectrum_is_ma
     arguments = [*script_arguments["train"], *script_arguments["generators"], "--output_dir", tmp_path / "x"]
     arguments += ["--channels", *[8] * 5]
     with pytest.raises(SystemExit, match="every side must have at least 64 voxels"):
-        run_here("train_reward.py", arguments, monkeypatch)
+        run_example(monkeypatch, "train_reward.py", *arguments)
     assert not (tmp_path / "spectrum").exists()

@@ -79,6 +79,9 @@ class DataSettings:
             wanted = max(len(self.class_names) - 1, 0)
             raise ValueError(f"{len(self.class_names)} classes need {wanted} class_edges, got {self.class_edges}.")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DataSettings) and self.to_dict() == other.to_dict()
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
         """Settings from JSON; a name that is none of them is refused (ValueError), lest a typing error is ignored."""

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..utils.files import write_json
 from .settings import DataSettings
@@ -14,7 +15,7 @@ SETTINGS = "settings"
 
 def make_split(
     classes: Mapping[str, int], test: Sequence[int], validation: Sequence[int], seed: int = 0
-) -> dict[str, list[str] | dict[str, list[str]]]:
+) -> dict[str, Any]:
     """Draw a split stratified by class.
 
     Args:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.duplicates import find_duplicates, one_person_each
 from ..metrics.bootstrap import bootstrap_interval, weighted_pair_mean
 from ..metrics.features import Extractor, features_of
 from ..metrics.frechet import SAMPLES_PER_DIMENSION, frechet, frechet_dimensions, principal_components
@@ -243,9 +244,15 @@ def evaluate(
             progress.update()
 
         progress.set_postfix_str("memorisation")
+        doubles = find_duplicates(list(train.volumes), progress=False)
+        people = dict(zip(train.subjects, one_person_each(train.subjects, doubles), strict=True))
+        trained = [people[name] for name in train.subjects]
         nearest = {
             name: nearest_training_scan(
-                one.volumes, train.volumes, train.subjects, None if name in models else one.subjects
+                one.volumes,
+                train.volumes,
+                trained,
+                None if name in models else [people.get(subject, subject) for subject in one.subjects],
             )
             for name, one in sets.all.items()
         }
@@ -257,6 +264,13 @@ def evaluate(
             f"A volume is flagged as a copy when its nearest over second nearest is under {threshold:.3f}, the 5 % "
             "quantile of the training scans among themselves: unseen scans are flagged at about that rate."
         )
+        for pair in doubles:
+            first, second = train.subjects[pair.first], train.subjects[pair.second]
+            if first != second:
+                sets.notes.append(
+                    f"Training scans of {first} and {second} are the same scan; both names count as one person when "
+                    "copies are sought."
+                )
         progress.update()
     if sets.derived:
         sets.notes.append(

@@ -150,7 +150,7 @@ def _with_affine(
     A batch that torch.stack made of MetaTensors has the affine of the first scan only; it is not taken for the others.
     """
     if isinstance(volumes, list | tuple):
-        scans = list(volumes)
+        scans: list[Any] = list(volumes)
     elif isinstance(volumes, MetaTensor) and (volumes.ndim == 4 or (volumes.ndim == 5 and len(volumes) == 1)):
         scans = [volumes if volumes.ndim == 4 else volumes[0]]
         scans[0].affine = volumes.affine.reshape(-1, 4, 4)[0]
