@@ -71,7 +71,7 @@ def weights_file(given: str | None, folder: Path | None, names: Sequence[str], o
 def prepared_scans(folder: str, volume_shape: Sequence[int], spacing: Sequence[float]) -> Iterator[Tensor]:
     """Scans of a folder, prepared one after the other as our own training does it."""
     for row in tqdm(read_scans(folder), desc="encoding scans", unit="scan"):
-        yield prepare(row["nifti"]["path"], volume_shape=volume_shape, spacing=spacing).as_tensor()
+        yield prepare(row["nifti"]["path"], volume_shape=volume_shape, spacing=spacing, fit="crop").as_tensor()
 
 
 def read_definitions(args: ConvertArguments) -> tuple[BundleConfig, Path | None]:
