@@ -128,6 +128,11 @@ def test_a_label_that_is_no_number_is_refused_with_file_row_and_what_is_wanted(t
         classes_of(read_scans(tmp_path), "age", ["young", "old"], [50.0])
 
 
+def test_labels_of_rows_that_nobody_asked_for_are_not_looked_at(tmp_path):
+    folder_of(tmp_path, [("a.nii", "p", "LGG"), ("b.nii", "q", "unclear")])
+    assert classes_of(read_scans(tmp_path), "age", ["HGG", "LGG"], [], used=[0]) == [1, 2]
+
+
 def test_a_label_that_is_no_class_is_refused_with_file_and_row(tmp_path):
     folder_of(tmp_path, [("a.nii", "p", "LGG"), ("b.nii", "q", "lgg")])
     with pytest.raises(ValueError, match=r"row 2 of the metadata \(b.nii\).*'lgg' is none of the classes"):

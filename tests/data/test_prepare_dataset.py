@@ -286,7 +286,7 @@ def test_sessions_that_may_be_dates_are_counted():
     [
         ((1.0, 1.0, 1.0), [64, 80, 64], [2.5, 2.5, 2.5]),
         ((2.0, 2.0, 2.0), [64, 80, 64], [2.5, 2.5, 2.5]),
-        ((1.0, 1.0, 6.0), [80, 96, 16], [2.0, 2.0, 12.0]),
+        ((1.0, 1.0, 6.0), [96, 112, 32], [1.75, 1.75, 10.5]),
     ],
 )
 def test_a_grid_is_chosen_that_holds_the_largest_scan(spacing, expected_shape, expected_spacing):

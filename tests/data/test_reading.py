@@ -191,12 +191,17 @@ def test_a_picture_with_a_third_axis_of_one_voxel_is_no_volume(tmp_path):
 
 
 def test_anatomy_larger_than_the_grid_is_refused_with_both_sizes(tmp_path):
-    folder_of(tmp_path, {"a.nii.gz": ball(40)}, spacing=6.0)  # a ball of 192 mm
-    with pytest.raises(ValueError, match=r"person0 .*anatomy of \[192, 192, 192\] mm .*grid of \[120, 120, 120\] mm"):
+    folder_of(tmp_path, {"a.nii.gz": ball(40), "b.nii.gz": ball(20), "c.nii.gz": ball(38)})  # 192, 96 and 180 mm
+    with pytest.raises(
+        ValueError, match=r"2 of 3 scan\(s\) are larger than the grid of \[120, 120, 120\] mm"
+    ) as refused:
         read(tmp_path)
+    for named in ("person0 (a.nii.gz): anatomy of [192, 192, 192] mm, ", "person2 (c.nii.gz): anatomy of [180"):
+        assert named in str(refused.value)
+    assert "--fit shrink" in str(refused.value) and "person1" not in str(refused.value)
     cut = read(tmp_path, fit="crop")
     assert (cut.stack()[0, 0] > 0).float().mean() > 0.9  # the grid is full of it
-    assert "1 of 1 scans are larger than the grid and cut: person0" in cut.report()
+    assert "2 of 3 scans are larger than the grid and cut: person0, person2" in cut.report()
 
 
 def test_a_scan_may_be_shrunk_until_it_fits_and_its_affine_says_so(tmp_path):
@@ -250,7 +255,7 @@ def test_prepare_refuses_what_it_cannot_use(tmp_path):
         prepare(path)
     with pytest.raises(FileNotFoundError, match="no such scan: .*b.nii.gz"):
         prepare(tmp_path / "b.nii.gz", volume_shape=[SIDE] * 3, spacing=[6.0] * 3)
-    with pytest.raises(ValueError, match="a.nii.gz cannot be prepared: its anatomy"):
+    with pytest.raises(ValueError, match="scan of a.nii.gz: anatomy of"):
         prepare(path, volume_shape=[8] * 3, spacing=[6.0] * 3)
 
 

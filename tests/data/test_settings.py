@@ -1,6 +1,7 @@
 """Settings of a data set: said once, read by every stage, and refused where two sources contradict each other."""
 
 import json
+import shutil
 
 import nibabel
 import numpy as np
@@ -8,14 +9,17 @@ import pytest
 import torch
 from datasets import Dataset
 
+from conftest import run_example
 from diffusers_med3d import (
     AutoencoderConfig,
     AutoencoderKL3D,
     AutoencoderTrainer,
     DDPOConfig,
     DDPOTrainer,
+    DiffusionUNet3D,
     LatentDiffusionConfig,
     LatentDiffusionTrainer,
+    MedDiffusion3DPipeline,
     SliceRewardModel,
     VolumeReward,
     VolumeRewardModel,
@@ -32,7 +36,9 @@ from diffusers_med3d.data import (
     settings_of,
     write_settings,
 )
+from diffusers_med3d.evaluation.sampling import matched_labels, sample_volumes, volume_set
 from diffusers_med3d.trainers.autoencoder import AutoencoderLosses
+from diffusers_med3d.trainers.diffusion import default_scheduler
 
 SAID = DataSettings(volume_shape=[40, 56, 40], spacing=[1.0] * 3, label_column="grade", class_names=["LGG", "HGG"])
 
@@ -235,3 +241,62 @@ def test_a_stack_of_eight_slices_trains_when_the_discriminator_comes_in(tmp_path
     losses = AutoencoderLosses(model, args)(crop, adversarial=True)
     losses["loss"].backward()
     assert torch.isfinite(losses["discriminator"]) and torch.isfinite(losses["adversarial"])
+
+
+# --- no classes ---
+
+
+def test_scans_without_classes_train_a_generator_without_classes_and_judge_it(brains_folder, tmp_path, tiny_vae):
+    data = arguments(brains_folder, volume_shape=[16] * 3, spacing=[12.0] * 3, class_names=[])
+    scans = VolumeDataset(brains_folder, ["sub-01", "sub-06"], **data.reading())
+    unet = DiffusionUNet3D(
+        in_channels=4, out_channels=4, channels=(8, 16), num_res_blocks=1, attention_levels=(False, True),
+        num_head_channels=8, norm_num_groups=8, num_class_embeds=None,
+    )  # fmt: skip
+    pipeline = MedDiffusion3DPipeline(
+        tiny_vae, unet, default_scheduler("v_prediction"), volume_shape=[16] * 3, spacing=[12.0] * 3
+    )
+    args = LatentDiffusionConfig(
+        output_dir=str(tmp_path), max_steps=1, copies=1, per_device_train_batch_size=2, report_to="none"
+    )
+    LatentDiffusionTrainer(pipeline, args, scans).train()
+    reference = volume_set(scans)
+    labels = matched_labels(reference.labels, 2)
+    samples = sample_volumes(pipeline, labels, tmp_path / "samples", data, num_inference_steps=2)
+    assert samples.volumes.shape[1:] == reference.volumes.shape[1:] and labels == [0, 0]
+
+
+def test_people_without_classes_are_split_as_one_group(brains_folder, tmp_path, monkeypatch):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "images").symlink_to(f"{brains_folder}/images")
+    lines = open(f"{brains_folder}/metadata.csv").read().splitlines()
+    (tmp_path / "dataset" / "metadata.csv").write_text("\n".join(line.rpartition(",")[0] for line in lines))
+    options = ["--data_dir", tmp_path / "dataset", "--split_file", tmp_path / "split.json"]
+    run_example(monkeypatch, "make_split.py", *options, "--test", 2, "--validation", 2)
+    split = json.loads((tmp_path / "split.json").read_text())
+    assert [len(split[part]) for part in ("train", "validation", "test")] == [4, 2, 2]
+    assert split["settings"]["class_names"] == []
+
+
+def test_a_file_that_is_no_volume_is_refused_before_there_is_a_split(brains_folder, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "dataset"
+    shutil.copytree(brains_folder, folder)
+    path = min((folder / "images").iterdir())
+    nibabel.save(nibabel.Nifti1Image(np.ones((8, 8), np.float32), np.eye(4)), path)
+    options = [
+        "--data_dir",
+        folder,
+        "--split_file",
+        tmp_path / "split.json",
+        "--test",
+        1,
+        1,
+        1,
+        "--validation",
+        1,
+        0,
+        0,
+    ]
+    with pytest.raises(SystemExit, match=r"must have 3 or 4 axes, got shape \(8, 8\)"):
+        run_example(monkeypatch, "make_split.py", *options, "--validation", 1, 0, 0)
+    assert not (tmp_path / "split.json").exists()

@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -76,22 +76,31 @@ def class_of(value: object, class_names: Sequence[str], class_edges: Sequence[fl
 
 
 def classes_of(
-    rows: Dataset, label_column: str | None, class_names: Sequence[str], class_edges: Sequence[float]
+    rows: Dataset,
+    label_column: str | None,
+    class_names: Sequence[str],
+    class_edges: Sequence[float],
+    used: Collection[int] | None = None,
 ) -> list[int]:
     """Class of every row by ``class_of``; without classes all are 0, the null class.
+
+    Args:
+        rows: of ``read_scans``.
+        label_column, class_names, class_edges: see ``class_of``.
+        used: numbers of the rows that are wanted, None for all; labels of others are not looked at (null class).
 
     Raises:
         ValueError: see ``class_of``, with the number of the row and its file.
     """
+    classes = [len(class_names)] * len(rows)
     if not class_names:
-        return [0] * len(rows)
+        return classes
     values, feature = rows[label_column][:], rows.features[label_column]
     if isinstance(feature, ClassLabel):
         values = [None if value is None or value < 0 else feature.int2str(value) for value in values]
-    classes = []
-    for row, value in enumerate(values):
+    for row in range(len(rows)) if used is None else sorted(used):
         try:
-            classes.append(class_of(value, class_names, class_edges))
+            classes[row] = class_of(values[row], class_names, class_edges)
         except ValueError as error:
             name = file_of(rows, row)
             raise ValueError(f"row {row + 1} of the metadata{name}, column {label_column!r}: {error}") from error
@@ -99,6 +108,6 @@ def classes_of(
 
 
 def file_of(rows: Dataset, row: int) -> str:
-    """ " (scan.nii.gz)" for a message, empty for scans that are no files."""
+    """Name of a row's file in brackets for a message, empty for scans that are no files."""
     path = rows[row]["nifti"]["path"] if "nifti" in rows.column_names else None
     return f" ({path.replace(chr(92), '/').rpartition('/')[2]})" if path else ""

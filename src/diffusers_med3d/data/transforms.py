@@ -1,7 +1,7 @@
 """MONAI transforms that make every scan a volume of the same size, spacing, orientation and intensity range."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -116,14 +116,25 @@ class Placement(NamedTuple):
     shrunk: float  # factor by which it was made smaller, 1 if it was not
 
 
-def refuse_cut(placement: Placement, volume_shape: Sequence[int], spacing: Sequence[float]) -> None:
-    """Refuse (ValueError, with both sizes) anatomy of which more than ``MAX_LOST`` lies outside the grid."""
-    if placement.lost > MAX_LOST:
+def refuse_cut(placements: Mapping[str, Placement], volume_shape: Sequence[int], spacing: Sequence[float]) -> None:
+    """Refuse (ValueError, with names and both sizes) scans of which more than ``MAX_LOST`` lies outside the grid.
+
+    Args:
+        placements: by the name of each scan.
+        volume_shape, spacing: of the grid.
+    """
+    cut = {name: placement for name, placement in placements.items() if placement.lost > MAX_LOST}
+    if cut:
         grid = [round(side * step) for side, step in zip(volume_shape, spacing, strict=True)]
+        odd = [
+            f"{name}: anatomy of {[round(side) for side in one.size]} mm, {one.lost:.0%} would be cut off"
+            for name, one in list(cut.items())[:5]
+        ]
+        more = f"; and {len(cut) - 5} more" if len(cut) > 5 else ""
         raise ValueError(
-            f"its anatomy of {[round(side) for side in placement.size]} mm is larger than the grid of {grid} mm "
-            f"(volume_shape {list(volume_shape)} x spacing {list(spacing)}): {placement.lost:.0%} would be cut off. "
-            "Choose a larger volume_shape or spacing, or fit='shrink' (--fit shrink), or 'crop' to cut it."
+            f"{len(cut)} of {len(placements)} scan(s) are larger than the grid of {grid} mm (volume_shape "
+            f"{list(volume_shape)} x spacing {list(spacing)}). {'; '.join(odd)}{more}. Choose a larger volume_shape or "
+            "spacing, or fit='shrink' (--fit shrink), or 'crop' to cut them."
         )
 
 
@@ -153,9 +164,9 @@ def place(
     volume_shape: Sequence[int],
     spacing: Sequence[float],
     antialias: bool = False,
-    fit: str = "refuse",
+    fit: str = "crop",
 ) -> tuple[MetaTensor, Placement]:
-    """Prepared volume, as by ``volume_transform``, and how its anatomy lies in the grid."""
+    """Prepared volume, as by ``volume_transform``, and how its anatomy lies in the grid; "refuse" is the caller's."""
     if fit not in FITS:
         raise ValueError(f"fit must be one of {list(FITS)}, got {fit!r}.")
     scan = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(check_positive(volume))
@@ -166,8 +177,6 @@ def place(
         shrunk *= excess
         volume = _resample(scan, [step * shrunk for step in spacing], antialias)
     placement = Placement(size, _lost(volume, volume_shape), shrunk)
-    if fit == "refuse":
-        refuse_cut(placement, volume_shape, spacing)
     return scale_foreground(ResizeWithPadOrCrop(spatial_size=tuple(volume_shape))(volume)), placement
 
 
@@ -182,4 +191,11 @@ def volume_transform(
         fit: what becomes of anatomy that is larger than the grid: "refuse" raises a ValueError, "shrink" takes larger
             voxels for this scan (its affine says so), "crop" cuts it about its centre.
     """
-    return lambda volume: place(volume, volume_shape, spacing, antialias, fit)[0]
+
+    def transform(volume: MetaTensor) -> MetaTensor:
+        prepared, placement = place(volume, volume_shape, spacing, antialias, fit)
+        if fit == "refuse":
+            refuse_cut({"this scan": placement}, volume_shape, spacing)
+        return prepared
+
+    return transform

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .arguments import DataArguments
 from .labels import classes_of
-from .nifti import check_affine, check_voxels, decode_nifti
+from .nifti import check_affine, check_voxels, decode_nifti, scan_name
 from .reading import check_columns, check_scans, read_scans
 from .settings import (
     DATASET_FILE,
@@ -27,7 +27,7 @@ from .settings import (
 )
 from .split import PARTS, load_split
 from .tables import as_numbers
-from .transforms import Placement, place, to_meta_tensor
+from .transforms import Placement, place, refuse_cut, to_meta_tensor
 
 
 def _place(
@@ -82,7 +82,11 @@ def prepare(
             raise FileNotFoundError(f"no such scan: {path}")
         name = path.name
         scan = to_meta_tensor(*decode_nifti({"path": str(path), "bytes": None}, name, num_channels))
-    return _place(scan, name, settings.volume_shape, settings.spacing, bool(settings.antialias), fit)[0]
+    grid = settings.volume_shape, settings.spacing
+    volume, placement = _place(scan, name, *grid, bool(settings.antialias), fit)
+    if fit == "refuse":
+        refuse_cut({f"scan of {name}": placement}, *grid)
+    return volume
 
 
 def _checked(scan: MetaTensor) -> MetaTensor:
@@ -165,8 +169,9 @@ class VolumeDataset(TorchDataset):
         absent = sorted(wanted - set(found))
         if absent:
             raise ValueError(f"{len(absent)} subject(s) of the split have no scan, the first is {absent[0]!r}.")
-        labels = classes_of(rows, label_column, self.class_names, self.settings.class_edges)
-        order = sorted((subject, i) for i, subject in enumerate(found) if subject in wanted)
+        used = [i for i, subject in enumerate(found) if subject in wanted]
+        labels = classes_of(rows, label_column, self.class_names, self.settings.class_edges, used)
+        order = sorted((found[i], i) for i in used)
         chosen = rows.select([i for _, i in order])
         if num_channels is None and self.settings.channel_names:
             num_channels = len(self.settings.channel_names)
@@ -179,6 +184,9 @@ class VolumeDataset(TorchDataset):
             volume, placement = _place(scan, subject, *grid, fit)
             self.items.append({"volume": volume, "class_label": labels[i], "subject": subject})
             self.placements.append(placement)
+        if fit == "refuse":
+            names = [scan_name(entry, subject) for (subject, _), entry in zip(order, chosen["nifti"], strict=True)]
+            refuse_cut(dict(zip(names, self.placements, strict=True)), *grid[:2])
 
     @classmethod
     def from_arguments(cls, args: DataArguments, part: str) -> "VolumeDataset":
