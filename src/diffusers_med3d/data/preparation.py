@@ -101,7 +101,7 @@ def prepare_dataset(what: Preparation) -> DataSettings:
     settings = _settings(what, found, written)
     for entry in written:
         value = entry.scan.columns.get(settings.label_column or "", "")
-        entry.label = class_of(value, settings.class_names, settings.class_edges) if settings.class_names else 0
+        entry.label = class_of(value, settings.class_names, settings.class_edges or []) if settings.class_names else 0
     classes, mixed = _class_of_people(written, people)
     split = _split(what, classes, people)
     shape, spacing, sentence = choose_grid(
@@ -114,7 +114,7 @@ def prepare_dataset(what: Preparation) -> DataSettings:
     settings.volume_shape, settings.spacing = shape, spacing
     usual = np.median([entry.record["spacing"] for entry in written], axis=0)
     settings.antialias = bool(what.register == "none" and (np.array(spacing) > 1.25 * usual).any())
-    rows = _rows(what, written, split, settings)
+    rows = _rows(what, written, split, shape, spacing)
     write_metadata(rows, output / "metadata.csv")
     if not (output / "split.json").is_file():
         save_split(split, output / "split.json", settings)
@@ -177,7 +177,7 @@ def _public_name(scan: Scan, name: str, folder: Path) -> str:
     return scan.files[0].relative_to(folder).as_posix()
 
 
-def _duplicates(what: Preparation, written: list[Entry]) -> tuple[list[list[object]], dict[str, str]]:
+def _duplicates(what: Preparation, written: list[Entry]) -> tuple[list[list[str]], dict[str, str]]:
     """Pairs of scans that are the same (rows of the report), and the one name of people who share a scan."""
     progress = what.output / PROGRESS
     prints = [np.load(progress / f"{Path(entry.file).name}.npy") for entry in written]
@@ -270,11 +270,11 @@ def _split(what: Preparation, classes: dict[str, int], people: dict[str, str]) -
     made = what.output / "split.json"
     given = what.split_file or (made if made.is_file() else None)
     if given is not None:
-        split = load_split(given)
-        absent = sorted({name for part in PARTS for name in split[part]} - set(people))
+        known = load_split(given)
+        absent = sorted({name for part in PARTS for name in known[part]} - set(people))
         if absent:
             raise ValueError(f"{len(absent)} people of the split have no scan, the first is {absent[0]!r}.")
-        return {name: split[name] for name in (*PARTS, "folds")}
+        return {name: known[name] for name in (*PARTS, "folds")}
     counts = Counter(classes.values())
     labelled = range(max(1, max(counts) + 1))
     smallest = min(counts[label] for label in labelled if counts[label])
@@ -288,7 +288,7 @@ def _split(what: Preparation, classes: dict[str, int], people: dict[str, str]) -
     for name, group in people.items():
         groups[group].append(name)
     number = [counts[label] > 0 for label in labelled]
-    drawn = make_split(classes, [test * n for n in number], [validation * n for n in number], what.seed)
+    drawn: dict[str, Any] = make_split(classes, [test * n for n in number], [validation * n for n in number], what.seed)
 
     def everyone(names: Sequence[str]) -> list[str]:
         return sorted(name for group in names for name in groups[group])
@@ -298,7 +298,7 @@ def _split(what: Preparation, classes: dict[str, int], people: dict[str, str]) -
 
 
 def _rows(
-    what: Preparation, written: list[Entry], split: dict[str, Any], settings: DataSettings
+    what: Preparation, written: list[Entry], split: dict[str, Any], shape: Sequence[int], spacing: Sequence[float]
 ) -> list[dict[str, str]]:
     """Rows of metadata.csv; with registration, the volumes are written here."""
     files, copies = [[entry.file] for entry in written], what.register != "none"
@@ -307,11 +307,12 @@ def _rows(
         from .registration import Grid
 
         template = None if what.register == "group" else Path(what.register)
+        (x, y, z), (dx, dy, dz) = shape, spacing
         files = register_group(
             [what.output / PROGRESS / entry.file for entry in written],
             [entry.person in set(split["train"]) for entry in written],
             what.output,
-            Grid(tuple(settings.volume_shape), tuple(settings.spacing)),
+            Grid((x, y, z), (dx, dy, dz)),
             GroupOptions(template, what.rounds, what.smoothing, what.jittered_copies, what.num_proc, what.seed),
         )
     sessions = any(entry.scan.session for entry in written)
@@ -347,7 +348,7 @@ def _sections(
     split: dict[str, Any],
     settings: DataSettings,
     grid: str,
-    doubles: list[list[object]],
+    doubles: list[list[str]],
     left_out: list[LeftOut],
     notes: list[str],
 ) -> list[Section]:
@@ -378,7 +379,7 @@ def _sections(
             "Counts",
             [
                 f"{len(written)} scans of {len(people)} people; {len(left_out)} entries were left out (below).",
-                f"Channels: {', '.join(settings.channel_names)}. Classes {said}{edges}.",
+                f"Channels: {', '.join(settings.channel_names or [])}. Classes {said}{edges}.",
                 "The split is by person; test and validation hold as many people of every class.",
             ],
             ["class", "scans", "people", *(f"people in {part}" for part in PARTS)],

@@ -39,7 +39,7 @@ def people_and_names(scans: Sequence[Scan], renumber: bool = False) -> tuple[lis
         taken = {other.lower() for other in safe.values()}  # some disks take A and a for one
         number = next(n for n in range(1, len(person) + 2) if (f"{plain}-{n}" if n > 1 else plain).lower() not in taken)
         safe[name] = f"{plain}-{number}" if number > 1 else plain
-    sessions = defaultdict(list)
+    sessions: dict[str, list[str]] = defaultdict(list)
     for scan in scans:
         if scan.session not in sessions[scan.participant_id]:
             sessions[scan.participant_id].append(scan.session)
