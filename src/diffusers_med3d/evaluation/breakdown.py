@@ -292,8 +292,8 @@ class SpaceFinding:
             )
         if self.work_on == "undecided":
             return (
-                f"{self.space}: samples exceed the floor by {excess} and round-trips by {plus_minus(self.round_trips)}, "
-                "which is too uncertain to tell autoencoder from generator."
+                f"{self.space}: samples exceed the floor by {excess} and round-trips by "
+                f"{plus_minus(self.round_trips)}, which is too uncertain to tell autoencoder from generator."
             )
         share = f"{max(0.0, self.round_trips.value / self.samples.value):.0%}"
         return (
