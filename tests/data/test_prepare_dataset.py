@@ -97,6 +97,7 @@ def test_all_scans_of_a_person_are_in_one_part_and_named_after_session_and_run(t
     assert [row["session"] for row in rows][:3] == ["1", "2", ""]
 
 
+@pytest.mark.slow
 def test_nothing_that_identifies_a_dicom_patient_reaches_an_output(tmp_path, monkeypatch, capsys):
     source, output = tmp_path / "QUAGMIRE_JANE", tmp_path / "out"
     table = [["participant_id", "finding", "born"]]
@@ -168,6 +169,7 @@ def test_damaged_scans_are_named_with_the_reason_and_the_others_prepared(tmp_pat
     assert "images/scan3.nii.gz | 2 channel(s), the others have 1" in report
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     from diffusers_med3d.data import preparation
 
@@ -207,6 +209,7 @@ def test_an_interrupted_run_refuses_an_input_that_changed_and_a_finished_one_is_
         prepare(monkeypatch, "niftifolder", source, tmp_path / "new", "--label_column", "group")
 
 
+@pytest.mark.slow
 def test_the_same_scan_under_two_names_is_refused_or_counts_as_one_person(tmp_path, monkeypatch):
     source = trees.niftifolder(tmp_path / "in", people=12)
     trees.save(source / "images" / "scan7.nii.gz", (3 * trees.anatomy(2))[::-1], axes="LPS")  # mirrored, scaled, turned
