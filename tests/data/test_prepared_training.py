@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import trees
 
+import trees
 from conftest import run_example
 
 
