@@ -129,7 +129,7 @@ def test_headers_sidecars_other_columns_and_folders_reach_no_output(tmp_path, mo
     planted = {
         "descrip": b"John Smith 1957",
         "db_name": b"JohnSmith",
-        "aux_file": b"/home/smith/a",
+        "aux_file": b"/mnt/smith/a",
         "intent_name": b"smith",
     }
     for number in range(10):
