@@ -15,7 +15,6 @@ from transformers import HfArgumentParser, set_seed
 import diffusers_med3d  # noqa: F401  (registers the classes with diffusers)
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.figures import curves
 from diffusers_med3d.hub import resolve
 from diffusers_med3d.trainers.base import checkpoint_to_resume
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
@@ -91,6 +90,16 @@ class ModelArguments:
             "in one frame or differ in size."
         },
     )
+    position_maps: bool = field(
+        default=False,
+        metadata={"help": "A learned value per channel and place, for registered scans: where in the body it is."},
+    )
+    precondition: bool = field(
+        default=False, metadata={"help": "Of a flow: input and output of the layers have unit variance at every time."}
+    )
+    jittered_copies: bool = field(
+        default=False, metadata={"help": "Train on the copies that examples/prepare_dataset.py wrote, too."}
+    )
 
 
 def main() -> None:
@@ -99,6 +108,8 @@ def main() -> None:
         [DataArguments, ModelArguments, LatentDiffusionConfig]
     ).parse_args_into_dataclasses()
     set_seed(args.seed)
+    if model.precondition and model.prediction_type != "flow":
+        raise ValueError(f"--precondition needs --prediction_type flow, got {model.prediction_type}.")
     if model.autoguide and not model.init_from:
         raise ValueError("--autoguide needs --init_from: a network that has learned nothing has nowhere to go.")
     autoencoder = AutoModel.from_pretrained(resolve(model.autoencoder), subfolder=model.autoencoder_subfolder)
@@ -120,6 +131,8 @@ def main() -> None:
             sample_gate=model.sample_gate,
             num_modes=model.num_modes,
             mode_shape=autoencoder.latent_shape(data.volume_shape) if model.num_modes else None,
+            position_shape=autoencoder.latent_shape(data.volume_shape) if model.position_maps else None,
+            precondition=model.precondition,
         )
         scheduler, class_names = default_scheduler(model.prediction_type, model.shift), data.class_names
     pipeline = MedDiffusion3DPipeline(
@@ -135,7 +148,7 @@ def main() -> None:
     trainer = LatentDiffusionTrainer(
         model=pipeline,
         args=args,
-        train_dataset=VolumeDataset.from_arguments(data, model.part),
+        train_dataset=VolumeDataset.from_arguments(data, model.part, model.jittered_copies),
         eval_dataset=VolumeDataset.from_arguments(data, "validation"),
         guide=MedDiffusion3DPipeline.from_pretrained(model.autoguide) if model.autoguide else None,
         earlier_subjects=set().union(
@@ -145,12 +158,6 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
     print(trainer.evaluate())
     trainer.save_model()
-    series = {}
-    for name in ("eval_kid", "eval_loss"):
-        points = [(row["step"], row[name]) for row in trainer.state.log_history if name in row]
-        series[name] = ([step for step, _ in points], [value for _, value in points])
-    if series["eval_kid"][0]:
-        trainer.log_figure("validation", curves(series))
     trainer.accelerator.end_training()
 
 

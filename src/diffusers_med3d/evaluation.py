@@ -77,7 +77,7 @@ def volume_set(dataset: VolumeDataset, background: float = FOREGROUND_THRESHOLD)
         spacing = item["volume"].affine[:3, :3].norm(dim=0).tolist()
         cleared = clear_background(item["volume"].as_tensor(), background)
         meta = to_meta_tensor(cleared.movedim(0, -1).numpy(), np.diag([*spacing, 1.0]))
-        volumes.append(volume_transform(cleared.shape[1:], spacing)(meta).as_tensor())
+        volumes.append(volume_transform(cleared.shape[1:], spacing, registered=dataset.registered)(meta).as_tensor())
     return _as_set(dataset, torch.stack(volumes), background)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
+FLOW_TIMESTEPS = 1000  # what t = 1 is called in timesteps
 FLOW_PREDICTION = "flow_prediction"  # how diffusers' multistep solvers are told that a network predicts the velocity
 
 
@@ -25,7 +26,7 @@ def flow_scheduler(shift: float = 1.0) -> FlowMatchEulerDiscreteScheduler:
     """1000 timesteps. A `shift` above 1 spends more of them, in training and sampling, where there is more noise."""
     if not 0 < shift < float("inf"):
         raise ValueError(f"shift must be a positive number, got {shift}.")
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift, stochastic_sampling=False)
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=FLOW_TIMESTEPS, shift=shift, stochastic_sampling=False)
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
@@ -118,3 +119,33 @@ def flow_batch(
     """
     times = shift_times(uniform, scheduler.config.shift)
     return FlowBatch(interpolate(clean, noise, times), noise - clean, times * scheduler.config.num_train_timesteps)
+
+
+class Preconditioning(NamedTuple):
+    """Factors of B samples, each float32 (B, 1, 1, 1, 1): velocity = skip * x_t + output * network(input * x_t)."""
+
+    skip: torch.Tensor
+    output: torch.Tensor
+    input: torch.Tensor
+
+
+def preconditioning(times: torch.Tensor) -> Preconditioning:
+    """Factors with which a network of a flow sees and says values of unit variance at every time, for data of unit
+    variance: Karras et al. 2022 (arXiv 2206.00364), equation 7.
+
+    Their noisy sample is y = x_0 + sigma noise with sigma = t / (1 - t), so x_t = (1 - t) y, and their denoiser
+    D = y / (1 + sigma^2) + sigma / sqrt(1 + sigma^2) F for sigma_data = 1. The velocity is (x_t - x_0) / t with D for
+    x_0. The network here is -F.
+
+    Args:
+        times: (B,) in [0, 1].
+    """
+    times = times.float().view(-1, 1, 1, 1, 1)
+    variance = (1 - times).square() + times.square()  # of x_t
+    return Preconditioning((2 * times - 1) / variance, variance.rsqrt(), variance.rsqrt())
+
+
+def logit_normal_times(uniform: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """Times whose logarithm of t / (1 - t), the noise over the signal, is normal: the quantiles ``uniform``, (B,) in
+    [0, 1], of Esser et al. 2024 (arXiv 2403.03206), equation 19."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6))).to(uniform.dtype)

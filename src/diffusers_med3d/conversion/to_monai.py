@@ -48,7 +48,7 @@ def to_monai_state_dict(model: Autoencoder | UNet, flow: bool = False) -> dict[s
     Raises:
         ValueError: a network that MONAI does not have (``sample_skip``, ``sample_gate``, atlas), or one with LoRA.
     """
-    for name in ("sample_skip", "sample_gate", "num_modes"):
+    for name in ("sample_skip", "sample_gate", "num_modes", "position_shape", "precondition"):
         if isinstance(model, DiffusionUNet3D) and model.config[name]:
             raise ValueError(f"MONAI's DiffusionModelUNet has no {name}, so these weights mean nothing to it.")
     if model.config.get("atlas_shape") is not None:
@@ -65,7 +65,8 @@ def to_monai_state_dict(model: Autoencoder | UNet, flow: bool = False) -> dict[s
 def to_monai_definition(model: Autoencoder | UNet) -> dict[str, Any]:
     """MONAI's class as ``_target_`` and its arguments, as they stand in a bundle's config."""
     config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    for name in ("latents_mean", "latents_std", "atlas_shape", "sample_skip", "sample_gate", "num_modes", "mode_shape"):
+    ours = {"latents_mean", "latents_std", "atlas_shape", "sample_skip", "sample_gate", "num_modes", "mode_shape"}
+    for name in ours | {"position_shape", "precondition"}:
         config.pop(name, None)
     definition: dict[str, Any] = {"spatial_dims": 3, **config}
     if isinstance(model, VQModel3D):

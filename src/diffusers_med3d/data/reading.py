@@ -44,6 +44,14 @@ class DataArguments:
         },
     )
 
+    registered: bool = field(
+        default=False,
+        metadata={
+            "help": "The scans lie on one grid of volume_shape and spacing (examples/prepare_dataset.py): take them as "
+            "they lie, without resampling and without moving each to the middle."
+        },
+    )
+
     def __post_init__(self) -> None:
         for name, values in (("volume_shape", self.volume_shape), ("spacing", self.spacing)):
             if len(values) != 3 or any(value <= 0 for value in values):

@@ -80,11 +80,29 @@ def smooth_for_spacing(volume: MetaTensor, spacing: Sequence[float]) -> MetaTens
     return torch.where(volume > 0, GaussianSmooth(sigmas)(volume), 0.0)
 
 
-def volume_transform(volume_shape: Sequence[int], spacing: Sequence[float], antialias: bool = False) -> Compose:
+def check_grid(volume: MetaTensor, volume_shape: Sequence[int], spacing: Sequence[float]) -> MetaTensor:
+    """The volume as it is, if it has this size and spacing (ValueError)."""
+    found = volume.pixdim.tolist()
+    same_spacing = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(found, spacing, strict=True))
+    if tuple(volume.shape[1:]) != tuple(volume_shape) or not same_spacing:
+        raise ValueError(
+            f"with registered=True every scan must have {tuple(volume_shape)} voxels of {tuple(spacing)} mm, got "
+            f"{tuple(volume.shape[1:])} of {tuple(found)}; register them with examples/prepare_dataset.py."
+        )
+    return volume
+
+
+def volume_transform(
+    volume_shape: Sequence[int], spacing: Sequence[float], antialias: bool = False, registered: bool = False
+) -> Compose:
     """Channel-first MetaTensor to (C, *volume_shape) in [0, 1], RAS, ``spacing`` mm; the affine follows every step.
 
-    With ``antialias`` the scan goes through ``smooth_for_spacing`` first.
+    With ``antialias`` the scan goes through ``smooth_for_spacing`` first. With ``registered`` it must have this size
+    and spacing already, and stays where it is.
     """
+    if registered:
+        same_grid = partial(check_grid, volume_shape=volume_shape, spacing=spacing)
+        return Compose([check_positive, Orientation(axcodes="RAS"), same_grid, scale_foreground])
     smooth = [partial(smooth_for_spacing, spacing=spacing)] if antialias else []
     return Compose(
         [

@@ -12,6 +12,7 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import nn
 
+from ..flow import FLOW_TIMESTEPS, preconditioning
 from ..hub import PublishMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
@@ -53,6 +54,11 @@ class DiffusionUNet3D(
             a learned function of the timestep: what is left of a whole subject's shape under noise that hides every
             single place. Convolutions, which treat all places alike, learn such patterns slowly. Set by ``set_modes``.
         mode_shape: size (x, y, z) of the latents that have these components; the network then takes no other size.
+        position_shape: size (x, y, z) of latents that lie in one frame, or None. A learned value per channel and place
+            is then added after the first convolution, so that the network knows where in the body it is; it takes no
+            other size.
+        precondition: of a network that predicts the velocity of a rectified flow: its input has unit variance at every
+            time, and what its layers must say has too; see ``flow.preconditioning``.
     """
 
     _supports_gradient_checkpointing = True
@@ -75,6 +81,8 @@ class DiffusionUNet3D(
         sample_gate: bool = False,
         num_modes: int = 0,
         mode_shape: Sequence[int] | None = None,
+        position_shape: Sequence[int] | None = None,
+        precondition: bool = False,
     ) -> None:
         DiffusionModelUNet.__init__(
             self,
@@ -91,7 +99,8 @@ class DiffusionUNet3D(
             num_class_embeds=num_class_embeds,
             include_fc=include_fc,
         )
-        for name, wanted in (("sample_skip", sample_skip), ("sample_gate", sample_gate)):
+        same_channels = {"sample_skip": sample_skip, "sample_gate": sample_gate, "precondition": precondition}
+        for name, wanted in same_channels.items():
             if wanted and in_channels != out_channels:
                 raise ValueError(f"{name} needs in_channels == out_channels, got {in_channels} and {out_channels}.")
         if num_modes and mode_shape is None:
@@ -106,6 +115,7 @@ class DiffusionUNet3D(
         if num_modes:
             self.mode_scale = _zeros(nn.Linear(embedding_size, num_modes))
             nn.init.constant_(self.mode_scale.bias, 0.3)
+        self.position = None if position_shape is None else nn.Parameter(torch.zeros(channels[0], *position_shape))
 
     def set_modes(self, latents: torch.Tensor) -> None:
         """Take the ``num_modes`` principal components of latents about zero, (N, in_channels, *mode_shape).
@@ -178,6 +188,11 @@ class DiffusionUNet3D(
                 f"sample must have shape (B, {self.config.in_channels}, x, y, z), got {tuple(sample.shape)}."
             )
         check_divisible(sample.shape[2:], self.size_divisor, "latent shape")
+        if self.position is not None and sample.shape[2:] != self.position.shape[1:]:
+            raise ValueError(
+                f"this network has position maps of size {tuple(self.position.shape[1:])} and takes no other, got "
+                f" {tuple(sample.shape[2:])}."
+            )
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
         class_labels = self._labels(sample, class_labels)
 
@@ -185,10 +200,15 @@ class DiffusionUNet3D(
         if class_labels is not None:
             embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
 
+        if self.config.precondition:
+            scaling = preconditioning(timesteps / FLOW_TIMESTEPS)
+            noisy, sample = sample, (scaling.input * sample).to(sample.dtype)
         inputs = sample
         if self.modes is not None:
             inputs = torch.cat([sample, self._whole_shape(sample, embedding)], dim=1)
         hidden = self.conv_in(inputs)
+        if self.position is not None:
+            hidden = hidden + self.position
         residuals = [hidden]
         for block in self.down_blocks:
             hidden, block_residuals = self._call(block, hidden, embedding)
@@ -206,6 +226,8 @@ class DiffusionUNet3D(
         ):
             if scale is not None:
                 prediction = prediction + (scale * inputs).unflatten(1, (-1, sample.shape[1])).sum(dim=1)
+        if self.config.precondition:
+            prediction = (scaling.skip * noisy + scaling.output * prediction).to(prediction.dtype)
         return DiffusionUNet3DOutput(sample=prediction) if return_dict else (prediction,)
 
 
