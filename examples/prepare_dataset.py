@@ -126,7 +126,8 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
 
         def each(function: Callable, jobs: list[tuple], what: str) -> list:
-            return list(tqdm(pool.map(function, jobs), what, len(jobs), unit="scan"))
+            done = pool.map(function, jobs) if args.workers > 1 else map(function, jobs)
+            return list(tqdm(done, what, len(jobs), unit="scan"))
 
         if record.is_file():
             known = json.loads(record.read_text())
