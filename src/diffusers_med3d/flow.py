@@ -122,27 +122,29 @@ def flow_batch(
 
 
 class Preconditioning(NamedTuple):
-    """Factors of B samples, each float32 (B, 1, 1, 1, 1): velocity = skip * x_t + output * network(input * x_t)."""
+    """Factors, float32, that broadcast over (B, C, x, y, z): velocity = skip * x_t + output * network(input * x_t)."""
 
     skip: torch.Tensor
     output: torch.Tensor
     input: torch.Tensor
 
 
-def preconditioning(times: torch.Tensor) -> Preconditioning:
-    """Factors with which a network of a flow sees and says values of unit variance at every time, for data of unit
-    variance: Karras et al. 2022 (arXiv 2206.00364), equation 7.
+def preconditioning(times: torch.Tensor, variance: torch.Tensor | float = 1.0) -> Preconditioning:
+    """Factors with which a network of a flow sees and says values of unit variance at every time and place.
 
-    Their noisy sample is y = x_0 + sigma noise with sigma = t / (1 - t), so x_t = (1 - t) y, and their denoiser
-    D = y / (1 + sigma^2) + sigma / sqrt(1 + sigma^2) F for sigma_data = 1. The velocity is (x_t - x_0) / t with D for
-    x_0. The network here is -F.
+    Karras et al. 2022 (arXiv 2206.00364), equation 7, carried to flows. Their noisy sample is y = x_0 + sigma noise
+    with sigma = t / (1 - t), so x_t = (1 - t) y; their denoiser D(y) stands for x_0 in the velocity (x_t - x_0) / t.
+    Without the network this is the best linear prediction from each value alone.
 
     Args:
         times: (B,) in [0, 1].
+        variance: of the data, sigma_data^2, one number or (C, x, y, z): how far subjects differ depends on the place.
     """
     times = times.float().view(-1, 1, 1, 1, 1)
-    variance = (1 - times).square() + times.square()  # of x_t
-    return Preconditioning((2 * times - 1) / variance, variance.rsqrt(), variance.rsqrt())
+    noisy_variance = (1 - times).square() * variance + times.square()  # of x_t
+    noisy_variance = noisy_variance.clamp(min=1e-8)  # where nothing varies, at t = 0
+    skip = (times - (1 - times) * variance) / noisy_variance
+    return Preconditioning(skip, (variance / noisy_variance).sqrt(), noisy_variance.rsqrt())
 
 
 def logit_normal_times(uniform: torch.Tensor, mean: float, std: float) -> torch.Tensor:

@@ -57,8 +57,9 @@ class DiffusionUNet3D(
         position_shape: size (x, y, z) of latents that lie in one frame, or None. A learned value per channel and place
             is then added after the first convolution, so that the network knows where in the body it is; it takes no
             other size.
-        precondition: of a network that predicts the velocity of a rectified flow: its input has unit variance at every
-            time, and what its layers must say has too; see ``flow.preconditioning``.
+        precondition: of a network that predicts the velocity of a rectified flow: what its layers see and must say has
+            unit variance at every time; see ``flow.preconditioning``. With ``position_shape``, at every place too, once
+            ``set_data_variance`` was called.
     """
 
     _supports_gradient_checkpointing = True
@@ -116,6 +117,15 @@ class DiffusionUNet3D(
             self.mode_scale = _zeros(nn.Linear(embedding_size, num_modes))
             nn.init.constant_(self.mode_scale.bias, 0.3)
         self.position = None if position_shape is None else nn.Parameter(torch.zeros(channels[0], *position_shape))
+        placed = precondition and position_shape is not None
+        self.register_buffer("data_variance", torch.ones(in_channels, *position_shape) if placed else None)
+
+    def set_data_variance(self, variance: torch.Tensor) -> None:
+        """Take the variance of training latents per channel and place, (in_channels, *position_shape)."""
+        if self.data_variance is None or variance.shape != self.data_variance.shape or not (variance >= 0).all():
+            wanted = None if self.data_variance is None else tuple(self.data_variance.shape)
+            raise ValueError(f"variance must be at least 0, of shape {wanted}; got {tuple(variance.shape)}.")
+        self.data_variance.copy_(variance)
 
     def set_modes(self, latents: torch.Tensor) -> None:
         """Take the ``num_modes`` principal components of latents about zero, (N, in_channels, *mode_shape).
@@ -201,7 +211,9 @@ class DiffusionUNet3D(
             embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
 
         if self.config.precondition:
-            scaling = preconditioning(timesteps / FLOW_TIMESTEPS)
+            scaling = preconditioning(
+                timesteps / FLOW_TIMESTEPS, 1.0 if self.data_variance is None else self.data_variance.float()
+            )
             noisy, sample = sample, (scaling.input * sample).to(sample.dtype)
         inputs = sample
         if self.modes is not None:

@@ -190,6 +190,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
             model.vae.set_latent_statistics(*latent_statistics(moments))
         if getattr(model.unet, "modes", None) is not None and not model.unet.modes.any():
             model.unet.set_modes(model.vae.normalize_latents(self.latents.mean.flatten(0, 1).float()))
+        if getattr(model.unet, "data_variance", None) is not None and bool((model.unet.data_variance == 1).all()):
+            model.unet.set_data_variance(self.latents.variance())
         self.channel_weights = torch.ones(model.vae.latent_channels)
         if args.image_weighting:
             gain = decoder_gain(model.vae, self.latents.mean[:1, 0].float())
