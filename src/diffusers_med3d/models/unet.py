@@ -116,14 +116,14 @@ class DiffusionUNet3D(
         if num_modes:
             self.mode_scale = _zeros(nn.Linear(embedding_size, num_modes))
             nn.init.constant_(self.mode_scale.bias, 0.3)
-        self.position = None if position_shape is None else nn.Parameter(torch.zeros(channels[0], *position_shape))
+        self.position = None if position_shape is None else nn.Parameter(torch.zeros(1, channels[0], *position_shape))
         placed = precondition and position_shape is not None
-        self.register_buffer("data_variance", torch.ones(in_channels, *position_shape) if placed else None)
+        self.register_buffer("data_variance", torch.ones(1, in_channels, *position_shape) if placed else None)
 
     def set_data_variance(self, variance: torch.Tensor) -> None:
         """Take the variance of training latents per channel and place, (in_channels, *position_shape)."""
-        if self.data_variance is None or variance.shape != self.data_variance.shape or not (variance >= 0).all():
-            wanted = None if self.data_variance is None else tuple(self.data_variance.shape)
+        if self.data_variance is None or variance.shape != self.data_variance.shape[1:] or not (variance >= 0).all():
+            wanted = None if self.data_variance is None else tuple(self.data_variance.shape[1:])
             raise ValueError(f"variance must be at least 0, of shape {wanted}; got {tuple(variance.shape)}.")
         self.data_variance.copy_(variance)
 
@@ -198,9 +198,9 @@ class DiffusionUNet3D(
                 f"sample must have shape (B, {self.config.in_channels}, x, y, z), got {tuple(sample.shape)}."
             )
         check_divisible(sample.shape[2:], self.size_divisor, "latent shape")
-        if self.position is not None and sample.shape[2:] != self.position.shape[1:]:
+        if self.position is not None and sample.shape[2:] != self.position.shape[2:]:
             raise ValueError(
-                f"this network has position maps of size {tuple(self.position.shape[1:])} and takes no other, got "
+                f"this network has position maps of size {tuple(self.position.shape[2:])} and takes no other, got "
                 f" {tuple(sample.shape[2:])}."
             )
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
