@@ -406,7 +406,7 @@ def test_a_flow_with_conditions_goes_to_maisis_classes_and_back(tmp_path):
 
 def test_what_monai_does_not_have_is_refused_on_the_way_back(tiny_unet, tiny_vae, tiny_vq):
     config = {key: value for key, value in tiny_unet.config.items() if not key.startswith("_")}
-    for name in ("sample_skip", "sample_gate"):
+    for name in ("sample_skip", "sample_gate", "precondition"):
         with pytest.raises(ValueError, match=f"no {name}"):
             to_monai_state_dict(DiffusionUNet3D(**{**config, name: True}))
     with pytest.raises(ValueError, match="no num_modes"):

@@ -201,7 +201,7 @@ class DiffusionUNet3D(
         if self.position is not None and sample.shape[2:] != self.position.shape[2:]:
             raise ValueError(
                 f"this network has position maps of size {tuple(self.position.shape[2:])} and takes no other, got "
-                f" {tuple(sample.shape[2:])}."
+                f"{tuple(sample.shape[2:])}."
             )
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
         class_labels = self._labels(sample, class_labels)
