@@ -544,11 +544,18 @@ def test_training_draws_stratified_logit_normal_times_and_validation_keeps_unifo
     torch.testing.assert_close(seen[1], spread)
     normal = torch.distributions.Normal(0.3, 0.8).icdf(spread)
     torch.testing.assert_close(seen[0], torch.sigmoid(normal))
-    with pytest.raises(ValueError, match="time_distribution must be uniform or logit_normal, got 'normal'"):
-        config(tmp_path, time_distribution="normal")
     losses = [trainer.evaluate()["eval_loss"] for _ in range(2)]
     trainer.args.logit_mean = 3.0
     assert losses == [trainer.evaluate()["eval_loss"]] * 2  # the same times and noise, whatever is trained
+
+
+def test_settings_that_mean_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="time_distribution must be uniform or logit_normal, got 'normal'"):
+        config(tmp_path, time_distribution="normal")
+    with pytest.raises(ValueError, match="logit_std must be positive, got 0"):
+        config(tmp_path, logit_std=0)
+    with pytest.raises(ValueError, match="sample_every must be at least 1 and patience at least 0, got 0, 1"):
+        config(tmp_path, sample_every=0, patience=1)
 
 
 def test_every_parameter_of_a_placed_flow_is_trained_and_progress_is_written_against_volumes(
