@@ -1,13 +1,13 @@
 """Does a classifier of young and old brains get better with generated scans, and with fine-tuned ones the more?
 
-    python examples/downstream_classification.py --data_dir DATA --split_file split.json \
-        --before brain-t1 --after outputs/ppo_finetune --output_dir outputs/downstream
+    python examples/downstream_classification.py --data_dir DATA --split_file split.json \\
+        --model_name_or_path brain-t1 outputs/ppo_finetune --output_dir outputs/downstream
 
 A small 3D DenseNet is trained on 5, 10 and 20 real scans per class, alone or with generated ones from before or after
 RL, and judged on real scans that nothing was trained on: log-loss, AUC, balanced accuracy, F1, intervals over subjects
-and seeds, differences paired. `diffusers_med3d.downstream` holds the protocol. The validation subjects judge;
---part test is for the final proof only. A run that was stopped goes on where it stopped: every classifier's answers are
-a file of their own. Writes report.json, report.md and downstream.png.
+and seeds, differences paired. `diffusers_med3d.evaluation.downstream` holds the protocol. The validation subjects
+judge; --part test is for the final proof only. A run that was stopped goes on where it stopped: every classifier's
+answers are a file of their own. Writes report.json, report.md and downstream.png.
 
 Mind what this can show: the generator was trained with the labels of *all* training scans, so "real + synthetic" at 5
 scans per class holds information from many more. It is a test of what the volumes carry, not of saving labels.
@@ -18,16 +18,24 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from diffusers_med3d import MedDiffusion3DPipeline, figures
-from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.downstream import ARMS, FIGURES, ClassifierSettings, draw_real, estimates, prepare, run_arm
-from diffusers_med3d.evaluation import check_pipeline, check_unseen, sample_volumes, volume_set
-from diffusers_med3d.files import once, write_json, write_whole
-from diffusers_med3d.metrics import VolumeSet
+from diffusers_med3d import MedDiffusion3DPipeline
+from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
+from diffusers_med3d.evaluation import VolumeSet, figures
+from diffusers_med3d.evaluation.downstream import (
+    ARMS,
+    FIGURES,
+    ClassifierSettings,
+    draw_real,
+    estimates,
+    prepare,
+    run_arm,
+)
+from diffusers_med3d.evaluation.sampling import check_pipeline, check_unseen, sample_volumes, volume_set
 from diffusers_med3d.trainers.base import use_all_cores
-from diffusers_med3d.trainers.spectrum_data import fingerprint
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+from diffusers_med3d.utils.files import once, write_json, write_whole
+from diffusers_med3d.utils.hashing import pipeline_hash
 
 SAMPLING_SEED = 2_000_003  # samples of no other script
 
@@ -36,8 +44,9 @@ SAMPLING_SEED = 2_000_003  # samples of no other script
 class DownstreamArguments:
     """The two generators and the size of the trial."""
 
-    before: str = field(metadata={"help": "Generator before RL: bundled name, folder or Hub id."})
-    after: str = field(metadata={"help": "Generator after RL."})
+    model_name_or_path: list[str] = field(
+        metadata={"help": "The generator before and after PPO fine-tuning: bundled names, folders or Hub ids."}
+    )
     output_dir: str = field(default="outputs/downstream", metadata={"help": "Where everything is written."})
     part: str = field(
         default="validation",
@@ -51,6 +60,8 @@ class DownstreamArguments:
     repeats: int = field(default=2000, metadata={"help": "Draws of the bootstrap."})
 
     def __post_init__(self) -> None:
+        if len(self.model_name_or_path) != 2:
+            raise ValueError(f"--model_name_or_path takes two, before and after; got {self.model_name_or_path}.")
         for name, value, least in (
             ("num_synthetic", self.num_synthetic, 1),
             ("seeds", self.seeds, 1),
@@ -118,23 +129,27 @@ def write_report(output: Path, setting: dict, labels: torch.Tensor, logits: dict
 
 def main() -> None:
     """Sample, train every classifier that is still missing, report."""
-    data, args, settings = HfArgumentParser(
-        [DataArguments, DownstreamArguments, ClassifierSettings]
-    ).parse_args_into_dataclasses()
+    args, data, settings = ScriptParser(
+        DownstreamArguments, DataArguments, ClassifierSettings, description=__doc__
+    ).parse()
     use_all_cores()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = Path(args.output_dir)
-    scans = VolumeDataset.from_arguments(data, "train")
-    real_volumes, real_labels, real_subjects = two_classes(volume_set(scans), data)
-    unseen_volumes, unseen_labels, unseen_subjects = two_classes(
-        volume_set(VolumeDataset.from_arguments(data, args.part)), data
-    )
-    real, unseen = (prepare(real_volumes, settings), real_labels), prepare(unseen_volumes, settings)
-    draw_real(real_labels.tolist(), max(args.real_per_class), seed=0)  # too many are refused before hours of sampling
-    models = {"before": args.before, "after": args.after}
-    for model in models.values():
-        check_pipeline(MedDiffusion3DPipeline.from_pretrained(model), data)
-        check_unseen(model, unseen_subjects)
+    models = dict(zip(("before", "after"), args.model_name_or_path, strict=True))
+    with refused_in_one_line():  # before hours of sampling
+        for model in models.values():
+            pipeline = MedDiffusion3DPipeline.from_pretrained(model)
+            data.adopt(settings_of(pipeline), f"the generator {model}")
+            check_pipeline(pipeline, data)
+        scans = VolumeDataset.from_arguments(data, "train")
+        real_volumes, real_labels, real_subjects = two_classes(volume_set(scans), data)
+        unseen_volumes, unseen_labels, unseen_subjects = two_classes(
+            volume_set(VolumeDataset.from_arguments(data, args.part)), data
+        )
+        draw_real(real_labels.tolist(), max(args.real_per_class), seed=0)
+        real, unseen = (prepare(real_volumes, settings), real_labels), prepare(unseen_volumes, settings)
+        for model in models.values():
+            check_unseen(model, unseen_subjects)
     classes, synthetic, generators = [0, len(data.class_names) - 1], {}, {}
     for name, model in models.items():
         pipeline = MedDiffusion3DPipeline.from_pretrained(model).to(device)
@@ -149,7 +164,7 @@ def main() -> None:
             like=scans,
         )
         volumes, labels, _ = two_classes(samples, data)
-        synthetic[name], generators[name] = (prepare(volumes, settings), labels), fingerprint(pipeline)
+        synthetic[name], generators[name] = (prepare(volumes, settings), labels), pipeline_hash(pipeline)
 
     setting = {
         "part": args.part,
@@ -164,7 +179,9 @@ def main() -> None:
         "training_labels": real_labels.tolist(),
         "unseen_subjects": unseen_subjects,
         "unseen_labels": unseen_labels.tolist(),
-        **({"antialias": True} if data.antialias else {}),  # told apart from results of before there was a choice
+        **(
+            {"antialias": True} if data.antialias else {}
+        ),  # left out where it is off, as in results of before there was a choice
     }
     found = once(output / "setting.json", lambda: setting)
     if found != setting:

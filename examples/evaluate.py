@@ -1,45 +1,54 @@
 """How close to real scans, how diverse and how original are the samples of one or more generators?
 
-    accelerate launch examples/evaluate.py --model brain-t1 --model outputs/fine-tuned \
+    accelerate launch examples/evaluate.py --model_name_or_path brain-t1 outputs/fine-tuned \\
         --data_dir DATA --split_file split.json                       # against the validation subjects
-    accelerate launch examples/evaluate.py --model org/name --reference UNSEEN --train TRAINING
-    accelerate launch examples/evaluate.py --model brain-t1 --data_dir DATA --split_file split.json --gate
+    accelerate launch examples/evaluate.py --model_name_or_path org/name --reference UNSEEN --train TRAINING
+    accelerate launch examples/evaluate.py --model_name_or_path brain-t1 --data_dir DATA --split_file split.json \\
+        --breakdown
 
 Every generator is sampled from the same seeds with the class mix of the reference, and samples go through the loader of
 the scans. What a network takes besides class and spacing (MAISI) comes from columns of that name in the reference's
 metadata. Prints one table; writes report.json, report.md and pictures to --output_dir, where samples are kept, so a
-killed run goes on. With --gate the first model's spectrum is judged instead (is there a gap that fine-tuning could
-close?), into gate.json and gate.md. Test subjects are read only with --reference_part test. See docs/evaluation.md.
+killed run goes on. With --breakdown one generator's distance to the scans is broken down instead, into breakdown.json,
+breakdown.md and breakdown.png: what of it comes from the autoencoder, what from the generator, and do its rewards tell
+its better samples from its worse ones? Test subjects are read only with --reference_part test. See docs/evaluation.md.
 """
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
-from transformers import HfArgumentParser
 
-from diffusers_med3d import MedDiffusion3DPipeline, evaluation
-from diffusers_med3d.data import DataArguments, VolumeDataset, check_columns, read_scans
-from diffusers_med3d.files import write_json
+from diffusers_med3d import MedDiffusion3DPipeline
+from diffusers_med3d.data import DataArguments, VolumeDataset, read_scans, settings_of
+from diffusers_med3d.evaluation import check_mix, check_scans, evaluate, sampling, write_report
+from diffusers_med3d.evaluation.breakdown import (
+    STRENGTHS,
+    breakdown,
+    check_strengths,
+    class_thirds,
+    scan_versions,
+    spaces_seen,
+    write_breakdown,
+)
 from diffusers_med3d.metrics import (
     EXTRACTORS,
     Extractor,
     NamedExtractor,
-    check_mix,
-    check_scans,
-    evaluate,
     extractor,
     features_of,
     intensity_tissues,
     tissue_volumes,
 )
 from diffusers_med3d.metrics.tissue import Segmenter
+from diffusers_med3d.rewards.loading import DEFAULT_REWARDS_FOR, default_rewards, load_rewards
+from diffusers_med3d.rewards.scoring import reward_names, score
 from diffusers_med3d.trainers.base import use_all_cores
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+from diffusers_med3d.utils.importing import load_function
 
+BREAKDOWN_SAMPLES = 60  # thirds of 20
 TISSUES = ["dark (fluid)", "middle (grey)", "bright (white)"]
 
 
@@ -78,15 +87,16 @@ class ScanArguments(DataArguments):
 class EvaluationArguments:
     """What is measured, and how."""
 
-    model: list[str] = field(
-        metadata={
-            "help": "Bundled name, folder or Hub id; repeat for more. The first is the baseline.",
-            "action": "extend",
-        }
+    model_name_or_path: list[str] = field(
+        metadata={"help": "One or more generators: bundled names, folders or Hub ids. The first is the baseline."}
     )
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where report, pictures and samples go."})
     num_samples: int | None = field(
-        default=None, metadata={"help": "Samples per model and seed; as many as reference scans if not given."}
+        default=None,
+        metadata={
+            "help": "Samples per model and seed; if not given as many as reference scans, "
+            f"{BREAKDOWN_SAMPLES} with --breakdown."
+        },
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Each adds --num_samples samples."})
     num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
@@ -99,99 +109,118 @@ class EvaluationArguments:
     extractors: list[str] = field(
         default_factory=lambda: ["efficientnet-lite0", "haar-scattering-3d"],
         metadata={
-            "help": f"Of features: {', '.join(EXTRACTORS)} (the last three are downloaded), or 'module:function' from "
-            "volumes (B, C, X, Y, Z) to features (B, D)."
+            "help": f"Of features: {', '.join(EXTRACTORS)} (the last three are downloaded), or a function "
+            "(file.py:function, package.module:function) from volumes (B, C, X, Y, Z) to features (B, D)."
         },
     )
     segmenter: str | None = field(
         default=None,
         metadata={
-            "help": "Tissue volumes: 'intensity' (k-means of intensities), or 'module:function' from volumes "
-            "(B, C, X, Y, Z) to label maps (B, X, Y, Z)."
+            "help": "Tissue volumes: 'intensity' (k-means of intensities), or a function (file.py:function, "
+            "package.module:function) from volumes (B, C, X, Y, Z) to label maps (B, X, Y, Z)."
         },
     )
     tissue_names: list[str] = field(
         default_factory=lambda: TISSUES, metadata={"help": "Names of the segmenter's labels 1, 2, ..."}
     )
     num_resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap."})
-    gate: bool = field(default=False, metadata={"help": "Judge the first model's spectrum of the reference scans."})
-    severity: float = field(default=0.5, metadata={"help": "Severity of the gate's damages, in (0, 1]."})
 
-    def __post_init__(self) -> None:
-        plain = self.guidance_scale == 1 and self.eta == 0
-        if self.gate and (self.num_samples is not None or len(self.seeds) > 1 or not plain):
-            raise ValueError(
-                "--gate makes one version of every scan, with one seed, without guidance and with eta 0; got "
-                f"num_samples={self.num_samples}, seeds={self.seeds}, guidance_scale={self.guidance_scale}, "
-                f"eta={self.eta}."
-            )
+
+@dataclass
+class BreakdownArguments:
+    """Where the distance comes from (--breakdown)."""
+
+    breakdown: bool = field(
+        default=False, metadata={"help": "Break the distance of one generator down instead of comparing generators."}
+    )
+    strengths: list[float] = field(
+        default_factory=lambda: list(STRENGTHS),
+        metadata={"help": "Of the partial noising of reference scans, between 0 and 1."},
+    )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards whose best and worst third of the samples are measured: names of bundled reward models, "
+            "folders, Hub ids, file.py:function or package.module:function. The bundled ones for a bundled generator "
+            "if not given, else none."
+        },
+    )
 
 
 def read_folder(folder: str, data: DataArguments) -> VolumeDataset:
     """All scans of a folder; without a label column they are one class, the null class."""
     rows = read_scans(folder)
-    if data.label_column not in rows.column_names:
+    if data.class_names and data.label_column not in rows.column_names:
         print(f"{folder} has no column {data.label_column!r}: its scans have no class.")
         rows = rows.add_column(data.label_column, [None] * len(rows))
     if data.subject_column not in rows.column_names:
         raise ValueError(
             f"{folder} has no column {data.subject_column!r}, only {rows.column_names}; see --subject_column."
         )
-    check_columns(rows, data)
-    return VolumeDataset(rows, sorted(set(map(str, rows[data.subject_column]))), data)
-
-
-def imported(name: str) -> Callable[[Tensor], Tensor]:
-    """A function by 'module:function'."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+    return VolumeDataset(rows, **data.reading())
 
 
 def read_extractor(name: str, device: torch.device) -> Extractor:
-    """A name that `extractor` knows, or 'module:function'."""
-    return NamedExtractor(imported(name), name) if ":" in name else extractor(name, device)
+    """A name that `extractor` knows, or a function by name."""
+    return NamedExtractor(load_function(name), name) if ":" in name else extractor(name, device)
 
 
 def read_segmenter(name: str | None) -> Segmenter | None:
-    """'intensity', or 'module:function'."""
+    """'intensity', or a function by name."""
     if name in (None, "intensity"):
         return intensity_tissues if name else None
-    if ":" not in name:
-        raise ValueError(f"--segmenter must be 'intensity' or 'module:function', got {name!r}.")
-    return imported(name)
+    return load_function(name)
 
 
 @torch.no_grad()
 def main() -> None:
     """Read, sample, measure, write. What cannot be measured is refused before hours of sampling."""
-    data, args = HfArgumentParser([ScanArguments, EvaluationArguments]).parse_args_into_dataclasses()
+    parser = ScriptParser(EvaluationArguments, BreakdownArguments, ScanArguments, description=__doc__)
+    args, parts, data = parser.parse()
     state, output = PartialState(), Path(args.output_dir)
     use_all_cores()
-    names = evaluation.short_names(args.model)
-    for model in names:
-        evaluation.check_pipeline(MedDiffusion3DPipeline.from_pretrained(model), data)
-    extractors = [read_extractor(name, state.device) for name in args.extractors]
-    segmenter = read_segmenter(args.segmenter)
-    if data.split_file:
-        part = data.reference_part
-        reference, train = (VolumeDataset.from_arguments(data, one) for one in (part, "train"))
-    else:
-        part = "folder"
-        reference, train = read_folder(data.reference, data), read_folder(data.train, data)
-    scans, train = reference, evaluation.volume_set(train, args.background)
-    reference = evaluation.volume_set(scans, args.background)
-    check_scans(reference, train)
-    for model in names:
-        evaluation.check_unseen(model, reference.subjects)
-    for one in extractors:
-        features_of(one, reference.volumes[:1])
-    if segmenter is not None:
-        tissue_volumes(reference.volumes[:1], segmenter, len(args.tissue_names), data.spacing)
-    count = len(reference) if args.num_samples is None else args.num_samples
-    labels = evaluation.matched_labels(reference.labels, count)
-    check_mix(f"--num_samples {count} with {len(args.seeds)} seeds", labels * len(args.seeds), reference.labels)
+    with refused_in_one_line():
+        names = sampling.short_names(args.model_name_or_path)
+        if parts.breakdown and len(names) > 1:
+            raise ValueError(f"--breakdown takes one generator at a time, got {list(names)}.")
+        for model in names:
+            pipeline = MedDiffusion3DPipeline.from_pretrained(model)
+            data.adopt(settings_of(pipeline), f"the generator {model}")
+            sampling.check_pipeline(pipeline, data)
+        extractors = {name: read_extractor(name, state.device) for name in args.extractors}
+        segmenter = read_segmenter(args.segmenter)
+        if data.split_file:
+            scans, train = (VolumeDataset.from_arguments(data, part) for part in (data.reference_part, "train"))
+        else:
+            scans, train = read_folder(data.reference, data), read_folder(data.train, data)
+        reference, train = (sampling.volume_set(one, args.background) for one in (scans, train))
+        check_scans(reference, train)
+        for model in names:
+            sampling.check_unseen(model, reference.subjects)
+        for one in extractors.values():
+            features_of(one, reference.volumes[:1])
+        if segmenter is not None:
+            tissue_volumes(reference.volumes[:1], segmenter, len(args.tissue_names), data.spacing)
+        count = args.num_samples
+        if count is None:
+            count = BREAKDOWN_SAMPLES if parts.breakdown else len(reference)
+        labels = sampling.matched_labels(reference.labels, count)
+        all_labels = labels * len(args.seeds)
+        check_mix(f"--num_samples {count} with {len(args.seeds)} seeds", all_labels, reference.labels)
+        if parts.breakdown:
+            check_strengths(parts.strengths, args.num_inference_steps)
+            (model,) = names
+            wanted = parts.reward_funcs
+            if wanted is None:
+                wanted = default_rewards(model) if model in DEFAULT_REWARDS_FOR else []
+            rewards = load_rewards(wanted) if wanted else []
+            called = reward_names(rewards)
+            asked = sampling.asked_for(MedDiffusion3DPipeline.from_pretrained(model), labels, data, scans)
+            if rewards:
+                class_thirds([0.0] * len(all_labels), all_labels, reference.labels)
+                score(rewards, called, reference.volumes[:1], asked.select([0]).to_dict())
     settings = {
-        "reference": part,
+        "reference": data.reference_part if data.split_file else "folder",
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
         "eta": args.eta,
@@ -203,46 +232,48 @@ def main() -> None:
         "classes": data.class_names,
         "resamples": args.num_resamples,
     }
-    measures = {
-        "segmenter": segmenter,
-        "tissue_names": args.tissue_names,
-        "num_resamples": args.num_resamples,
-        "batch_size": args.batch_size,
-    }
-
-    if args.gate:
-        pipeline = MedDiffusion3DPipeline.from_pretrained(args.model[0]).to(state.device)
-        if state.is_main_process:
-            versions = evaluation.gate_versions(
-                pipeline, reference, output / "gate", data, severity=args.severity, seed=args.seeds[0],
-                num_inference_steps=args.num_inference_steps, batch_size=args.batch_size, background=args.background,
-                like=scans,
-            )  # fmt: skip
-            report, verdicts = evaluation.gate(versions, reference, train, extractors, data.spacing, **measures)
-            settings |= {"model": names[args.model[0]], "severity": args.severity}
-            title = f"Gate before fine-tuning {names[args.model[0]]}"
-            evaluation.write_report(
-                report, output, {"reference": reference, **versions}, data.spacing, settings, title, "gate"
-            )
-            write_json(output / "gate-verdict.json", verdicts)
-            print(report.table())
-            for verdict in verdicts:
-                outcome = "pass" if verdict["passes"] else "mend first: " + ", ".join(verdict["reasons"])
-                print(f"{verdict['figure']} ({verdict['extractor']}): {outcome}")
-        return
 
     samples = {}
     for model, name in names.items():
         pipeline = MedDiffusion3DPipeline.from_pretrained(model).to(state.device)
-        samples[name] = evaluation.sample_volumes(
+        samples[name] = sampling.sample_volumes(
             pipeline, labels, output / "samples" / name, data, args.num_inference_steps, args.guidance_scale,
             args.seeds, args.batch_size, args.background, like=scans, eta=args.eta,
         )  # fmt: skip
+        if parts.breakdown:
+            versions = scan_versions(
+                pipeline, reference, output / "versions" / name, data, parts.strengths, args.num_inference_steps,
+                args.guidance_scale, args.eta, args.seeds[0], args.batch_size, args.background, like=scans,
+            )  # fmt: skip
         del pipeline
     if not state.is_main_process:
         return
-    report = evaluate(samples, reference, train, extractors, data.spacing, **measures)
-    evaluation.write_report(report, output, {"reference": reference, **samples}, data.spacing, settings)
+    if parts.breakdown:
+        (name,) = names.values()
+        scores = torch.empty(len(all_labels), 0)
+        if rewards:
+            conditions = {column: list(values) * len(args.seeds) for column, values in asked.to_dict().items()}
+            scores = score(rewards, called, samples[name].volumes, conditions)
+        found = breakdown(
+            versions,
+            samples[name],
+            {reward: scores[:, k].tolist() for k, reward in enumerate(called)},
+            reference,
+            train,
+            extractors,
+            {reward: spaces_seen(func) for reward, func in zip(called, rewards, strict=True)},
+            num_resamples=args.num_resamples,
+            batch_size=args.batch_size,
+        )
+        settings |= {"model": name, "strengths": parts.strengths}
+        text = write_breakdown(found, output, settings, f"Where the distance of {name} to scans comes from")
+        print(f"{text}\nTable, figure and JSON: {output}/breakdown.md, .png and .json")
+        return
+    report = evaluate(
+        samples, reference, train, list(extractors.values()), data.spacing, segmenter, args.tissue_names,
+        args.num_resamples, batch_size=args.batch_size,
+    )  # fmt: skip
+    write_report(report, output, {"reference": reference, **samples}, data.spacing, settings)
     print(report.table())
     print("\n".join(report.notes) + f"\n\nReport and pictures: {output}")
 

@@ -3,17 +3,16 @@
     python examples/make_cards.py
 
 A source is model_cards/sources/<name>.toml (the text of each section) with <name>.report.json beside it (the figures,
-each with its floor, which go into the table and into the metadata); the template is in the package. tests/test_cards.py
-fails while a card is not what its source makes.
+each with its floor, which go into the table and into the metadata); the template is in the package.
+tests/hub/test_cards.py fails while a card is not what its source makes.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
-from diffusers_med3d import cards
-from diffusers_med3d.files import write_whole
+from diffusers_med3d.hub import cards
+from diffusers_med3d.utils.arguments import ScriptParser
+from diffusers_med3d.utils.files import write_whole
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 
@@ -27,7 +26,7 @@ class CardArguments:
 
 def main() -> None:
     """Write every card that has a source, if it lacks nothing."""
-    (args,) = HfArgumentParser(CardArguments).parse_args_into_dataclasses()
+    (args,) = ScriptParser(CardArguments, description=__doc__).parse()
     for source in sorted(Path(args.cards_dir, "sources").glob("*.toml")):
         text = str(cards.from_source(source).render()) + "\n"
         lacks = cards.missing(text)

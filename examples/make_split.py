@@ -6,9 +6,16 @@ python examples/make_split.py --data_dir DATA --split_file split.json --test 16 
 from collections import Counter
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
-from diffusers_med3d.data import DataArguments, check_columns, class_of, make_split, read_scans, save_split
+from diffusers_med3d.data import (
+    DataArguments,
+    check_columns,
+    check_scans,
+    classes_of,
+    make_split,
+    read_scans,
+    save_split,
+)
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
 
 @dataclass
@@ -22,17 +29,19 @@ class SplitArguments:
 
 def main() -> None:
     """Read labels, draw, write."""
-    data, args = HfArgumentParser([DataArguments, SplitArguments]).parse_args_into_dataclasses()
-    if len(args.test) != len(data.class_names):
-        raise ValueError(f"--test needs one count for each of {data.class_names}, got {args.test}.")
-    rows = read_scans(data.data_dir).remove_columns("nifti")
-    check_columns(rows, data)
-    classes = {
-        str(row[data.subject_column]): class_of(row[data.label_column], data.class_names, data.class_edges)
-        for row in rows
-    }
-    split = make_split(classes, args.test, args.validation, args.seed)
-    save_split(split, data.split_file)
+    args, data = ScriptParser(SplitArguments, DataArguments, description=__doc__).parse()
+    with refused_in_one_line():
+        data.say_defaults()
+        if len(args.test) != max(len(data.class_names), 1):  # without classes all subjects are one group
+            raise ValueError(f"--test needs one count for each of {data.class_names or ['all']}, got {args.test}.")
+        rows = read_scans(data.data_dir)
+        check_columns(rows, data.subject_column, data.label_column if data.class_names else None)
+        subjects = [str(subject) for subject in rows[data.subject_column]]
+        labels = classes_of(rows, data.label_column, data.class_names, data.class_edges)
+        check_scans(rows, subjects, data.num_channels)
+        classes = dict(zip(subjects, labels, strict=True))
+        split = make_split(classes, args.test, args.validation, args.seed)
+        save_split(split, data.split_file, data.settings_for_split())
     for part in ("train", "validation", "test"):
         counts = Counter(classes[subject] for subject in split[part])
         print(part, {(*data.class_names, "unlabelled")[label]: counts[label] for label in sorted(counts)})

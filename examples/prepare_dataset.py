@@ -1,185 +1,200 @@
-"""Prepare scans for training: bring them into one frame and onto one grid.
+"""Prepare a data set: from the folder as it was distributed to scans, metadata, settings, split and report.
 
-    pip install "diffusers-med3d[register]"
-    python examples/prepare_dataset.py --register group --input DATA --output REGISTERED \
-        --split_file split.json --jittered_copies 14
+    pip install "diffusers-med3d[layouts]"
+    python examples/prepare_dataset.py --layout oasis1 --input OASIS1 --output DATA
+    python examples/prepare_dataset.py --layout brats2019 --input MICCAI_BraTS_2019_Data_Training --output DATA \
+        --modalities flair t1ce
+    python examples/prepare_dataset.py --layout bids --input DS --output DATA --label_column diagnosis
+    python examples/prepare_dataset.py --layout phantom --output DATA     # made-up brains, nothing is downloaded
 
-The training subjects' scans are laid over each other and averaged, then each is registered (affine) to the mean, and
-that again; all other scans are registered to the last mean. The brains then have one pose and one size, so a generator
-need not learn these, and fit on a smaller grid. ``--jittered_copies`` adds copies of every training scan that are
-turned, scaled, shifted and warped a little. Every volume, copies too, is interpolated once, from the scan as it was.
+Every later script reads OUTPUT: ``--data_dir DATA --split_file DATA/split.json``; shape, spacing and classes come from
+``DATA/dataset.json``. A run that was interrupted goes on when it is started again. What could not be used, and why,
+stands in ``report.html``; look at it first.
 
-The output is a ``niftifolder``: ``images/``, ``metadata.csv`` with the columns of the input and ``jitter`` (0 for a
-scan, 1, 2, ... for its copies), and ``registration.json`` with the grid and every scan's affine, from RAS points of
-the grid to RAS points of the scan. A volume that is there already is not made again. Train on it with ``--registered``.
+``--register group`` (needs ``diffusers-med3d[register]``) brings all scans into one pose and size: the training scans
+are laid over each other and averaged, each is registered (affine) to the mean, and that again; all other scans are
+registered to the last mean. ``--jittered_copies`` adds copies of every training scan that are turned, scaled, shifted
+and warped a little. Every volume is interpolated once.
 """
 
-import csv
-import gzip
-import json
-import multiprocessing
 import os
-import zlib
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nibabel
-import numpy as np
-import SimpleITK as sitk
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from trl import TrlParser
 
-from diffusers_med3d.data import decode_nifti, load_split, read_scans
-from diffusers_med3d.data import registration as reg
-from diffusers_med3d.files import whole_file, write_json
+from diffusers_med3d.data.grid import MAX_VOXELS
+from diffusers_med3d.data.layouts import LAYOUTS, Options
+from diffusers_med3d.data.phantom import make_phantom
+from diffusers_med3d.data.preparation import PROGRESS, Preparation, plan, prepare_dataset
+from diffusers_med3d.data.settings import DATASET_FILE
 
 
 @dataclass
-class Arguments:
+class PrepareArguments:
     """What is prepared and how."""
 
-    input: str = field(metadata={"help": "Folder of NIfTI files with metadata.csv, as `datasets`' niftifolder."})
     output: str = field(metadata={"help": "Folder that the prepared data set is written to."})
-    split_file: str = field(metadata={"help": "JSON file with the split by subject; the mean is of its train part."})
+    input: str | None = field(default=None, metadata={"help": "Folder of the data set as it was distributed."})
+    layout: str = field(
+        default="niftifolder",
+        metadata={
+            "help": "How the input is laid out. phantom makes up brains and needs no input.",
+            "choices": [*LAYOUTS, "phantom"],
+        },
+    )
+    modalities: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Which images; several become the channels of one scan. bids: suffixes (T1w). brats2019: flair t1 "
+            "t1ce t2 (t1). ixi: T1 T2 PD (T1). dicom: a text that the series description holds. niftifolder: names of "
+            "the channels."
+        },
+    )
+    metadata: str | None = field(
+        default=None, metadata={"help": "Table with the labels, where the layout's own is elsewhere or missing."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column that the class is made from; brats2019, oasis1 and ixi have their own."}
+    )
+    class_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes in order; the values of the column if not given."}
+    )
+    class_edges: list[float] | None = field(
+        default=None, metadata={"help": "For a column of numbers: where one class ends and the next begins."}
+    )
+    keep_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns that are kept beside age, sex and the label. All others reach no output."},
+    )
+    keep_unlabelled: bool = field(default=False, metadata={"help": "Keep scans without a label (they only train)."})
+    renumber: bool = field(
+        default=False,
+        metadata={"help": "Call people sub-0001, sub-0002, ...; no list of which is which is kept. dicom: always."},
+    )
+    spacing: list[float] | None = field(
+        default=None, metadata={"help": "Voxel size (X, Y, Z) in mm in training; chosen from the scans if not given."}
+    )
+    volume_shape: list[int] | None = field(
+        default=None, metadata={"help": "Size (X, Y, Z) in voxels in training; chosen from the scans if not given."}
+    )
+    max_voxels: int = field(
+        default=MAX_VOXELS, metadata={"help": "Most voxels of a grid that is chosen. More is finer and slower."}
+    )
+    split_file: str | None = field(
+        default=None, metadata={"help": "A split by subject that is there already; it is copied to the output."}
+    )
+    test_share: float = field(
+        default=0.2, metadata={"help": "Test subjects of every class, as a share of the smallest class."}
+    )
+    validation_share: float = field(
+        default=0.1, metadata={"help": "Validation subjects of every class, as a share of the smallest class."}
+    )
+    allow_duplicates: bool = field(
+        default=False,
+        metadata={"help": "People who share a scan count as one in the split, where else they are refused."},
+    )
     register: str = field(
-        default="group", metadata={"help": "group: affine to the mean of the training scans.", "choices": ["group"]}
-    )
-    volume_shape: list[int] = field(
-        default_factory=lambda: [48, 64, 48], metadata={"help": "Size (X, Y, Z) of the grid in voxels."}
-    )
-    spacing: list[float] = field(
-        default_factory=lambda: [3.0, 3.0, 3.0], metadata={"help": "Voxel size (X, Y, Z) of the grid in mm."}
+        default="none",
+        metadata={"help": "none; group: affine to the mean of the training scans; or a NIfTI file as template."},
     )
     rounds: int = field(default=3, metadata={"help": "How often the training scans are registered to their mean."})
     smoothing: float = field(
         default=0.7,
         metadata={
-            "help": "Standard deviation in mm of a Gaussian before interpolation. 0.7 gives scans of 2 mm on a grid of "
-            "3 mm the sharpness and noise that training without registration gives them; 0.95 is without aliasing."
+            "help": "Of registered scans: standard deviation in mm of a Gaussian before interpolation. 0.7 gives scans "
+            "of 2 mm on a grid of 3 mm the sharpness and noise that training without registration gives them; 0.95 is "
+            "without aliasing."
         },
     )
-    jittered_copies: int = field(default=0, metadata={"help": "Copies of every training scan with small changes."})
-    subject_column: str = field(default="participant_id", metadata={"help": "Column that names the subject."})
-    workers: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes."})
-    seed: int = field(default=0, metadata={"help": "Of the copies."})
+    jittered_copies: int = field(
+        default=0, metadata={"help": "Copies of every training scan with small changes; needs --register."}
+    )
+    num_subjects: int = field(default=48, metadata={"help": "Brains of the phantom."})
+    num_proc: int = field(default=os.cpu_count() or 1, metadata={"help": "Processes."})
+    dry_run: bool = field(default=False, metadata={"help": "Say what would be prepared and write nothing."})
+    seed: int = field(default=0, metadata={"help": "Of the split, the copies and the phantom."})
 
 
-Job = tuple[dict, reg.Grid, np.ndarray | None, np.ndarray | None]
-"""Row of a scan, grid, template, and affine of the scan so far."""
+def preparation(args: PrepareArguments) -> Preparation:
+    """The arguments as the package takes them.
 
-
-def read(row: dict) -> sitk.Image:
-    """The scan of a row."""
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # the processes are as many as the cores
-    return reg.read_scan(*decode_nifti(row["nifti"], row["nifti"]["path"]))
-
-
-def align(job: Job) -> tuple[np.ndarray, np.ndarray]:
-    """A scan's affine to a template (without one: a shift to the middle of the grid), and the scan on the grid."""
-    row, grid, template, start = job
-    scan = read(row)
-    if template is None:
-        transform = reg.centred(scan)
+    Raises:
+        ValueError: arguments that do not go together.
+    """
+    if args.layout == "phantom":
+        source, label = Path(args.output) / PROGRESS / "phantom", args.label_column or "class"
+        modalities, keep = ("phantom-t1",), ("phantom",)
     else:
-        start = None if start is None else reg.transform_of(start)
-        transform = reg.register(scan, reg.template_image(template, grid), start)
-    return reg.affine_of(transform), reg.normalised(scan, transform, grid)
+        if args.input is None:
+            raise ValueError(f"--layout {args.layout} needs --input FOLDER.")
+        source, label = Path(args.input), args.label_column
+        modalities, keep = tuple(args.modalities or ()), tuple(args.keep_columns or ())
+    if args.jittered_copies and args.register == "none":
+        raise ValueError("--jittered_copies needs --register.")
+    if args.register not in ("none", "group") and not Path(args.register).is_file():
+        raise FileNotFoundError(f"--register must be none, group or a NIfTI file, got {args.register!r}.")
+    metadata = Path(args.metadata) if args.metadata else None
+    if metadata is not None and not metadata.is_file():
+        raise FileNotFoundError(f"no such table: {metadata}")
+    return Preparation(
+        layout="niftifolder" if args.layout == "phantom" else args.layout,
+        input=source,
+        output=Path(args.output),
+        options=Options(modalities, label, keep, args.keep_unlabelled, metadata),
+        class_names=tuple(args.class_names or ()),
+        class_edges=tuple(args.class_edges or ()),
+        renumber=args.renumber,
+        spacing=tuple(args.spacing) if args.spacing else None,
+        volume_shape=tuple(args.volume_shape) if args.volume_shape else None,
+        max_voxels=args.max_voxels,
+        split_file=Path(args.split_file) if args.split_file else None,
+        test_share=args.test_share,
+        validation_share=args.validation_share,
+        allow_duplicates=args.allow_duplicates,
+        register=args.register,
+        rounds=args.rounds,
+        smoothing=args.smoothing,
+        jittered_copies=args.jittered_copies,
+        num_proc=args.num_proc,
+        seed=args.seed,
+    )
 
 
-def write_volumes(job: tuple[dict, reg.Grid, np.ndarray, Path, list[str], float, int]) -> float:
-    """Write a scan on the grid under the first name and its copies under the others; returns the share cut off."""
-    row, grid, affine, folder, names, smoothing, seed = job
-    scan, transform = read(row), reg.transform_of(affine)
-    cut = reg.cut_share(scan, transform, grid)
-    if cut > reg.MAX_CUT:
-        raise ValueError(
-            f"{names[0]}: {100 * cut:.1f} % of the foreground lies outside the grid {grid.shape} at {grid.spacing} mm; "
-            "choose a larger --volume_shape."
-        )
-    whole_numbers = np.array_equal(sitk.GetArrayViewFromImage(scan), sitk.GetArrayFromImage(scan).round())
-    for copy, name in enumerate(names):
-        if (folder / name).is_file():
-            continue
-        rng = np.random.default_rng([seed, copy, zlib.crc32(names[0].encode())])
-        moved = transform if copy == 0 else reg.jittered(transform, grid, reg.Jitter(), rng)
-        volume = reg.resample(scan, moved, grid, smoothing)
-        if whole_numbers and volume.max() < 32767:
-            volume = volume.round().astype(np.int16)
-        with whole_file(folder / name) as temporary:
-            temporary.write_bytes(gzip.compress(nibabel.Nifti1Image(volume, grid.affine).to_bytes(), 5, mtime=0))
-    return cut
+def say_plan(what: Preparation) -> None:
+    """Print what would be prepared."""
+    found = plan(what)
+    label = what.options.label_column or found.label_column
+    people = {scan.participant_id for scan in found.scans}
+    print(f"{len(found.scans)} scans of {len(people)} people, channels {', '.join(found.channel_names)}")
+    if label:
+        values = Counter(scan.columns.get(label) or "missing" for scan in found.scans)
+        shown = ", ".join(f"{value}: {count}" for value, count in values.most_common(10))
+        print(f"{label}: {shown}{', ...' if len(values) > 10 else ''}")
+    for note in found.notes:
+        print(note)
+    print(f"{len(found.left_out)} left out")
+    for reason, count in Counter(entry.reason for entry in found.left_out).most_common():
+        print(f"  {count} x {reason}")
 
 
 def main() -> None:
-    """Register, resample, write."""
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    output, grid = Path(args.output), reg.Grid(tuple(args.volume_shape), tuple(args.spacing))
-    rows = list(read_scans(args.input))
-    training = set(load_split(args.split_file)["train"])
-    trains = [str(row[args.subject_column]) in training for row in rows]
-    affines: list[np.ndarray | None] = [None] * len(rows)
-    correlations = [0.0] * len(rows)
-    record = output / "registration.json"
-    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of torch
-    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
-
-        def each(function: Callable, jobs: list[tuple], what: str) -> list:
-            done = pool.map(function, jobs) if args.workers > 1 else map(function, jobs)
-            return list(tqdm(done, what, len(jobs), unit="scan"))
-
-        if record.is_file():
-            known = json.loads(record.read_text())
-            affines = [np.array(known["scans"][name_of(row)]["affine"]) for row in rows]
-        else:
-            template = None
-            chosen = [i for i, train in enumerate(trains) if train]
-            for turn in range(args.rounds + 1):
-                found = each(align, [(rows[i], grid, template, affines[i]) for i in chosen], f"round {turn}")
-                template = reg.symmetric_mean(volume for _, volume in found)
-                if turn:
-                    for i, (affine, _) in zip(chosen, found, strict=True):
-                        affines[i] = affine
-            found = each(align, [(row, grid, template, affines[i]) for i, row in enumerate(rows)], "all scans")
-            affines = [affine for affine, _ in found]
-            correlations = [reg.correlation(volume, template) for _, volume in found]
-            with whole_file(output / "template.nii.gz") as temporary:
-                image = nibabel.Nifti1Image(template.astype(np.float32), grid.affine)
-                temporary.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
-            scans = {
-                name_of(row): {"affine": affine.tolist(), "correlation": value}
-                for row, affine, value in zip(rows, affines, correlations, strict=True)
-            }
-            shape = {"volume_shape": args.volume_shape, "spacing": args.spacing, "affine": grid.affine.tolist()}
-            write_json(record, {"grid": shape, "template": "template.nii.gz", "scans": scans})
-            print(f"correlation with the mean: {np.mean(correlations):.3f}, least {np.min(correlations):.3f}")
-
-        names = [names_of(row, args.jittered_copies if train else 0) for row, train in zip(rows, trains, strict=True)]
-        jobs = [
-            (row, grid, affine, output, files, args.smoothing, args.seed)
-            for row, affine, files in zip(rows, affines, names, strict=True)
-        ]
-        cuts = each(write_volumes, jobs, "writing volumes")
-    print(f"share of the foreground outside the grid: {np.mean(cuts):.5f}, most {np.max(cuts):.5f}")
-    columns = [column for column in rows[0] if column not in ("nifti", "jitter")]
-    with whole_file(output / "metadata.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file_name", *columns, "jitter"])
-        for row, files in zip(rows, names, strict=True):
-            for copy, name in enumerate(files):
-                writer.writerow([name, *(row[column] for column in columns), copy])
-
-
-def name_of(row: dict) -> str:
-    """File name of a scan without its ending."""
-    return Path(row["nifti"]["path"]).name.removesuffix(".gz").removesuffix(".nii")
-
-
-def names_of(row: dict, copies: int) -> list[str]:
-    """Where a scan and its copies are written, below the output folder."""
-    name = name_of(row)
-    return [f"images/{name}.nii.gz", *(f"images/{name}_jitter-{copy:02d}.nii.gz" for copy in range(1, copies + 1))]
+    """Find, read, check, split, write."""
+    (args,) = TrlParser([PrepareArguments]).parse_args_and_config()
+    what = preparation(args)
+    if args.layout == "phantom":
+        if args.dry_run:
+            print(f"would make {args.num_subjects} phantom brains")
+            return
+        if not (what.output / DATASET_FILE).is_file():
+            make_phantom(what.input, args.num_subjects, args.seed)
+    if args.dry_run:
+        say_plan(what)
+        return
+    settings = prepare_dataset(what)
+    print(f"volume shape {settings.volume_shape}, spacing {settings.spacing} mm, classes {settings.class_names}")
+    print(f"report: {what.output / 'report.html'}")
 
 
 if __name__ == "__main__":

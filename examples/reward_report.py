@@ -1,42 +1,34 @@
-"""How well do the rewards know real from unreal, on subjects that nothing was trained on?
+"""How well do rewards tell real from unreal volumes, on subjects that nothing was trained on?
 
-    python examples/reward_report.py --data_dir DATA --split_file split.json --generator brain-t1 \
-        --reward_3d brain-t1-reward-3d --reward_2d brain-t1-reward-2d --output_dir outputs/reward-report
+    python examples/reward_report.py --data_dir DATA --split_file split.json --model_name_or_path brain-t1 \\
+        --reward_funcs brain-t1-reward-3d brain-t1-reward-2d --output_dir outputs/reward-report
 
 Prints a table, and whether the rewards prefer the scans that they were trained on; writes report.json, report.md,
 scores.png and spectrum.png. --part test is for the final proof only.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
-from transformers import HfArgumentParser
 
-from diffusers_med3d import figures
-from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.files import write_json, write_whole
-from diffusers_med3d.metrics.bootstrap import (
-    Interval,
-    bootstrap_interval,
-    bootstrap_weights,
-    class_shares,
-    weighted_pair_mean,
-)
-from diffusers_med3d.pipeline import MedDiffusion3DPipeline
-from diffusers_med3d.rewards import SliceReward, VolumeReward
-from diffusers_med3d.spectrum import DAMAGE_NAMES, damage
+from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
+from diffusers_med3d.data.training_subjects import read_training_subjects, refuse_seen_subjects
+from diffusers_med3d.evaluation import figures
+from diffusers_med3d.metrics import training_above_unseen
+from diffusers_med3d.pipelines.med_diffusion_3d import MedDiffusion3DPipeline
+from diffusers_med3d.rewards.damage import DAMAGE_NAMES, damage
+from diffusers_med3d.rewards.learned import SliceReward, VolumeReward
+from diffusers_med3d.rewards.loading import DEFAULT_REWARDS, load_rewards
+from diffusers_med3d.rewards.scoring import check_signature, reward_names, score
+from diffusers_med3d.rewards.spectrum import STRENGTHS
+from diffusers_med3d.rewards.spectrum_dataset import SpectrumDataset, build_spectrum
+from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, summarise
 from diffusers_med3d.trainers.base import use_all_cores
-from diffusers_med3d.trainers.spectrum_data import (
-    SpectrumDataset,
-    build_spectrum,
-    level_name,
-    read_training_subjects,
-    score_spectrum,
-    seeded,
-    summarise,
-)
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+from diffusers_med3d.utils.files import write_json, write_whole
+from diffusers_med3d.utils.seeding import seeded
 
 WANTED = {"rank_correlation": ">= 0.95", "damage_below_round_trip": "1"}
 
@@ -45,15 +37,22 @@ WANTED = {"rank_correlation": ">= 0.95", "damage_below_round_trip": "1"}
 class ReportArguments:
     """What is judged, and on what."""
 
-    generator: str = field(default="brain-t1", metadata={"help": "Pipeline that makes the spectrum."})
-    reward_3d: str = field(default="brain-t1-reward-3d", metadata={"help": "3D reward: name, folder or Hub id."})
-    reward_2d: str = field(default="brain-t1-reward-2d", metadata={"help": "2D reward: name, folder or Hub id."})
+    model_name_or_path: str = field(
+        default="brain-t1", metadata={"help": "Generator that makes the spectrum: bundled name, folder or Hub id."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: list(DEFAULT_REWARDS),
+        metadata={
+            "help": "Rewards: bundled name, folder or Hub id of a reward model, file.py:function or "
+            "package.module:function, which is called with volumes alone."
+        },
+    )
     part: str = field(
         default="validation", metadata={"help": "Subjects: validation or test.", "choices": ["validation", "test"]}
     )
     output_dir: str = field(default="outputs/reward-report", metadata={"help": "Where the report and the spectrum go."})
     strengths: list[float] = field(
-        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+        default_factory=lambda: list(STRENGTHS),
         metadata={"help": "Noise levels: 0 is the autoencoder round-trip, 1 a full sample of the same class."},
     )
     severities: list[float] = field(
@@ -81,39 +80,37 @@ def table(reports: dict[str, dict[str, float]], spread: dict[str, dict[str, floa
     return "\n".join(lines)
 
 
-def training_above_unseen(
-    training_scores: list[float], unseen_scores: list[float], training: VolumeDataset, unseen: VolumeDataset
-) -> Interval | None:
-    """Memorisation of a reward: share of pairs of one class in which the training scan scores above the unseen one.
-
-    0.5 by chance, 1 if the training scans are known by heart; a tie counts half. Of the classes that both sets have, as
-    the unseen scans have them (None if there are none); interval over the subjects of both.
-    """
-    difference = np.subtract.outer(training_scores, unseen_scores)
-    sets = []
-    for scans in (training, unseen):
-        labels = [item["class_label"] for item in scans]
-        sets.append((bootstrap_weights([item["subject"] for item in scans], labels, num_resamples=1000), labels))
-    shares = class_shares([label for label in sets[1][1] if label in sets[0][1]])
-    if not shares:
-        return None
-    wins = 0.5 + 0.5 * np.sign(difference)
-    return bootstrap_interval(
-        weighted_pair_mean(wins, np.ones_like(wins, dtype=bool), *sets[0], *sets[1], shares, within_class=True)
-    )
+def named_rewards(given: list[str], device: str) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """The rewards by the names that a trainer logs, each from volumes (B, C, X, Y, Z) to scores (B,) on the CPU."""
+    rewards = load_rewards(given)
+    names = reward_names(rewards)
+    for func, name in zip(rewards, names, strict=True):
+        check_signature(func, name, [])
+        if isinstance(func, VolumeReward | SliceReward):
+            func.to(device)
+    return {
+        name: lambda volumes, func=func, name=name: score([func], [name], volumes, {})[:, 0]
+        for func, name in zip(rewards, names, strict=True)
+    }
 
 
 def main() -> None:
     """Make the spectrum of the unseen subjects, damage their scans, score, write."""
-    data, args = HfArgumentParser([DataArguments, ReportArguments]).parse_args_into_dataclasses()
+    args, data = ScriptParser(ReportArguments, DataArguments, description=__doc__).parse()
     use_all_cores()
     output = Path(args.output_dir)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scans = VolumeDataset.from_arguments(data, args.part)
+    with refused_in_one_line():
+        rewards = named_rewards(args.reward_funcs, device)
+        pipeline = MedDiffusion3DPipeline.from_pretrained(args.model_name_or_path).to(device)
+        trained_on = read_training_subjects(args.model_name_or_path)
+        data.adopt(settings_of(pipeline), f"the generator {args.model_name_or_path}")
+        scans = VolumeDataset.from_arguments(data, args.part)
+        refuse_seen_subjects([item["subject"] for item in scans], trained_on, args.model_name_or_path)
     paths = build_spectrum(
-        MedDiffusion3DPipeline.from_pretrained(args.generator).to(device),
+        pipeline,
         scans,
-        read_training_subjects(args.generator),
+        trained_on,
         output / f"spectrum-{args.part}",
         args.strengths,
         args.spectrum_steps,
@@ -121,10 +118,6 @@ def main() -> None:
         seed=args.seed,
     )
     dataset = SpectrumDataset(paths)
-    rewards = {
-        "3d": VolumeReward.from_pretrained(args.reward_3d).to(device),
-        "2d": SliceReward.from_pretrained(args.reward_2d).to(device),
-    }
     rows = {name: score_spectrum(reward, dataset, args.severities, args.seed) for name, reward in rewards.items()}
     reports = {name: summarise(scores) for name, scores in rows.items()}
     spread = {
@@ -133,9 +126,13 @@ def main() -> None:
     }
     seen = VolumeDataset.from_arguments(data, "train")
     seen_volumes = seen.stack()
-    seen_scores = {name: reward(seen_volumes).tolist() for name, reward in rewards.items()}
+    seen_scores = {
+        name: torch.cat([reward(batch) for batch in seen_volumes.split(8)]).tolist() for name, reward in rewards.items()
+    }
+    subjects = [[item["subject"] for item in part] for part in (seen, scans)]
+    labels = [[item["class_label"] for item in part] for part in (seen, scans)]
     memory = {
-        name: training_above_unseen(seen_scores[name], [row["real"] for row in scores], seen, scans)
+        name: training_above_unseen(seen_scores[name], [row["real"] for row in scores], *subjects, *labels)
         for name, scores in rows.items()
     }
     text = f"{len(scans)} scans of the {args.part} subjects\n\n{table(reports, spread)}\n\n"

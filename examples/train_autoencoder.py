@@ -1,26 +1,27 @@
 """Stage 1: train the autoencoder.
 
 accelerate launch examples/train_autoencoder.py --data_dir DATA --split_file split.json --output_dir outputs/autoencoder
-accelerate launch examples/train_autoencoder.py --kind vq ...
+accelerate launch examples/train_autoencoder.py --architecture vq ...
 """
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.models import AutoencoderKL3D, VQModel3D
 from diffusers_med3d.models.haar import haar_init_
 from diffusers_med3d.trainers.autoencoder import AutoencoderConfig, AutoencoderTrainer
-from diffusers_med3d.trainers.base import checkpoint_to_resume
+from diffusers_med3d.trainers.base import use_all_cores
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
 
 @dataclass
 class ModelArguments:
     """The network."""
 
-    kind: str = field(
-        default="kl", metadata={"help": "kl (AutoencoderKL3D) or vq (VQModel3D).", "choices": ["kl", "vq"]}
+    architecture: str = field(
+        default="kl", metadata={"help": "AutoencoderKL3D (kl) or VQModel3D (vq).", "choices": ["kl", "vq"]}
     )
     channels: list[int] = field(
         default_factory=lambda: [16, 32, 64],
@@ -56,8 +57,8 @@ class ModelArguments:
 def build(args: ModelArguments, in_channels: int) -> AutoencoderKL3D | VQModel3D:
     """The network that the arguments describe."""
     if args.init_from:
-        return (VQModel3D if args.kind == "vq" else AutoencoderKL3D).from_pretrained(args.init_from)
-    if args.kind == "vq":
+        return (VQModel3D if args.architecture == "vq" else AutoencoderKL3D).from_pretrained(args.init_from)
+    if args.architecture == "vq":
         return VQModel3D(
             in_channels=in_channels,
             out_channels=in_channels,
@@ -83,18 +84,19 @@ def build(args: ModelArguments, in_channels: int) -> AutoencoderKL3D | VQModel3D
 
 def main() -> None:
     """Read, train, evaluate, save."""
-    data, model, args = HfArgumentParser(
-        [DataArguments, ModelArguments, AutoencoderConfig]
-    ).parse_args_into_dataclasses()
+    use_all_cores()
+    model, data, args = ScriptParser(ModelArguments, DataArguments, AutoencoderConfig, description=__doc__).parse()
     set_seed(args.seed)
-    scans = VolumeDataset.from_arguments(data, "train")
-    trainer = AutoencoderTrainer(
-        model=build(model, in_channels=len(scans[0]["volume"])),
-        args=args,
-        train_dataset=scans,
-        eval_dataset=VolumeDataset.from_arguments(data, "validation"),
-    )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    with refused_in_one_line():
+        scans = VolumeDataset.from_arguments(data, "train")
+        print(scans.report())
+        trainer = AutoencoderTrainer(
+            model=build(model, in_channels=len(scans[0]["volume"])),
+            args=args,
+            train_dataset=scans,
+            eval_dataset=VolumeDataset.from_arguments(data, "validation"),
+        )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     print(trainer.evaluate())
     trainer.save_model()
     trainer.accelerator.end_training()

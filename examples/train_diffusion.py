@@ -1,6 +1,6 @@
 """Stage 2: pre-train the latent diffusion model on an autoencoder's latents.
 
-    accelerate launch examples/train_diffusion.py --data_dir DATA --split_file split.json \
+    accelerate launch examples/train_diffusion.py --data_dir DATA --split_file split.json \\
         --autoencoder outputs/autoencoder --output_dir outputs/diffusion
 
 The two folds that the rewards need: ``--part a`` and ``--part b``. Away from a worse generator, at the end:
@@ -10,15 +10,16 @@ The two folds that the rewards need: ``--part a`` and ``--part b``. Away from a 
 from dataclasses import dataclass, field
 
 from diffusers import AutoModel
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 import diffusers_med3d  # noqa: F401  (registers the classes with diffusers)
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
-from diffusers_med3d.data import DataArguments, VolumeDataset
-from diffusers_med3d.hub import resolve
-from diffusers_med3d.trainers.base import checkpoint_to_resume
+from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
+from diffusers_med3d.data.training_subjects import read_training_subjects
+from diffusers_med3d.hub.resolve import resolve
+from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
-from diffusers_med3d.trainers.spectrum_data import read_training_subjects
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
 
 @dataclass
@@ -95,26 +96,27 @@ class ModelArguments:
         metadata={"help": "A learned value per channel and place, for registered scans: where in the body it is."},
     )
     precondition: bool = field(
-        default=False, metadata={"help": "Of a flow: input and output of the layers have unit variance at every time."}
+        default=False,
+        metadata={"help": "Of a flow: input and output of the layers have unit variance at every time and place."},
     )
     jittered_copies: bool = field(
         default=False, metadata={"help": "Train on the copies that examples/prepare_dataset.py wrote, too."}
     )
 
+    def __post_init__(self) -> None:
+        if self.autoguide and not self.init_from:
+            raise ValueError("--autoguide needs --init_from: a network that has learned nothing has nowhere to go.")
+        if self.precondition and self.prediction_type != "flow":
+            raise ValueError(f"--precondition needs --prediction_type flow, got {self.prediction_type}.")
 
-def main() -> None:
-    """Read, encode, train, evaluate, save."""
-    data, model, args = HfArgumentParser(
-        [DataArguments, ModelArguments, LatentDiffusionConfig]
-    ).parse_args_into_dataclasses()
-    set_seed(args.seed)
-    if model.precondition and model.prediction_type != "flow":
-        raise ValueError(f"--precondition needs --prediction_type flow, got {model.prediction_type}.")
-    if model.autoguide and not model.init_from:
-        raise ValueError("--autoguide needs --init_from: a network that has learned nothing has nowhere to go.")
+
+def build(model: ModelArguments, data: DataArguments) -> MedDiffusion3DPipeline:
+    """The pipeline that the arguments describe: the autoencoder, and a new network or the one to go on from."""
     autoencoder = AutoModel.from_pretrained(resolve(model.autoencoder), subfolder=model.autoencoder_subfolder)
+    data.adopt(settings_of(autoencoder), f"the autoencoder {model.autoencoder}")
     if model.init_from:
         start = MedDiffusion3DPipeline.from_pretrained(model.init_from)
+        data.adopt(settings_of(start), f"the generator {model.init_from}")
         unet, scheduler, class_names = start.unet, start.scheduler, start.config.class_names
         model.channel_names = model.channel_names or start.config.channel_names
     else:
@@ -126,7 +128,7 @@ def main() -> None:
             attention_levels=[False] * (len(model.channels) - 1) + [True],
             num_head_channels=model.num_head_channels,
             norm_num_groups=model.norm_num_groups,
-            num_class_embeds=len(data.class_names) + 1,
+            num_class_embeds=len(data.class_names) + 1 if data.class_names else None,
             sample_skip=model.sample_skip,
             sample_gate=model.sample_gate,
             num_modes=model.num_modes,
@@ -134,28 +136,36 @@ def main() -> None:
             position_shape=autoencoder.latent_shape(data.volume_shape) if model.position_maps else None,
             precondition=model.precondition,
         )
-        scheduler, class_names = default_scheduler(model.prediction_type, model.shift), data.class_names
-    pipeline = MedDiffusion3DPipeline(
+        scheduler, class_names = default_scheduler(model.prediction_type, model.shift), data.class_names or None
+    return MedDiffusion3DPipeline(
         vae=autoencoder,
         unet=unet,
         scheduler=scheduler,
         volume_shape=data.volume_shape,
         spacing=data.spacing,
         class_names=class_names,
-        channel_names=model.channel_names,
-        intensity="0: background; 1: the scan's 99.5th percentile above 0",
+        channel_names=model.channel_names or data.settings.channel_names,
+        intensity=data.settings.intensity,
     )
-    trainer = LatentDiffusionTrainer(
-        model=pipeline,
-        args=args,
-        train_dataset=VolumeDataset.from_arguments(data, model.part, model.jittered_copies),
-        eval_dataset=VolumeDataset.from_arguments(data, "validation"),
-        guide=MedDiffusion3DPipeline.from_pretrained(model.autoguide) if model.autoguide else None,
-        earlier_subjects=set().union(
-            *(read_training_subjects(seen) for seen in (model.init_from, model.autoguide) if seen)
-        ),
-    )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+
+
+def main() -> None:
+    """Read, encode, train, evaluate, save."""
+    use_all_cores()
+    model, data, args = ScriptParser(ModelArguments, DataArguments, LatentDiffusionConfig, description=__doc__).parse()
+    set_seed(args.seed)
+    with refused_in_one_line():
+        trainer = LatentDiffusionTrainer(
+            model=build(model, data),
+            args=args,
+            train_dataset=VolumeDataset.from_arguments(data, model.part, model.jittered_copies),
+            eval_dataset=VolumeDataset.from_arguments(data, "validation"),
+            guide=MedDiffusion3DPipeline.from_pretrained(model.autoguide) if model.autoguide else None,
+            earlier_subjects=set().union(
+                *(read_training_subjects(seen) for seen in (model.init_from, model.autoguide) if seen)
+            ),
+        )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     print(trainer.evaluate())
     trainer.save_model()
     trainer.accelerator.end_training()

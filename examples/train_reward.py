@@ -1,52 +1,53 @@
-"""Stage 3: train a reward model on the spectrum that the generator itself makes.
+"""Stage 3: train a reward model on the noise spectrum that the generator itself makes.
 
-    accelerate launch examples/train_reward.py --kind 3d --data_dir DATA --split_file split.json \
-        --generator_a outputs/generator-a --generator_b outputs/generator-b --output_dir outputs/reward-3d
+    accelerate launch examples/train_reward.py --architecture 3d --data_dir DATA --split_file split.json \\
+        --fold_a_model outputs/generator-a --fold_b_model outputs/generator-b \\
+        --model_name_or_path outputs/generator --output_dir outputs/reward-3d
 
 Two generators, each trained on one fold of the training subjects, make the spectrum of the other fold's subjects: no
-scan is denoised by a network that may know it by heart. Give the same --spectrum_dir to the runs with --kind 3d and 2d.
-The generator that will be fine-tuned (--generator) adds full samples: a reward knows the faults that it has seen.
+scan is denoised by a network that may know it by heart. Give the same --spectrum_dir to the runs with --architecture 3d
+and 2d. The generator that will be fine-tuned adds full samples, so that the reward has seen its faults.
 """
 
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
-from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d import MedDiffusion3DPipeline
+from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
+from diffusers_med3d.hub.origin import license_of
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
-from diffusers_med3d.pipeline import MedDiffusion3DPipeline
-from diffusers_med3d.spectrum import FULL_SAMPLE
-from diffusers_med3d.trainers.base import checkpoint_to_resume
+from diffusers_med3d.rewards.spectrum import STRENGTHS
+from diffusers_med3d.rewards.spectrum_dataset import build_fold_spectra
+from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer
-from diffusers_med3d.trainers.spectrum_data import SpectrumDataset, build_spectrum, read_training_subjects
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
 
 @dataclass
 class RewardArguments:
     """The network and its spectrum."""
 
-    generator_a: str = field(metadata={"help": "Pipeline trained on fold a; makes the spectrum of fold b."})
-    generator_b: str | None = field(
-        default=None,
-        metadata={"help": "Pipeline trained on fold b; makes the spectrum of fold a. Not set: fold b alone is used."},
+    fold_a_model: str = field(metadata={"help": "Generator trained on fold a; makes the spectrum of fold b."})
+    fold_b_model: str | None = field(
+        default=None, metadata={"help": "Generator trained on fold b, for fold a. Not set: fold b alone is used."}
     )
-    generator: str | None = field(
+    model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Pipeline that will be fine-tuned, trained on both folds, say: adds a full sample per training "
-            "scan (of its class; no scan is denoised) and makes the spectrum of validation in place of generator_a."
+            "help": "Generator that will be fine-tuned: adds a full sample per training scan and makes the spectrum of "
+            "validation in place of --fold_a_model."
         },
     )
     init_from: str | None = field(
         default=None,
         metadata={"help": "Reward model (folder, bundled name or Hub id) to go on from, in place of a new network."},
     )
-    kind: str = field(
-        default="3d", metadata={"help": "3d (VolumeRewardModel) or 2d (SliceRewardModel).", "choices": ["3d", "2d"]}
+    architecture: str = field(
+        default="3d", metadata={"help": "VolumeRewardModel (3d) or SliceRewardModel (2d).", "choices": ["3d", "2d"]}
     )
     channels: list[int] = field(
         default_factory=lambda: [16, 32, 64, 96], metadata={"help": "Channels per level; the side is halved at each."}
@@ -62,7 +63,7 @@ class RewardArguments:
         default=None, metadata={"help": "Cache of the spectrum; output_dir/spectrum if unset."}
     )
     strengths: list[float] = field(
-        default_factory=lambda: [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+        default_factory=lambda: list(STRENGTHS),
         metadata={"help": "Noise levels: 0 is the autoencoder round-trip, 1 a full sample of the same class."},
     )
     levels_per_subject: int = field(
@@ -75,7 +76,7 @@ class RewardArguments:
 def build(args: RewardArguments, in_channels: int) -> VolumeRewardModel | SliceRewardModel:
     """The network that the arguments describe, or the one to go on from."""
     if args.init_from:
-        return (SliceRewardModel if args.kind == "2d" else VolumeRewardModel).from_pretrained(args.init_from)
+        return (SliceRewardModel if args.architecture == "2d" else VolumeRewardModel).from_pretrained(args.init_from)
     common = {
         "in_channels": in_channels,
         "channels": args.channels,
@@ -83,72 +84,49 @@ def build(args: RewardArguments, in_channels: int) -> VolumeRewardModel | SliceR
         "num_members": args.num_members,
         "compare_sides": args.compare_sides,
     }
-    if args.kind == "2d":
+    if args.architecture == "2d":
         return SliceRewardModel(num_slices=args.num_slices, **common)
     return VolumeRewardModel(**common)
 
 
-def spectra(
-    data: DataArguments, reward: RewardArguments, args: RewardModelConfig, share: tuple[int, int] = (0, 1)
-) -> tuple[SpectrumDataset, SpectrumDataset]:
-    """Spectra of training and validation.
-
-    Each fold's is made by the generator of the other, with a full sample per scan by the generator to be fine-tuned;
-    that of validation by the latter, or without one by that of fold a.
-    """
-    root = Path(reward.spectrum_dir or Path(args.output_dir) / "spectrum")
-
-    @cache
-    def scans(part: str) -> VolumeDataset:
-        return VolumeDataset.from_arguments(data, part)
-
-    @cache
-    def pipeline(generator: str) -> MedDiffusion3DPipeline:
-        return MedDiffusion3DPipeline.from_pretrained(generator).to(args.device)
-
-    def make(part: str, generator: str, name: str, strengths: list[float], levels: int | None) -> list[Path]:
-        return build_spectrum(
-            pipeline(generator),
-            scans(part),
-            read_training_subjects(generator),
-            root / f"{part}-by-generator{name}",
-            strengths,
-            reward.spectrum_steps,
-            levels,
-            reward.spectrum_batch_size,
-            args.seed,
-            share,
-        )
-
-    folds = {"b": (reward.generator_a, "-a")}
-    if reward.generator_b is not None:
-        folds["a"] = (reward.generator_b, "-b")
-    train, more = [], []
-    for part, (generator, name) in folds.items():
-        train += make(part, generator, name, reward.strengths, reward.levels_per_subject)
-        if reward.generator:
-            more += make(part, reward.generator, "", [FULL_SAMPLE], None)
-    judge, name = (reward.generator, "") if reward.generator else (reward.generator_a, "-a")
-    validation = make("validation", judge, name, reward.strengths, None)
-    return SpectrumDataset(train, more), SpectrumDataset(validation)
-
-
 def main() -> None:
     """Make the spectrum, train, evaluate, save."""
-    parser = HfArgumentParser([DataArguments, RewardArguments, RewardModelConfig])
-    data, reward, args = parser.parse_args_into_dataclasses()
+    use_all_cores()
+    reward, data, args = ScriptParser(RewardArguments, DataArguments, RewardModelConfig, description=__doc__).parse()
     set_seed(args.seed)
-    in_channels = MedDiffusion3DPipeline.from_pretrained(reward.generator_a).vae.config.in_channels
-    model = build(reward, in_channels)
-    # Too small a grid is refused now, before hours of making the spectrum
-    model.check_input(torch.zeros(1, in_channels, *data.volume_shape))
+    with refused_in_one_line():
+        for name in (reward.fold_a_model, reward.fold_b_model, reward.model_name_or_path):
+            if name is not None:
+                generator = MedDiffusion3DPipeline.from_pretrained(name)
+                data.adopt(settings_of(generator), f"the generator {name}")
+        in_channels = generator.vae.config.in_channels
+        model = build(reward, in_channels)
+        model.register_to_config(data_settings=data.settings.to_dict())
+        # Too small a grid is refused now, before hours of making the spectrum
+        model.check_input(torch.zeros(1, in_channels, *data.volume_shape))
+        parts = ["b", "validation", *(["a"] if reward.fold_b_model else [])]
+        scans = {part: VolumeDataset.from_arguments(data, part) for part in parts}
+    spectrum = {
+        "scans": scans,
+        "fold_a_model": reward.fold_a_model,
+        "fold_b_model": reward.fold_b_model,
+        "model": reward.model_name_or_path,
+        "folder": reward.spectrum_dir or Path(args.output_dir) / "spectrum",
+        "strengths": reward.strengths,
+        "levels_per_subject": reward.levels_per_subject,
+        "num_inference_steps": reward.spectrum_steps,
+        "batch_size": reward.spectrum_batch_size,
+        "seed": args.seed,
+        "device": args.device,
+    }
     if args.world_size > 1:
-        spectra(data, reward, args, (args.process_index, args.world_size))
+        build_fold_spectra(**spectrum, share=(args.process_index, args.world_size))
         PartialState().wait_for_everyone()
     with args.main_process_first(desc="making the spectrum"):  # all of it, or on a node's own disk what is not there
-        train, validation = spectra(data, reward, args)
+        train, validation = build_fold_spectra(**spectrum)
     trainer = RewardModelTrainer(model=model, args=args, train_dataset=train, eval_dataset=validation)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(args))
+    trainer.inherited_license = license_of(reward.fold_a_model)  # it is trained on what that generator makes
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results = trainer.evaluate()
     trainer.save_model()
     print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))

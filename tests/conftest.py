@@ -1,4 +1,7 @@
-"""Tiny real components for every test: small networks, a saved pipeline, a folder of small synthetic brains."""
+"""Tiny real components for every test: small networks, a saved pipeline, a folder of small synthetic brains.
+
+Pitfalls that tests name by their number are those of docs/pitfalls.md.
+"""
 
 import os
 
@@ -25,6 +28,8 @@ from diffusers import DDIMScheduler
 import minihub
 from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, MedDiffusion3DPipeline, VQModel3D
 
+REPOSITORY = Path(__file__).parents[1]
+EXAMPLES = REPOSITORY / "examples"
 VOLUME_SHAPE = (16, 16, 16)  # voxels of the tiny pipeline; latents are (4, 4, 4, 4)
 SPACING = (12.0, 12.0, 12.0)  # mm: 16 voxels hold a whole synthetic brain
 CLASS_NAMES = ("young", "middle", "old")  # index 3 is the null class
@@ -33,7 +38,7 @@ CLASS_NAMES = ("young", "middle", "old")  # index 3 is the null class
 def run_example(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
     """Run a script of examples/ in this process, as if these were its arguments."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(Path(__file__).parents[1] / "examples" / name), run_name="__main__")
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +107,7 @@ def tiny_unet() -> DiffusionUNet3D:
 
 @pytest.fixture
 def tiny_scheduler() -> DDIMScheduler:
-    """As the bundled generator has it: v-prediction, latents never clipped, a finite last step (PITFALLS P5)."""
+    """As the bundled generator has it: v-prediction, latents unclipped, a finite last step (docs/pitfalls.md, P5)."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_schedule="scaled_linear",

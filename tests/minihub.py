@@ -523,7 +523,7 @@ def connected(root, monkeypatch):
         "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
         "HF_HUB_CACHE": hub.cache,
         "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,  # PITFALLS P9
+        "HF_HUB_DISABLE_XET": True,  # docs/pitfalls.md, P9
         "HF_TOKEN_PATH": os.path.join(root, "no-token"),
     }.items():
         monkeypatch.setattr(constants, name, value)

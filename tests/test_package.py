@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import REPOSITORY
 from diffusers_med3d import MedDiffusion3DPipeline
-from diffusers_med3d.hub import CHECKPOINTS, bundled_names
+from diffusers_med3d.hub.resolve import CHECKPOINTS, bundled_names
 
-ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 
 
 def normalised(requirement: str) -> str:
@@ -32,8 +32,8 @@ def installed_wheel(tmp_path_factory) -> Path:
     """The package, built from a copy of the sources and installed into a folder of its own."""
     source, wheels, target = (tmp_path_factory.mktemp(name) for name in ("source", "wheels", "target"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copy(REPOSITORY / name, source)
+    shutil.copytree(REPOSITORY / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True, timeout=900)
     (wheel,) = wheels.glob("diffusers_med3d-*.whl")
@@ -41,12 +41,13 @@ def installed_wheel(tmp_path_factory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_licence_the_type_marker_and_every_module(installed_wheel):
     package = installed_wheel / "diffusers_med3d"
-    assert (package / "py.typed").exists() and (package / "card_template.md").exists()
+    assert (package / "py.typed").exists() and (package / "hub" / "card_template.md").exists()
     (licence,) = installed_wheel.glob("diffusers_med3d-*.dist-info/licenses/LICENSE")
     assert "Apache License" in licence.read_text()
-    sources = ROOT / "src" / "diffusers_med3d"
+    sources = REPOSITORY / "src" / "diffusers_med3d"
     shipped = {str(path.relative_to(package)) for path in package.rglob("*.py")}
     assert shipped == {str(path.relative_to(sources)) for path in sources.rglob("*.py")}
     for name in bundled_names():
@@ -54,6 +55,7 @@ def test_the_wheel_holds_the_licence_the_type_marker_and_every_module(installed_
         assert all((package / file).exists() for file in files), name
 
 
+@pytest.mark.slow
 def test_the_installed_wheel_generates_from_its_own_bundled_checkpoint(installed_wheel, tiny_pipeline_folder):
     code = """
 import sys
@@ -97,7 +99,7 @@ def test_every_package_that_is_imported_is_declared(folder):
     extras = PROJECT["optional-dependencies"]
     declared = {normalised(line) for line in PROJECT["dependencies"] + extras["eval"] + extras["inception"]}
     distributions = importlib.metadata.packages_distributions()
-    modules = imported_modules(ROOT / folder)
+    modules = imported_modules(REPOSITORY / folder)
     assert "torch" in modules
     missing = {
         module
@@ -108,16 +110,16 @@ def test_every_package_that_is_imported_is_declared(folder):
 
 
 def test_the_constraints_pin_everything_that_is_declared():
-    pinned = {normalised(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = {normalised(line) for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line}
     extras = PROJECT["optional-dependencies"]
-    for line in [*PROJECT["dependencies"], *extras["test"], *extras["eval"]]:
+    for line in [*PROJECT["dependencies"], *extras["test"], *extras["eval"], *extras["docs"]]:
         assert normalised(line) in pinned, f"{line} is not pinned in constraints.txt"
 
 
 def test_the_files_of_the_repository_name_no_folder_of_a_machine():
     pattern = re.compile(r"(?<![\w.])/(work|root|home|farm|Users)/")
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
-    texts = [ROOT / name for name in tracked if re.search(r"\.(py|md|toml|json|txt|yml|yaml|sh)$|/run$", name)]
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True).stdout.split("\n")
+    texts = [REPOSITORY / name for name in tracked if re.search(r"\.(py|md|toml|json|txt|yml|yaml|sh)$|/run$", name)]
     found = [
         str(path) for path in texts if path != Path(__file__) and path.exists() and pattern.search(path.read_text())
     ]
@@ -126,7 +128,7 @@ def test_the_files_of_the_repository_name_no_folder_of_a_machine():
 
 def sources() -> dict[str, str]:
     """Every module of the package, by its path below the package."""
-    package = ROOT / "src" / "diffusers_med3d"
+    package = REPOSITORY / "src" / "diffusers_med3d"
     return {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}
 
 
@@ -143,8 +145,8 @@ def test_private_interfaces_of_others_are_imported_in_one_place(private, place):
 
 
 def test_nothing_in_the_package_or_its_scripts_unpickles():
-    """PITFALLS P10: foreign weights come as safetensors, our own training state with weights_only=True."""
-    scripts = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    """docs/pitfalls.md, P10: foreign weights come as safetensors, our own training state with weights_only=True."""
+    scripts = {path.name: path.read_text() for path in (REPOSITORY / "examples").glob("*.py")}
     assert scripts
     for name, text in {**sources(), **scripts}.items():
         for node in ast.walk(ast.parse(text)):
@@ -156,7 +158,7 @@ def test_nothing_in_the_package_or_its_scripts_unpickles():
 
 
 def test_bundled_checkpoints_are_small_safetensors_in_fp16():
-    """PITFALLS P21: a small fine-tuning update would not survive bfloat16."""
+    """docs/pitfalls.md, P21: a small fine-tuning update would not survive bfloat16."""
     files = [path for path in CHECKPOINTS.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".png"}
     assert sum(path.stat().st_size for path in files) <= 60 * 2**20
@@ -171,18 +173,3 @@ def test_the_example_in_the_docstring_of_the_pipelines_call_runs():
     names = {"torch": torch, "MedDiffusion3DPipeline": MedDiffusion3DPipeline}
     example = doctest.DocTestParser().get_doctest(text, names, "example", None, None)
     assert doctest.DocTestRunner().run(example) == (0, 4)
-
-
-@pytest.mark.skipif("brain-t1" not in bundled_names(), reason="no bundled generator in this checkout")
-def test_the_code_in_the_readme_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    """Both blocks, one after the other, with fewer denoising steps and up to the point where training would start."""
-    monkeypatch.chdir(tmp_path)
-    first, second = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    first = first.replace("num_inference_steps=30", "num_inference_steps=2")
-    second = second.replace("trainer.train()\n", "").replace("trainer.push_to_hub()\n", "")
-    scope: dict[str, object] = {}
-    exec(first.replace("strength=0.3", "strength=0.3, num_inference_steps=4"), scope)
-    assert scope["out"].volumes.shape[:2] == scope["noised"].volumes.shape[:2] == (4, 1)
-    assert len(list((tmp_path / "samples").glob("*.nii.gz"))) == 4
-    exec(second, scope)
-    assert type(scope["trainer"]).__name__ == "DDPOTrainer"

@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 import diffusers
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import ModelMixin, SchedulerMixin  # not our API: diffusers looks base classes up in the package
 from diffusers.pipelines import pipeline_loading_utils
 
 from .models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from .models.reward import SliceRewardModel, VolumeRewardModel
-from .pipeline import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput, guided_prediction
-from .rewards import SliceReward, VolumeReward
+from .pipelines.med_diffusion_3d import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput, guided_prediction
+from .rewards.learned import SliceReward, VolumeReward
 
 if TYPE_CHECKING:
     from .trainers.autoencoder import AutoencoderConfig, AutoencoderTrainer
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # diffusers finds components of a library that it lists, and pipelines among its own attributes. This is the one place
-# that touches its private loading code (PITFALLS P1): it makes local folders, the Hub, DiffusionPipeline and AutoModel
-# find our classes, and model_index.json name them as ["diffusers_med3d", "ClassName"].
+# that touches its private loading code (docs/pitfalls.md, P1): it makes local folders, the Hub, DiffusionPipeline and
+# AutoModel find our classes, and model_index.json name them as ["diffusers_med3d", "ClassName"].
 pipeline_loading_utils.LOADABLE_CLASSES.setdefault(
     __name__, {base.__name__: ["save_pretrained", "from_pretrained"] for base in (ModelMixin, SchedulerMixin)}
 )
@@ -53,6 +53,11 @@ _TRAINERS = {
     "RewardModelTrainer": ".trainers.reward",
 }
 
+_SUBPACKAGES = (
+    *("conversion", "data", "evaluation", "hub", "metrics", "models", "pipelines", "rewards", "rl", "schedulers"),
+    *("trainers", "utils"),
+)
+
 __all__ = [
     "AutoencoderConfig",
     "AutoencoderKL3D",
@@ -66,10 +71,8 @@ __all__ = [
     "LatentDiffusionTrainer",
     "MedDiffusion3DPipeline",
     "MedDiffusion3DPipelineOutput",
-    "ModelMixin",
     "RewardModelConfig",
     "RewardModelTrainer",
-    "SchedulerMixin",
     "SliceReward",
     "SliceRewardModel",
     "VQModel3D",
@@ -79,7 +82,14 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """What can be imported from here: the public names, the subpackages and the version."""
+    return sorted([*__all__, *_SUBPACKAGES, "__version__"])
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _TRAINERS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_TRAINERS[name], __name__), name)
+    if name in _TRAINERS:
+        return getattr(importlib.import_module(_TRAINERS[name], __name__), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

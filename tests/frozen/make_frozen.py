@@ -26,8 +26,8 @@ from diffusers_med3d import (
     VolumeRewardModel,
     VQModel3D,
 )
-from diffusers_med3d.flow import flow_scheduler
-from diffusers_med3d.lora import write_lora
+from diffusers_med3d.pipelines.lora import write_lora
+from diffusers_med3d.schedulers.flow import flow_scheduler
 from diffusers_med3d.trainers.lora import add_lora
 
 STATISTICS = {"latents_mean": [-0.2, 0.0, 0.1, 0.3], "latents_std": [0.5, 1.0, 0.7, 0.8]}

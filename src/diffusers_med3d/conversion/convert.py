@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..pipeline import MedDiffusion3DPipeline
+from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from .definitions import BundleConfig
 from .networks import Autoencoder, UNet, build_autoencoder, build_scheduler, build_unet
 from .weights import attention_without_fc, load_exactly, read_weights
@@ -106,9 +106,9 @@ def convert_bundle(
         volume_shape = [side * vae.downsample_factor for side in config.latent_shape]
     volume_shape = volume_shape or config.volume_shape
     spacing = spacing or config.spacing
-    for value, what in ((volume_shape, "volume_shape (X, Y, Z in voxels)"), (spacing, "spacing (X, Y, Z in mm)")):
-        if value is None:
-            raise ValueError(f"the config does not say {what} in plain numbers; please give it.")
+    if volume_shape is None or spacing is None:
+        what = "volume_shape (X, Y, Z in voxels)" if volume_shape is None else "spacing (X, Y, Z in mm)"
+        raise ValueError(f"the config does not say {what} in plain numbers; please give it.")
 
     if read_volumes is not None:
         scale_factor = estimate_scale_factor(vae, read_volumes(volume_shape, spacing))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -16,7 +17,7 @@ from .definitions import Definition, full_arguments
 
 Autoencoder = AutoencoderKL3D | AutoencoderKLMaisi3D | VQModel3D
 UNet = DiffusionUNet3D | DiffusionUNetMaisi3D
-Scheduler = DDIMScheduler | DDPMScheduler | FlowMatchEulerDiscreteScheduler
+Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler | FlowMatchEulerDiscreteScheduler
 
 BETA_SCHEDULES = {"linear_beta": "linear", "scaled_linear_beta": "scaled_linear"}
 

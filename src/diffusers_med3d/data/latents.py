@@ -1,8 +1,5 @@
 """Latents of augmented scans, cached as mean and sigma: drawing from them each time keeps the posterior's noise."""
 
-import hashlib
-import json
-from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -13,24 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
-from ..files import whole_file
 from ..models import AutoencoderKL3D, VQModel3D
-from .transforms import shift_volume
+from ..utils.files import whole_file
+from ..utils.hashing import tensor_hash
+from .transforms import flip_and_shift
 from .volumes import VolumeDataset
-
-
-def augment(volume: Tensor, generator: torch.Generator, max_shift: int) -> Tensor:
-    """Flip left-right half of the time and shift by up to ``max_shift`` whole voxels per axis.
-
-    No interpolation, so nothing is blurred. What leaves on one side is background as long as the volume is padded.
-
-    Args:
-        volume: (C, X, Y, Z), RAS.
-    """
-    if torch.rand((), generator=generator) < 0.5:
-        volume = volume.flip(1)
-    shifts = torch.randint(-max_shift, max_shift + 1, (3,), generator=generator).tolist()
-    return shift_volume(volume, shifts).contiguous()
 
 
 class LatentDataset(TorchDataset):
@@ -46,7 +30,7 @@ class LatentDataset(TorchDataset):
         autoencoder: with latent statistics.
         cache_file: safetensors file, written whole or not at all.
         copies: augmented copies per scan; the first is the scan as it is. Every epoch draws one copy of every scan.
-        max_shift: see ``augment``.
+        max_shift: see ``flip_and_shift``.
         seed: of the augmentation.
     """
 
@@ -100,20 +84,11 @@ class LatentDataset(TorchDataset):
         return self.autoencoder.normalize_latents(mean + sigma * torch.randn(mean.shape))
 
 
-def tensor_hash(tensors: Iterable[tuple[str, Tensor]], first: bytes = b"") -> str:
-    """Hash of ``first``, then of names and float32 values of tensors, wherever they are and in whatever precision."""
-    digest = hashlib.sha256(first)
-    for name, tensor in tensors:
-        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _fingerprint(volumes: VolumeDataset, autoencoder: torch.nn.Module, *settings: int) -> str:
     state = autoencoder.state_dict()
     state.pop("latents_atlas", None)  # what is cached is raw
     scans = (("", item["volume"].as_tensor()) for item in volumes)
-    first = json.dumps([*settings, [item["subject"] for item in volumes]])
-    return tensor_hash(chain(scans, sorted(state.items())), first.encode())
+    return tensor_hash(chain(scans, sorted(state.items())), [*settings, [item["subject"] for item in volumes]])
 
 
 @torch.no_grad()
@@ -125,7 +100,7 @@ def _encode(
     means, sigmas = [], []
     for item in tqdm(volumes, desc="encoding scans", unit="scan"):
         volume = item["volume"].as_tensor()
-        batch = torch.stack([volume] + [augment(volume, generator, max_shift) for _ in range(copies - 1)])
+        batch = torch.stack([volume] + [flip_and_shift(volume, generator, max_shift) for _ in range(copies - 1)])
         moments = [autoencoder.encode_moments(chunk.to(autoencoder.device)) for chunk in batch.split(4)]
         means.append(torch.cat([mean for mean, _ in moments]).half().cpu())
         sigmas.append(torch.cat([sigma for _, sigma in moments]).half().cpu())

@@ -9,12 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
-
-try:
-    import SimpleITK as sitk
-except ImportError as error:
-    raise ImportError("registration needs SimpleITK: pip install 'diffusers-med3d[register]'.") from error
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 MAX_CUT = 0.01
@@ -25,8 +21,8 @@ MAX_CUT = 0.01
 class Grid:
     """Voxels (X, Y, Z) of ``spacing`` mm along right, anterior, superior; the point (0, 0, 0) is the middle."""
 
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
 
     @property
     def affine(self) -> np.ndarray:
@@ -119,7 +115,7 @@ def resample(scan: sitk.Image, transform: sitk.Transform, grid: Grid, smoothing:
     bands. Splines ring beside edges: what they leave where linear interpolation finds nothing is set to 0.
     """
     blank = grid.blank()
-    smooth = sitk.DiscreteGaussian(scan, smoothing**2, 32, 1e-3, True) if smoothing else scan
+    smooth = sitk.DiscreteGaussian(scan, [smoothing**2] * 3, 32, 1e-3, True) if smoothing else scan
     values = _array(sitk.Resample(smooth, blank, transform, sitk.sitkBSpline, 0.0))
     inside = _array(sitk.Resample(sitk.Cast(scan > 0, sitk.sitkFloat32), blank, transform, sitk.sitkLinear, 0.0))
     return np.where(inside > 0, values.clip(min=0), 0).astype(np.float32)

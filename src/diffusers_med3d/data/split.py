@@ -4,15 +4,18 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..files import write_json
+from ..utils.files import write_json
+from .settings import DataSettings
 
 PARTS = ("train", "validation", "test")
+SETTINGS = "settings"
 
 
 def make_split(
     classes: Mapping[str, int], test: Sequence[int], validation: Sequence[int], seed: int = 0
-) -> dict[str, list[str] | dict[str, list[str]]]:
+) -> dict[str, Any]:
     """Draw a split stratified by class.
 
     Args:
@@ -22,11 +25,15 @@ def make_split(
 
     Returns:
         ``{"train", "validation", "test": sorted ids, "folds": {"a", "b": halves of train, stratified}}``.
+
+    Raises:
+        ValueError: more subjects asked for than there are; nobody left to validate or in a fold of the training
+            subjects.
     """
     if len(test) != len(validation):
         raise ValueError(f"test and validation need one count per class, got {list(test)} and {list(validation)}.")
     rng = random.Random(seed)
-    split = {part: [] for part in PARTS}
+    split: dict[str, list[str]] = {part: [] for part in PARTS}
     folds: dict[str, list[str]] = {"a": [], "b": []}
     for index in range(len(test) + 1):
         subjects = sorted(subject for subject, label in classes.items() if label == index)
@@ -38,17 +45,34 @@ def make_split(
         split["validation"] += subjects[n_test : n_test + n_validation]
         rest = subjects[n_test + n_validation :]
         split["train"] += rest
-        folds["a"] += rest[::2]
-        folds["b"] += rest[1::2]
+        smaller, larger = sorted(folds, key=lambda name: len(folds[name]))  # an odd one out goes to the smaller fold
+        folds[smaller] += rest[::2]
+        folds[larger] += rest[1::2]
+    empty = ["validation"] * (not split["validation"]) + [f"fold {name}" for name in folds if not folds[name]]
+    if empty:
+        counts = {part: len(split[part]) for part in PARTS} | {f"fold {name}": len(folds[name]) for name in folds}
+        raise ValueError(
+            f"no subject is left for {' and '.join(empty)} ({counts} of {len(classes)} subjects); every stage "
+            "validates, and the rewards need two folds. Ask for fewer test subjects, or for some to validate."
+        )
     return {part: sorted(split[part]) for part in PARTS} | {"folds": {k: sorted(v) for k, v in folds.items()}}
 
 
-def save_split(split: Mapping, path: str | Path) -> None:
-    """Write a split; refuses to overwrite one, because every stage must use the same."""
+def save_split(split: Mapping, path: str | Path, settings: DataSettings | None = None) -> None:
+    """Write a split, with the settings of its data set; refuses to overwrite one: every stage must use the same."""
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists; a split is made once for all stages. Delete it only to start all over.")
-    write_json(path, split)
+    write_json(path, dict(split) | ({SETTINGS: settings.to_dict()} if settings else {}))
+
+
+def read_split_settings(path: str | Path) -> DataSettings:
+    """Settings that ``save_split`` wrote into a split; nothing is said by one without."""
+    try:
+        split = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    return DataSettings.from_dict(split.get(SETTINGS, {}), str(path))
 
 
 def load_split(path: str | Path) -> dict:
@@ -61,6 +85,7 @@ def load_split(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no split file {path}; make one with examples/make_split.py.")
     split = json.loads(path.read_text())
+    split.pop(SETTINGS, None)
     missing = [part for part in (*PARTS, "folds") if part not in split]
     missing = missing or [f"folds/{fold}" for fold in "ab" if fold not in split["folds"]]
     if missing:

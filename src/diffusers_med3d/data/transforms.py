@@ -1,14 +1,14 @@
 """MONAI transforms that make every scan a volume of the same size, spacing, orientation and intensity range."""
 
 import math
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
-    Compose,
+    CenterSpatialCrop,
     CropForeground,
     GaussianSmooth,
     Orientation,
@@ -18,6 +18,15 @@ from monai.transforms import (
 
 FOREGROUND_THRESHOLD = 0.02
 """Voxels of a prepared volume above this count as foreground."""
+
+FITS = ("refuse", "shrink", "crop")
+"""What may become of anatomy that is larger than the grid; see ``volume_transform``."""
+
+MAX_LOST = 0.01
+"""Share of the anatomy that may lie outside the grid before a scan is refused."""
+
+ANATOMY = 0.1
+"""Voxels above this share of the 99.5th percentile are anatomy, also where the background holds noise."""
 
 
 def to_meta_tensor(array: np.ndarray, affine: np.ndarray) -> MetaTensor:
@@ -39,6 +48,21 @@ def shift_volume(volume: torch.Tensor, shift: Sequence[int]) -> torch.Tensor:
     return volume
 
 
+def flip_and_shift(volume: torch.Tensor, generator: torch.Generator, max_shift: int) -> torch.Tensor:
+    """Flip left-right half of the time and shift by up to ``max_shift`` whole voxels per axis.
+
+    No interpolation, so nothing is blurred. What leaves on one side is background as long as the volume is padded.
+
+    Args:
+        volume: (C, X, Y, Z), RAS.
+        generator: on the CPU.
+    """
+    if torch.rand((), generator=generator) < 0.5:
+        volume = volume.flip(1)
+    shifts = torch.randint(-max_shift, max_shift + 1, (3,), generator=generator).tolist()
+    return shift_volume(volume, shifts).contiguous()
+
+
 def check_positive(volume: MetaTensor) -> MetaTensor:
     """The volume as it is, if its intensities are positive on a background of 0; what lies below 0 would become 0.
 
@@ -56,6 +80,10 @@ def check_positive(volume: MetaTensor) -> MetaTensor:
     return volume
 
 
+def _thinned(values: torch.Tensor) -> torch.Tensor:
+    return values[:: max(1, values.numel() // 1_000_000)]  # torch.quantile takes 16 million at most
+
+
 def scale_foreground(volume: MetaTensor) -> MetaTensor:
     """Robust range: 0 stays 0 and the 99.5th percentile of what is above 0 becomes 1, clipped, channel by channel."""
     scaled = []
@@ -63,7 +91,7 @@ def scale_foreground(volume: MetaTensor) -> MetaTensor:
         foreground = channel[channel > 0]
         if foreground.numel() == 0:
             raise ValueError("nothing in the scan is above 0; intensities must be positive on a background of 0.")
-        scaled.append(channel / torch.quantile(foreground[:: max(1, foreground.numel() // 1_000_000)], 0.995))
+        scaled.append(channel / torch.quantile(_thinned(foreground), 0.995))
     return torch.stack(scaled).clamp(0.0, 1.0)
 
 
@@ -80,38 +108,115 @@ def smooth_for_spacing(volume: MetaTensor, spacing: Sequence[float]) -> MetaTens
     return torch.where(volume > 0, GaussianSmooth(sigmas)(volume), 0.0)
 
 
-def check_grid(volume: MetaTensor, volume_shape: Sequence[int], spacing: Sequence[float]) -> MetaTensor:
-    """The volume as it is, if it has this size and spacing (ValueError)."""
+class Placement(NamedTuple):
+    """How a scan's anatomy lies in the grid."""
+
+    size: tuple[float, ...]  # mm (X, Y, Z) of the box around its foreground
+    lost: float  # share of its voxels above ANATOMY of the bright ones that lie outside the grid, 0 if all are in
+    shrunk: float  # factor by which it was made smaller, 1 if it was not
+
+
+def refuse_cut(placements: Mapping[str, Placement], volume_shape: Sequence[int], spacing: Sequence[float]) -> None:
+    """Refuse (ValueError, with names and both sizes) scans of which more than ``MAX_LOST`` lies outside the grid.
+
+    Args:
+        placements: by the name of each scan.
+        volume_shape, spacing: of the grid.
+    """
+    cut = {name: placement for name, placement in placements.items() if placement.lost > MAX_LOST}
+    if cut:
+        grid = [round(side * step) for side, step in zip(volume_shape, spacing, strict=True)]
+        odd = [
+            f"{name}: anatomy of {[round(side) for side in one.size]} mm, {one.lost:.0%} would be cut off"
+            for name, one in list(cut.items())[:5]
+        ]
+        more = f"; and {len(cut) - 5} more" if len(cut) > 5 else ""
+        raise ValueError(
+            f"{len(cut)} of {len(placements)} scan(s) are larger than the grid of {grid} mm (volume_shape "
+            f"{list(volume_shape)} x spacing {list(spacing)}). {'; '.join(odd)}{more}. Choose a larger volume_shape or "
+            "spacing, or fit='shrink' (--fit shrink), or 'crop' to cut them."
+        )
+
+
+def _resample(volume: MetaTensor, spacing: Sequence[float], antialias: bool) -> MetaTensor:
+    volume = smooth_for_spacing(volume, spacing) if antialias else volume
+    volume = Spacing(pixdim=tuple(spacing), mode="bilinear", padding_mode="zeros")(volume)
+    return CropForeground(allow_smaller=True)(volume)
+
+
+def _excess(volume: MetaTensor, volume_shape: Sequence[int]) -> float:
+    return max(side / most for side, most in zip(volume.shape[1:], volume_shape, strict=True))
+
+
+def _lost(volume: MetaTensor, volume_shape: Sequence[int]) -> float:
+    """Share of the anatomy that centre cropping cuts off; background noise is none."""
+    if _excess(volume, volume_shape) <= 1:
+        return 0.0
+    plain = volume.as_tensor()
+    bright = torch.stack([torch.quantile(_thinned(c[c > 0]), 0.995) if (c > 0).any() else c.max() for c in plain])
+    anatomy = (plain > ANATOMY * bright.view(-1, 1, 1, 1)).any(0)
+    inside = CenterSpatialCrop(tuple(volume_shape))(anatomy[None])
+    return 1 - float(inside.sum()) / max(float(anatomy.sum()), 1.0)
+
+
+def _check_grid(volume: MetaTensor, volume_shape: Sequence[int], spacing: Sequence[float]) -> None:
     found = volume.pixdim.tolist()
     same_spacing = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(found, spacing, strict=True))
     if tuple(volume.shape[1:]) != tuple(volume_shape) or not same_spacing:
         raise ValueError(
-            f"with registered=True every scan must have {tuple(volume_shape)} voxels of {tuple(spacing)} mm, got "
-            f"{tuple(volume.shape[1:])} of {tuple(found)}; register them with examples/prepare_dataset.py."
+            f"a registered scan must have {tuple(volume_shape)} voxels of {tuple(spacing)} mm, got "
+            f"{tuple(volume.shape[1:])} of {tuple(found)}; register it with examples/prepare_dataset.py."
         )
-    return volume
+
+
+def place(
+    volume: MetaTensor,
+    volume_shape: Sequence[int],
+    spacing: Sequence[float],
+    antialias: bool = False,
+    fit: str = "crop",
+    registered: bool = False,
+) -> tuple[MetaTensor, Placement]:
+    """Prepared volume, as by ``volume_transform``, and how its anatomy lies in the grid; "refuse" is the caller's."""
+    if fit not in FITS:
+        raise ValueError(f"fit must be one of {list(FITS)}, got {fit!r}.")
+    scan = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(check_positive(volume))
+    if registered:
+        _check_grid(scan, volume_shape, spacing)
+        anatomy = CropForeground(allow_smaller=True)(scan)
+        size = tuple(side * step for side, step in zip(anatomy.shape[1:], spacing, strict=True))
+        return scale_foreground(scan), Placement(size, lost=0.0, shrunk=1.0)
+    volume = _resample(scan, spacing, antialias)
+    size = tuple(side * step for side, step in zip(volume.shape[1:], spacing, strict=True))
+    shrunk = 1.0
+    while fit == "shrink" and (excess := _excess(volume, volume_shape)) > 1:  # rounding may leave a voxel too many
+        shrunk *= excess
+        volume = _resample(scan, [step * shrunk for step in spacing], antialias)
+    placement = Placement(size, _lost(volume, volume_shape), shrunk)
+    return scale_foreground(ResizeWithPadOrCrop(spatial_size=tuple(volume_shape))(volume)), placement
 
 
 def volume_transform(
-    volume_shape: Sequence[int], spacing: Sequence[float], antialias: bool = False, registered: bool = False
-) -> Compose:
+    volume_shape: Sequence[int],
+    spacing: Sequence[float],
+    antialias: bool = False,
+    fit: str = "refuse",
+    registered: bool = False,
+) -> Callable[[MetaTensor], MetaTensor]:
     """Channel-first MetaTensor to (C, *volume_shape) in [0, 1], RAS, ``spacing`` mm; the affine follows every step.
 
-    With ``antialias`` the scan goes through ``smooth_for_spacing`` first. With ``registered`` it must have this size
-    and spacing already, and stays where it is.
+    Args:
+        volume_shape, spacing: of the result.
+        antialias: the scan goes through ``smooth_for_spacing`` first.
+        fit: what becomes of anatomy that is larger than the grid: "refuse" raises a ValueError, "shrink" takes larger
+            voxels for this scan (its affine says so), "crop" cuts it about its centre.
+        registered: the scan has this size and spacing already (ValueError) and stays where it lies.
     """
-    if registered:
-        same_grid = partial(check_grid, volume_shape=volume_shape, spacing=spacing)
-        return Compose([check_positive, Orientation(axcodes="RAS"), same_grid, scale_foreground])
-    smooth = [partial(smooth_for_spacing, spacing=spacing)] if antialias else []
-    return Compose(
-        [
-            check_positive,
-            Orientation(axcodes="RAS"),
-            *smooth,
-            Spacing(pixdim=tuple(spacing), mode="bilinear", padding_mode="zeros"),
-            CropForeground(allow_smaller=True),
-            ResizeWithPadOrCrop(spatial_size=tuple(volume_shape)),
-            scale_foreground,
-        ]
-    )
+
+    def transform(volume: MetaTensor) -> MetaTensor:
+        prepared, placement = place(volume, volume_shape, spacing, antialias, fit, registered)
+        if fit == "refuse":
+            refuse_cut({"this scan": placement}, volume_shape, spacing)
+        return prepared
+
+    return transform

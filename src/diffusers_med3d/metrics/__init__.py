@@ -1,7 +1,6 @@
-"""Measures of volumes and of sets of volumes. They import nothing else of this package and are never rewards."""
+"""Measures of volumes and of sets of volumes, which are never rewards."""
 
 from .bootstrap import Interval, bootstrap_interval, bootstrap_weights, class_shares, weighted_mean, weighted_pair_mean
-from .evaluate import evaluate
 from .features import Extractor, NamedExtractor, PlanarFeatures, SliceFeatures, features_of
 from .features3d import ScatteringFeatures
 from .frechet import frechet, frechet_dimensions, principal_components
@@ -16,10 +15,8 @@ from .image import (
 )
 from .kid import KernelDistance, kid, polynomial_kernel
 from .manifold import Manifold, manifold
-from .memorisation import Nearest, copy_threshold, nearest_training_scan
+from .memorisation import Nearest, copy_threshold, nearest_training_scan, training_above_unseen
 from .pretrained import EXTRACTORS, MedicalNetFeatures, extractor
-from .report import Figure, Report
-from .sets import VolumeSet, check_mix, check_scans
 from .similarity import Diversity, diversity, ms_ssim, ms_ssim_matrix
 from .symmetry import left_right_symmetry
 from .tissue import intensity_tissues, tissue_volumes
@@ -28,7 +25,6 @@ __all__ = [
     "EXTRACTORS",
     "Diversity",
     "Extractor",
-    "Figure",
     "Interval",
     "KernelDistance",
     "Manifold",
@@ -36,18 +32,13 @@ __all__ = [
     "NamedExtractor",
     "Nearest",
     "PlanarFeatures",
-    "Report",
     "ScatteringFeatures",
     "SliceFeatures",
-    "VolumeSet",
     "bootstrap_interval",
     "bootstrap_weights",
-    "check_mix",
-    "check_scans",
     "class_shares",
     "copy_threshold",
     "diversity",
-    "evaluate",
     "extractor",
     "features_of",
     "frechet",
@@ -69,6 +60,7 @@ __all__ = [
     "psnr",
     "sharpness",
     "tissue_volumes",
+    "training_above_unseen",
     "weighted_mean",
     "weighted_pair_mean",
 ]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Labels = Sequence[int] | NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -46,7 +48,7 @@ def bootstrap_interval(draws: ArrayLike) -> Interval:
 
 
 def bootstrap_weights(
-    subjects: Sequence[str], labels: Sequence[int], num_resamples: int, seed: int = 0
+    subjects: Sequence[str], labels: Labels, num_resamples: int, seed: int = 0
 ) -> NDArray[np.float64]:
     """Weights (1 + R, N): a row of ones, then how often each resample drew the scan's subject.
 
@@ -71,23 +73,23 @@ def bootstrap_weights(
     return np.concatenate([np.ones((1, len(subjects))), resampled])
 
 
-def class_shares(labels: Sequence[int]) -> dict[int, float]:
+def class_shares(labels: Labels) -> dict[int, float]:
     """Class -> its share of the scans."""
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
     return {int(label): float(count / len(labels)) for label, count in zip(classes, counts, strict=True)}
 
 
 def weighted_mean(
-    values: ArrayLike, weights: NDArray, labels: Sequence[int], shares: Mapping[int, float]
+    values: ArrayLike, weights: NDArray, labels: Labels, shares: Mapping[int, float]
 ) -> NDArray[np.float64]:
     """Mean of per-volume values (N,) under each row of weights (R, N), every class counting its share: (R,).
 
     Values that are NaN are left out; a class without any value makes the mean NaN.
     """
-    values, labels = np.asarray(values, dtype=np.float64), np.asarray(labels)
+    values = np.asarray(values, dtype=np.float64)
     total = np.zeros(len(weights))
     for label, share in shares.items():
-        keep = (labels == label) & np.isfinite(values)
+        keep = np.equal(labels, label) & np.isfinite(values)
         with np.errstate(invalid="ignore", divide="ignore"):
             total += share * (weights[:, keep] @ values[keep]) / weights[:, keep].sum(1)
     return total
@@ -97,9 +99,9 @@ def weighted_pair_mean(
     pairs: NDArray,
     allowed: NDArray,
     weights_a: NDArray,
-    labels_a: Sequence[int],
+    labels_a: Labels,
     weights_b: NDArray,
-    labels_b: Sequence[int],
+    labels_b: Labels,
     shares: Mapping[int, float],
     within_class: bool = False,
 ) -> NDArray[np.float64]:
@@ -112,14 +114,13 @@ def weighted_pair_mean(
         allowed: bool (N, M), False for pairs that do not count (one and the same subject).
         within_class: only pairs of one class, weighted by its share.
     """
-    labels_a, labels_b = np.asarray(labels_a), np.asarray(labels_b)
     kept = np.where(allowed, pairs, 0.0)
     total = np.zeros(len(weights_a))
     for first, first_share in shares.items():
         for second, second_share in shares.items():
             if within_class and first != second:
                 continue
-            rows, columns = labels_a == first, labels_b == second
+            rows, columns = np.equal(labels_a, first), np.equal(labels_b, second)
             block = np.ix_(rows, columns)
             left, right = weights_a[:, rows], weights_b[:, columns]
             count = ((left @ allowed[block].astype(np.float64)) * right).sum(1)

@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .bootstrap import Interval, bootstrap_interval, bootstrap_weights, class_shares, weighted_pair_mean
 
 
 class Nearest(NamedTuple):
@@ -13,7 +16,7 @@ class Nearest(NamedTuple):
 
     distance: Tensor  # (N,) root mean square difference to the nearest training scan
     ratio: Tensor  # (N,) that distance over the one to the nearest scan of another training subject, in [0, 1]
-    index: Tensor  # (N,) which training scan is nearest
+    scan: Tensor  # (N,) which training scan is nearest
 
 
 def _shifted(volumes: Tensor) -> list[Tensor]:
@@ -81,3 +84,27 @@ def copy_threshold(ratios: Tensor, share: float = 0.05) -> float:
             `share` and can be compared with samples.
     """
     return torch.quantile(ratios.double(), share).item()
+
+
+def training_above_unseen(
+    training_scores: Sequence[float],
+    unseen_scores: Sequence[float],
+    training_subjects: Sequence[str],
+    unseen_subjects: Sequence[str],
+    training_labels: Sequence[int],
+    unseen_labels: Sequence[int],
+) -> Interval | None:
+    """Memorisation of a reward: share of pairs of one class in which the training scan scores above the unseen one.
+
+    0.5 by chance, 1 if the training scans are known by heart; a tie counts half. Of the classes that both sets have, as
+    the unseen scans have them (None if there are none); interval over the subjects of both.
+    """
+    wins = 0.5 + 0.5 * np.sign(np.subtract.outer(training_scores, unseen_scores))
+    shares = class_shares([label for label in unseen_labels if label in training_labels])
+    if not shares:
+        return None
+    training = bootstrap_weights(training_subjects, training_labels, num_resamples=1000), training_labels
+    unseen = bootstrap_weights(unseen_subjects, unseen_labels, num_resamples=1000), unseen_labels
+    return bootstrap_interval(
+        weighted_pair_mean(wins, np.ones_like(wins, dtype=bool), *training, *unseen, shares, within_class=True)
+    )

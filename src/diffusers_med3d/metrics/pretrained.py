@@ -6,7 +6,7 @@ import torch
 from monai.networks.nets import resnet10, resnet50
 from torch import Tensor, nn
 
-from .features import PlanarFeatures, SliceFeatures
+from .features import Extractor, PlanarFeatures, SliceFeatures
 from .features3d import ScatteringFeatures
 
 EXTRACTORS = ("efficientnet-lite0", "haar-scattering-3d", "inception", "radimagenet", "medicalnet")
@@ -35,7 +35,11 @@ def extractor(name: str, device: str | torch.device = "cpu") -> Callable[[Tensor
         return SliceFeatures(device=device)
     if name == "haar-scattering-3d":
         return ScatteringFeatures()
-    makers = {"inception": _inception, "radimagenet": _radimagenet, "medicalnet": MedicalNetFeatures}
+    makers: dict[str, Callable[..., Extractor]] = {
+        "inception": _inception,
+        "radimagenet": _radimagenet,
+        "medicalnet": MedicalNetFeatures,
+    }
     if name not in makers:
         raise ValueError(f"unknown extractor {name!r}, expected one of {', '.join(EXTRACTORS)}.")
     try:
@@ -99,7 +103,8 @@ class MedicalNetFeatures:
     """
 
     def __init__(self, device: str | torch.device = "cpu", network: nn.Module | None = None) -> None:
-        self.device, self.extractor, self.blocks = torch.device(device), "medicalnet-resnet10/23 datasets, 3D", {}
+        self.device, self.extractor = torch.device(device), "medicalnet-resnet10/23 datasets, 3D"
+        self.blocks: dict[str, slice] = {}
         if network is None:
             network = resnet10(
                 pretrained=True,

@@ -20,12 +20,11 @@ def left_right_symmetry(volumes: Tensor, max_shift: int = 4) -> Tensor:
     if volumes.ndim != 5 or volumes.shape[2] <= max_shift:
         raise ValueError(f"Volumes must be (B, C, X, Y, Z) with X > {max_shift}, got {tuple(volumes.shape)}.")
     volumes = volumes.detach().float()
-    size, best = volumes.shape[2], None
-    mirrored = volumes.flip(2)
+    size, mirrored = volumes.shape[2], volumes.flip(2)
+    correlations = []
     for shift in range(-max_shift, max_shift + 1):
         here = volumes.narrow(2, max(shift, 0), size - abs(shift)).flatten(1)
         there = mirrored.narrow(2, max(-shift, 0), size - abs(shift)).flatten(1)
         here, there = here - here.mean(1, keepdim=True), there - there.mean(1, keepdim=True)
-        correlation = (here * there).sum(1) / (here.norm(dim=1) * there.norm(dim=1))
-        best = correlation if best is None else torch.maximum(best, correlation)
-    return best
+        correlations.append((here * there).sum(1) / (here.norm(dim=1) * there.norm(dim=1)))
+    return torch.stack(correlations).amax(0)

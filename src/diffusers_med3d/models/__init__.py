@@ -1,9 +1,9 @@
-"""Networks: MONAI's, behind diffusers' ModelMixin and ConfigMixin."""
+"""Networks, most of them MONAI's, as diffusers models that load and save themselves."""
 
 from .autoencoder import AutoencoderKL3D
-from .autoencoder_maisi import AutoencoderKLMaisi3D
+from .maisi import AutoencoderKLMaisi3D, DiffusionUNetMaisi3D
+from .reward import SliceRewardModel, VolumeRewardModel
 from .unet import DiffusionUNet3D, DiffusionUNet3DOutput
-from .unet_maisi import DiffusionUNetMaisi3D
 from .vq_model import VQModel3D
 
 __all__ = [
@@ -12,5 +12,7 @@ __all__ = [
     "DiffusionUNet3D",
     "DiffusionUNet3DOutput",
     "DiffusionUNetMaisi3D",
+    "SliceRewardModel",
     "VQModel3D",
+    "VolumeRewardModel",
 ]

@@ -1,44 +1,123 @@
 """AutoencoderKL3D: MONAI's AutoencoderKL as a diffusers model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from monai.networks.nets import AutoencoderKL
 
 from .latents import NormalizedLatentsMixin
 from .sizes import check_divisible, check_volumes
 
 
-class KLCodecMixin(NormalizedLatentsMixin):
-    """Encoder and decoder of MONAI's AutoencoderKL family, block by block."""
+class DiagonalGaussianDistribution3D(DiagonalGaussianDistribution):
+    """Normal distribution with independent elements, of 3D latents (B, c, x, y, z).
 
-    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Volumes (B, C, X, Y, Z) in [0, 1] to raw posterior mean and sigma, (B, latent_channels, X/f, Y/f, Z/f)."""
+    diffusers' class with its attributes ``mean``, ``std``, ``var`` and ``logvar`` and its methods ``mode()`` and
+    ``sample(generator)``. Its sums leave out the last axis of a 3D latent; those here do not.
+    """
+
+    def kl(self, other: "DiagonalGaussianDistribution3D | None" = None) -> torch.Tensor:
+        """Kullback-Leibler divergence from ``other``, by default the standard normal (Kingma & Welling 2014,
+        arXiv 1312.6114, appendix B).
+
+        Returns:
+            float32 (B,), summed over channels and places.
+        """
+        mean, logvar = self.mean.float(), self.logvar.float()
+        other_mean = 0.0 if other is None else other.mean.float()
+        other_logvar = torch.zeros_like(logvar) if other is None else other.logvar.float()
+        squares = (mean - other_mean).square() / other_logvar.exp()
+        return 0.5 * (squares + (logvar - other_logvar).exp() - 1 - logvar + other_logvar).flatten(1).sum(1)
+
+    def nll(self, sample: torch.Tensor, dims: tuple[int, ...] = (1, 2, 3, 4)) -> torch.Tensor:
+        """Negative log-likelihood of ``sample``, summed over ``dims``: (B,)."""
+        return super().nll(sample, list(dims))
+
+
+class KLCodecMixin(NormalizedLatentsMixin):
+    """``encode``, ``decode`` and ``forward`` of diffusers' ``AutoencoderKL`` for MONAI's AutoencoderKL family."""
+
+    @apply_forward_hook  # so that enable_model_cpu_offload brings the weights to the device
+    def encode(
+        self, x: torch.Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution3D]:
+        """Encode volumes to the distribution of their raw latents.
+
+        Args:
+            x: volumes (B, C, X, Y, Z) in [0, 1].
+            return_dict: return ``AutoencoderKLOutput`` or a tuple.
+
+        Returns:
+            ``latent_dist`` with ``mean`` and ``std`` (B, latent_channels, X/f, Y/f, Z/f).
+        """
         check_volumes(x, self.config.in_channels)
         check_divisible(x.shape[2:], self.downsample_factor, "volume shape")
         hidden = self._run(self.encoder.blocks, x)
-        log_variance = self.quant_conv_log_sigma(hidden).clamp(-30.0, 20.0)
-        return self.quant_conv_mu(hidden), torch.exp(log_variance / 2)
+        moments = torch.cat([self.quant_conv_mu(hidden), self.quant_conv_log_sigma(hidden)], dim=1)
+        posterior = DiagonalGaussianDistribution3D(moments)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Raw latents (B, latent_channels, x, y, z) to volumes (B, C, x*f, y*f, z*f), not clamped."""
-        return self._run(self.decoder.blocks, self.post_quant_conv(z))
+    @apply_forward_hook
+    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """Decode raw latents (B, latent_channels, x, y, z).
+
+        Returns:
+            ``sample``, volumes (B, C, x*f, y*f, z*f), not clamped.
+        """
+        decoded = self._run(self.decoder.blocks, self.post_quant_conv(z))
+        return DecoderOutput(sample=decoded) if return_dict else (decoded,)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Encode and decode volumes.
+
+        Args:
+            sample: volumes (B, C, X, Y, Z) in [0, 1].
+            sample_posterior: decode a draw from the distribution of the latents instead of its mean.
+            return_dict: return ``DecoderOutput`` or a tuple.
+            generator: of the draw.
+
+        Returns:
+            ``sample``, volumes (B, C, X, Y, Z), not clamped.
+        """
+        posterior = self.encode(sample).latent_dist
+        latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(latents, return_dict=return_dict)
 
     def encode_moments(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.encode(volumes)
+        posterior = self.encode(volumes).latent_dist
+        return posterior.mean, posterior.std
 
-    def decode_raw(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.decode(latents)
+    def encode_stage_2_inputs(self, x: torch.Tensor) -> torch.Tensor:
+        """A draw of raw latents of ``x``, for MONAI's inferers."""
+        return self.encode(x).latent_dist.sample()
+
+    def decode_stage_2_outputs(self, z: torch.Tensor) -> torch.Tensor:
+        """Volumes of raw latents ``z``, for MONAI's inferers."""
+        return self.decode(z).sample
+
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        """Round trip of ``x`` through the mean of its latents, as MONAI's method of this name."""
+        return self(x).sample
 
 
 class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
     """KL-regularised 3D autoencoder (Rombach et al. 2022, arXiv 2112.10752; Pinaya et al. 2022, arXiv 2209.07162).
 
-    State-dict keys are MONAI's. ``encode(volumes) -> (mean, sigma)``, ``decode(latents)`` and
-    ``forward(volumes) -> (reconstruction, mean, sigma)`` are MONAI's and work on raw latents; ``encode_latents`` and
-    ``decode_latents`` work on normalised ones.
+    State-dict keys are MONAI's, calls are those of diffusers' ``AutoencoderKL``: ``encode(volumes).latent_dist``,
+    ``decode(latents).sample`` and ``model(volumes).sample`` work on raw latents. ``encode_latents`` and
+    ``decode_latents`` work on normalised ones, as the pipeline does.
 
     Args:
         in_channels, out_channels: image channels.
@@ -52,6 +131,8 @@ class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
         include_fc: attention ends in a linear layer; networks of MONAI's GenerativeModels were trained without.
         latents_mean, latents_std: per-channel statistics of the raw latents over the training set.
         atlas_shape: size (x, y, z) of the atlas of the latents, see ``NormalizedLatentsMixin``; None for none.
+        data_settings: how the volumes of the training data were made (grid, intensity, classes), as
+            ``data.DataSettings.to_dict`` gives it; None where that is not known.
     """
 
     _supports_gradient_checkpointing = True
@@ -74,6 +155,7 @@ class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
         atlas_shape: Sequence[int] | None = None,
+        data_settings: dict[str, Any] | None = None,
     ) -> None:
         AutoencoderKL.__init__(
             self,

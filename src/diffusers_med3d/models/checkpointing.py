@@ -10,7 +10,7 @@ class CheckpointedBlocksMixin:
     """``_call`` a block, recomputing it in the backward pass when ``enable_gradient_checkpointing`` was called."""
 
     gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Any] | None = None
+    _gradient_checkpointing_func: Callable[..., Any]  # set by diffusers
 
     def _call(self, block: torch.nn.Module, *inputs: Any) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -7,8 +7,6 @@ residual branches start at zero, so training starts from a sharp linear code and
 is constant dominates the statistics of the last GroupNorms, which would otherwise erase absolute intensity.
 """
 
-from itertools import product
-
 import torch
 from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch import Tensor, nn
@@ -27,7 +25,8 @@ def haar_filter(band: tuple[int, int, int]) -> Tensor:
 
 def _coarsest(orders: list[int], keep: int) -> list[tuple[int, tuple[int, int, int]]]:
     """The ``keep`` coarsest (channel, band) pairs of a further split of channels with the given detail orders."""
-    pairs = [(channel, band) for channel in range(len(orders)) for band in product((0, 1), repeat=3)]
+    bands = [(i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)]
+    pairs = [(channel, band) for channel in range(len(orders)) for band in bands]
     return sorted(pairs, key=lambda pair: 2 * orders[pair[0]] + sum(pair[1]))[:keep]
 
 
@@ -105,13 +104,13 @@ def _blocks_at(num_res_blocks: int | list[int], level: int) -> int:
 
 
 def _zero(convolution: nn.Conv3d) -> None:
-    convolution.weight.zero_()
-    convolution.bias.zero_()
+    for parameter in convolution.parameters():
+        parameter.zero_()
 
 
 def _clear_rows(convolution: nn.Conv3d, rows: int) -> None:
-    convolution.weight[:rows] = 0
-    convolution.bias[:rows] = 0
+    for parameter in convolution.parameters():
+        parameter[:rows] = 0
 
 
 def _identity(convolution: nn.Conv3d, rows: int, scales: Tensor | None = None, biases: Tensor | None = None) -> None:
@@ -121,7 +120,7 @@ def _identity(convolution: nn.Conv3d, rows: int, scales: Tensor | None = None, b
     for row in range(rows):
         convolution.weight[row, row, centre, centre, centre] = 1.0 if scales is None else scales[row]
     if biases is not None:
-        convolution.bias[:rows] = biases
+        convolution.get_parameter("bias")[:rows] = biases
 
 
 def _pass_through(block: AEKLResBlock, carried: int, constant: bool) -> None:

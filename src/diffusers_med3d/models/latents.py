@@ -3,15 +3,15 @@
 from collections.abc import Iterable
 
 import torch
-from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch.nn import functional as F
 
-from ..hub import PublishMixin
+from ..hub.publish import PublishMixin
+from .casting import QuietCastMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
 
 
-class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
+class NormalizedLatentsMixin(PublishMixin, QuietCastMixin, CheckpointedBlocksMixin):
     """``encode_latents`` / ``decode_latents`` of an autoencoder with ``latents_mean``, ``latents_std`` in its config.
 
     Where scans lie in one frame, as heads do, most of a latent is the anatomy that all of them share. The buffer
@@ -19,12 +19,19 @@ class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
     of its channel. Normalised latents are then what makes one subject different from the mean, and a generator need
     not learn from noise where a brain is. Latents of another size get the atlas resized.
 
-    Subclasses give ``encode_moments(volumes) -> (mean, sigma)``, ``decode_raw(latents) -> volumes``,
-    ``downsample_factor`` and ``latent_channels``, and call ``_add_atlas``.
+    Subclasses give ``encode_moments`` and ``decode``, ``downsample_factor`` and ``latent_channels``, and call
+    ``_add_atlas``.
     """
 
     downsample_factor: int
     latent_channels: int
+    latents_atlas: torch.Tensor | None
+
+    def encode_moments(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the raw latents of volumes (B, C, X, Y, Z), each (B, latent_channels, X/f,
+        Y/f, Z/f); zeros where latents are not drawn.
+        """
+        raise NotImplementedError
 
     def _run(self, blocks: torch.nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
         for block in blocks:
@@ -33,9 +40,8 @@ class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
 
     def latent_shape(self, volume_shape: Iterable[int]) -> tuple[int, int, int]:
         """Spatial latent size of a volume of size (X, Y, Z); raises ValueError with the nearest size that fits."""
-        volume_shape = tuple(volume_shape)
-        check_divisible(volume_shape, self.downsample_factor, "volume shape")
-        return tuple(int(side) // self.downsample_factor for side in volume_shape)
+        x, y, z = check_divisible(tuple(volume_shape), self.downsample_factor, "volume shape")
+        return x // self.downsample_factor, y // self.downsample_factor, z // self.downsample_factor
 
     def _add_atlas(self, shape: Iterable[int] | None) -> None:
         self.register_buffer("latents_atlas", None if shape is None else torch.zeros(self.latent_channels, *shape))
@@ -80,7 +86,6 @@ class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
             mean = mean + atlas
         return mean, std
 
-    @apply_forward_hook  # so that enable_model_cpu_offload brings the weights to the device
     def encode_latents(self, volumes: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Encode volumes to normalised latents.
 
@@ -108,7 +113,6 @@ class NormalizedLatentsMixin(PublishMixin, CheckpointedBlocksMixin):
         mean, std = self._statistics(latents)
         return latents.float() * std + mean
 
-    @apply_forward_hook
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode normalised latents (B, latent_channels, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1]."""
-        return self.decode_raw(self.denormalize_latents(latents).to(self.dtype)).float().clamp(0.0, 1.0)
+        return self.decode(self.denormalize_latents(latents).to(self.dtype)).sample.float().clamp(0.0, 1.0)

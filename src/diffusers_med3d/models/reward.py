@@ -1,4 +1,4 @@
-"""Reward models: how real does a volume look? One eye for the whole volume (3D), one for its slices (2D).
+"""Reward models: how real a volume looks, judged by the whole volume (3D) or by its slices (2D).
 
 Both score a volume with one unbounded number, trained towards 1 for a real scan and 0 for heavy damage (see
 ``spectrum.py``), higher = more real. There is no sigmoid at the end, so the score does not flatten near real scans,
@@ -6,6 +6,7 @@ where reinforcement learning has to find its way. GroupNorm only: a sample's sco
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from diffusers.configuration_utils import register_to_config
 from monai.networks.blocks import Convolution, ResidualUnit
 from torch import nn
 
-from ..hub import PublishMixin
+from ..hub.publish import PublishMixin
+from .casting import QuietCastMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_volumes
 
@@ -66,7 +68,7 @@ class ResidualScorer(CheckpointedBlocksMixin, nn.Module):
             hidden = self._call(block, hidden)
             pooled.append(hidden.float().flatten(2).mean(-1))
         pooled.append(hidden.float().flatten(2).amax(-1))
-        features = torch.cat(pooled, dim=1).to(self.head[0].weight.dtype)
+        features = torch.cat(pooled, dim=1).to(next(self.head.parameters()).dtype)
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features).squeeze(1)
 
@@ -93,13 +95,13 @@ def mirror(volumes: torch.Tensor) -> torch.Tensor:
     return (mirrored * inside[:, :, None, None, None]).movedim(1, 2)
 
 
-class _RewardModel(PublishMixin, ModelMixin, ConfigMixin):
-    """What the two reward models share: the checks at the door, what the networks see, the mean over the ensemble.
+class _RewardModel(PublishMixin, QuietCastMixin, ModelMixin, ConfigMixin):
+    """What the two reward models share: checks of the input, what the networks see, the mean over the ensemble.
 
     A network sees an image, what a 3-voxel box filter takes away from it (fine detail is a twentieth of the intensity
     range and would take long to be noticed), and, with ``compare_sides``, the difference of the filtered image and its
-    mirror image: on brains this tells half-swapped scans from others (AUC 0.98 where the step at the seam gives 0.76),
-    while a network without it has to carry one side's anatomy across the volume to compare.
+    mirror image: on brains this separates half-swapped scans from others (AUC 0.98, where the step at the seam gives
+    0.76), while a network without it has to carry one side's anatomy across the volume to compare.
     """
 
     _supports_gradient_checkpointing = True
@@ -163,7 +165,7 @@ def _check_architecture(channels: Sequence[int], norm_num_groups: int, num_membe
 
 
 class VolumeRewardModel(_RewardModel):
-    """The 3D eye: scores a whole volume (shape, left-right agreement, large-scale anatomy).
+    """Scores a whole volume by realism (shape, left-right agreement, large-scale anatomy).
 
     Args:
         in_channels: channels of a volume.
@@ -172,6 +174,8 @@ class VolumeRewardModel(_RewardModel):
         num_members: networks of the ensemble, which differ by their initial weights; the score is their mean.
         compare_sides: show the networks the difference to the mirror image across the first axis (left to right): for
             anatomy that is nearly symmetric.
+        data_settings: how the volumes of the training data were made (grid, intensity, classes), as
+            ``data.DataSettings.to_dict`` gives it; None where that is not known.
     """
 
     @register_to_config
@@ -182,6 +186,7 @@ class VolumeRewardModel(_RewardModel):
         norm_num_groups: int = 8,
         num_members: int = 2,
         compare_sides: bool = False,
+        data_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_architecture(channels, norm_num_groups, num_members)
@@ -194,12 +199,12 @@ class VolumeRewardModel(_RewardModel):
 
 
 class SliceRewardModel(_RewardModel):
-    """The 2D eye: scores slices across the three axes (texture, folds, edges); a volume's score is their mean.
+    """Scores slices across the three axes by realism (texture, folds, edges); a volume's score is their mean.
 
     Slices lie evenly between the two positions that cut ``mass_margin`` of the volume's intensity off either end of an
     axis, so they follow the anatomy and not the field of view. In training mode each is moved at random within its own
     interval, by the same share in every volume of the batch: versions of one subject are compared on the same slices.
-    One network serves the three orientations and is told which one it sees by a learned embedding.
+    One network serves the three orientations; a learned embedding tells it the orientation.
 
     Args:
         in_channels: channels of a volume.
@@ -210,6 +215,8 @@ class SliceRewardModel(_RewardModel):
         mass_margin: share of the intensity that lies before the first and after the last interval of an axis.
         compare_sides: show the networks the difference to the same slice of the mirror image across the first axis
             (left to right): for anatomy that is nearly symmetric.
+        data_settings: how the volumes of the training data were made (grid, intensity, classes), as
+            ``data.DataSettings.to_dict`` gives it; None where that is not known.
     """
 
     @register_to_config
@@ -222,6 +229,7 @@ class SliceRewardModel(_RewardModel):
         num_slices: int = 8,
         mass_margin: float = 0.03,
         compare_sides: bool = False,
+        data_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_architecture(channels, norm_num_groups, num_members)

@@ -1,12 +1,12 @@
-"""Sizes that a network can take: checked at the door, with the nearest that fits in the message."""
+"""Checks of sizes and volumes, with the nearest size that fits in the message."""
 
 from collections.abc import Sequence
 
 import torch
 
 
-def check_divisible(shape: Sequence[int], divisor: int, what: str) -> None:
-    """Refuse spatial sizes that are not positive multiples of ``divisor``.
+def check_divisible(shape: Sequence[int], divisor: int, what: str) -> tuple[int, int, int]:
+    """A spatial size as whole numbers; sizes that are not positive multiples of ``divisor`` are refused.
 
     Args:
         shape: spatial size (X, Y, Z) in voxels.
@@ -16,14 +16,16 @@ def check_divisible(shape: Sequence[int], divisor: int, what: str) -> None:
     Raises:
         ValueError: names the size found and the nearest that fits.
     """
-    shape = tuple(int(side) for side in shape)
     if len(shape) != 3:
-        raise ValueError(f"{what} must have three sides (X, Y, Z), got {shape}.")
+        raise ValueError(f"{what} must have three sides (X, Y, Z), got {tuple(shape)}.")
+    x, y, z = (int(side) for side in shape)
+    shape = (x, y, z)
     if any(side < divisor or side % divisor for side in shape):
         nearest = tuple(max(divisor, round(side / divisor) * divisor) for side in shape)
         raise ValueError(
             f"{what} {shape} must be a multiple of {divisor} on every side; the nearest that fits is {nearest}."
         )
+    return x, y, z
 
 
 def check_volumes(volumes: torch.Tensor, channels: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -12,10 +13,13 @@ from monai.networks.nets import DiffusionModelUNet
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import nn
 
-from ..flow import FLOW_TIMESTEPS, preconditioning
-from ..hub import PublishMixin
+from ..hub.publish import PublishMixin
+from ..schedulers.flow import FLOW_TIMESTEPS, preconditioning
+from .casting import QuietCastMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv3d)
 
 
 @dataclass
@@ -26,7 +30,7 @@ class DiffusionUNet3DOutput(BaseOutput):
 
 
 class DiffusionUNet3D(
-    PublishMixin, CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, DiffusionModelUNet, ConfigMixin
+    PublishMixin, QuietCastMixin, CheckpointedBlocksMixin, ModelMixin, PeftAdapterMixin, DiffusionModelUNet, ConfigMixin
 ):
     """3D UNet that predicts noise, velocity or sample from a noisy latent (Pinaya et al. 2022, arXiv 2209.07162).
 
@@ -107,15 +111,16 @@ class DiffusionUNet3D(
         if num_modes and mode_shape is None:
             raise ValueError(f"num_modes={num_modes} needs mode_shape, the spatial size of the latents.")
         embedding_size, shortcuts = self.time_embed[-1].out_features, 2 * out_channels if num_modes else out_channels
-        self.skip_scale = self.place_scale = self.mode_scale = None
+        self.skip_scale = self.place_scale = None
         if sample_skip:
             self.skip_scale = _zeros(nn.Linear(embedding_size, shortcuts))
         if sample_gate:
             self.place_scale = _zeros(nn.Conv3d(channels[0], shortcuts, kernel_size=3, padding=1))
-        self.register_buffer("modes", torch.zeros(num_modes, in_channels, *mode_shape) if num_modes else None)
-        if num_modes:
+        self.register_buffer("modes", None)
+        if num_modes and mode_shape is not None:
+            self.register_buffer("modes", torch.zeros(num_modes, in_channels, *mode_shape))
             self.mode_scale = _zeros(nn.Linear(embedding_size, num_modes))
-            nn.init.constant_(self.mode_scale.bias, 0.3)
+            nn.init.constant_(self.mode_scale.get_parameter("bias"), 0.3)
         self.position = None if position_shape is None else nn.Parameter(torch.zeros(1, channels[0], *position_shape))
         placed = precondition and position_shape is not None
         self.register_buffer("data_variance", torch.ones(1, in_channels, *position_shape) if placed else None)
@@ -243,7 +248,7 @@ class DiffusionUNet3D(
         return DiffusionUNet3DOutput(sample=prediction) if return_dict else (prediction,)
 
 
-def _zeros(layer: nn.Linear | nn.Conv3d) -> nn.Linear | nn.Conv3d:
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+def _zeros(layer: Layer) -> Layer:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer

@@ -1,7 +1,7 @@
-"""Reinforcement learning of a diffusion policy as pure functions: transition -> objective -> rollout, no framework."""
+"""Reinforcement learning of a diffusion policy as pure functions of tensors: transition, objective and rollout."""
 
 from .objective import Advantages, as_reward_tensor, clip_fraction, clipped_loss, group_advantages
-from .rollout import Trajectory, derive_seed, deterministic_steps, generators_for, rollout, rollout_window
+from .rollout import Trajectory, deterministic_steps, rollout, rollout_window
 from .transition import Transition, check_scheduler, deterministic_step, gaussian_kl, log_prob, transition
 
 __all__ = [
@@ -12,11 +12,9 @@ __all__ = [
     "check_scheduler",
     "clip_fraction",
     "clipped_loss",
-    "derive_seed",
     "deterministic_step",
     "deterministic_steps",
     "gaussian_kl",
-    "generators_for",
     "group_advantages",
     "log_prob",
     "rollout",

@@ -8,7 +8,6 @@ window lies is drawn per rollout and is the same for every sample and rank.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -25,16 +24,6 @@ class Trajectory(NamedTuple):
     next_states: torch.Tensor  # (W, B, C, X, Y, Z), x_{t-1} of each trained step
     log_probs: torch.Tensor  # (W, B)
     final: torch.Tensor  # (B, C, X, Y, Z), x_0
-
-
-def derive_seed(*keys: int) -> int:
-    """One 63-bit seed from integers such as (seed, rollout, sample): the same on every machine, unlike `hash`."""
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def generators_for(keys: Sequence[Sequence[int]]) -> list[torch.Generator]:
-    """One CPU generator per sample, so that a sample does not depend on its batch, rank or device."""
-    return [torch.Generator().manual_seed(derive_seed(*key)) for key in keys]
 
 
 def rollout_window(

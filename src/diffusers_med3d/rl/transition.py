@@ -9,15 +9,15 @@ range does not depend on how large the latent is: a clip of 1e-4 here stands for
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from ..flow import check_supported
+from ..schedulers.flow import check_supported
 from .flow import flow_sde, flow_times
 
-Scheduler = DDIMScheduler | DDPMScheduler | FlowMatchEulerDiscreteScheduler
+Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler | FlowMatchEulerDiscreteScheduler
 DDPM_VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 
 
@@ -115,7 +115,7 @@ def transition(
     model_output, sample = model_output.float(), sample.float()
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return Transition(*flow_sde(model_output, sample, *flow_times(scheduler, timestep), eta))
-    alpha, alpha_previous = _alphas(scheduler, timestep)
+    alpha, alpha_previous = _alphas(scheduler, int(timestep))
     clean, noise = _clean_and_noise(scheduler, model_output, sample, alpha)
     beta = 1.0 - alpha / alpha_previous
     variance = (1.0 - alpha_previous) / (1.0 - alpha) * beta
@@ -141,7 +141,7 @@ def deterministic_step(
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         time, next_time = flow_times(scheduler, timestep)
         return sample.float() + (next_time - time) * model_output.float()
-    alpha, alpha_previous = _alphas(scheduler, timestep)
+    alpha, alpha_previous = _alphas(scheduler, int(timestep))
     clean, noise = _clean_and_noise(scheduler, model_output.float(), sample.float(), alpha)
     return math.sqrt(alpha_previous) * clean + math.sqrt(1.0 - alpha_previous) * noise
 

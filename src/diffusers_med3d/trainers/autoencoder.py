@@ -9,13 +9,16 @@ from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 from torch.utils.data import Dataset as TorchDataset
 
-from .. import figures, metrics
+from .. import metrics
 from ..data import FOREGROUND_THRESHOLD, VolumeDataset
+from ..evaluation import figures
+from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
-from .base import Med3DConfig, Med3DTrainer
-from .losses import gradient_l1, kl_to_standard_normal, spectral_l1
+from .base import Med3DConfig, Med3DTrainer, describe_volumes
+from .losses import gradient_l1, spectral_l1
 
 
 @dataclass
@@ -69,8 +72,8 @@ class AutoencoderConfig(Med3DConfig):
 class CropDataset(TorchDataset):
     """Random crops (C, s, s, s), flipped left-right half of the time.
 
-    Half are centred on a foreground voxel, half lie anywhere: GroupNorm sees the whole input (PITFALLS P20), so the
-    share of background must vary in training as it does between a crop and a whole volume.
+    Half are centred on a foreground voxel, half lie anywhere: GroupNorm sees the whole input (docs/pitfalls.md, P20),
+    so the share of background must vary in training as it does between a crop and a whole volume.
 
     An item is ``{"index": int}``; the training step cuts the crops with ``draw``. The loader reads a batch ahead of the
     step, so crops that it cut would leave the random state of a checkpoint one batch ahead, and a resumed run would not
@@ -79,7 +82,7 @@ class CropDataset(TorchDataset):
 
     def __init__(self, volumes: VolumeDataset, crop_size: int, divisor: int) -> None:
         sides = volumes[0]["volume"].shape[1:]
-        if crop_size % divisor or any(crop_size > side for side in sides):
+        if crop_size % divisor or crop_size > max(sides):
             raise ValueError(
                 f"crop_size {crop_size} must be a multiple of {divisor} and fit in volumes of {tuple(sides)}."
             )
@@ -94,13 +97,16 @@ class CropDataset(TorchDataset):
         return {"index": index}
 
     def draw(self, indices: Tensor) -> Tensor:
-        """One random crop of each volume: (B,) to (B, C, s, s, s), with numbers from torch's global generator."""
+        """One random crop of each volume: (B,) to (B, C, s, s, s), with numbers from torch's global generator.
+
+        Along an axis of fewer voxels (a stack of few slices) all of them are taken.
+        """
         return torch.stack([self._crop(index) for index in indices.tolist()])
 
     def _crop(self, index: int) -> Tensor:
         volume = self.volumes[index]
         if self.crop_size:
-            limit = torch.tensor(volume.shape[1:]) - self.crop_size
+            limit = (torch.tensor(volume.shape[1:]) - self.crop_size).clamp(min=0)
             corner = (torch.rand(3) * (limit + 1)).long()
             if torch.rand(()) < 0.5:
                 foreground = self.foreground[index]
@@ -110,6 +116,16 @@ class CropDataset(TorchDataset):
         if torch.rand(()) < 0.5:
             volume = volume.flip(1)
         return volume
+
+
+DISCRIMINATOR_SIDE = 12
+"""Voxels that a side must have for the discriminator's four convolutions to leave one patch."""
+
+
+def pad_thin(volume: Tensor) -> Tensor:
+    """Background (0) around a (B, C, X, Y, Z) stack on the sides that are too short for the discriminator."""
+    missing = [max(0, DISCRIMINATOR_SIDE - side) for side in volume.shape[:1:-1]]  # Z, Y, X, as F.pad has them
+    return F.pad(volume, [part for gap in missing for part in (gap // 2, gap - gap // 2)]) if any(missing) else volume
 
 
 def latent_statistics(
@@ -125,7 +141,8 @@ def latent_statistics(
     Returns:
         mean (c,), standard deviation (c,) of what is left after mean and atlas, and atlas (c, x, y, z) or None.
     """
-    total, squares, count = 0.0, 0.0, 0
+    total = squares = torch.zeros((), dtype=torch.double)
+    count = 0
     for mean, sigma in moments:
         mean, sigma = mean.double().cpu(), sigma.double().cpu()
         total, count = total + mean, count + 1
@@ -162,7 +179,7 @@ class AutoencoderLosses(nn.Module):
             for layer in self.discriminator.modules():
                 if isinstance(layer, nn.Conv3d):  # MONAI's N(0, 0.02) counts on norms
                     nn.init.kaiming_normal_(layer.weight, 0.2)
-                    nn.init.zeros_(layer.bias)
+                    nn.init.zeros_(layer.get_parameter("bias"))
             self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares")
         self.args = args
 
@@ -170,12 +187,13 @@ class AutoencoderLosses(nn.Module):
         """(B, C, X, Y, Z) in [0, 1] to scalar losses; ``loss`` is the one to minimise."""
         args = self.args
         if isinstance(self.autoencoder, VQModel3D):
-            reconstruction, regularizer = self.autoencoder(volume)
-            parts = {"commitment": regularizer}
-            loss = args.commitment_weight * regularizer
+            reconstruction, commitment = self.autoencoder(volume, return_dict=False)
+            parts = {"commitment": commitment}
+            loss = args.commitment_weight * commitment
         else:
-            reconstruction, mean, sigma = self.autoencoder(volume)
-            parts = {"kl": kl_to_standard_normal(mean, sigma)}
+            posterior = self.autoencoder.encode(volume).latent_dist
+            reconstruction = self.autoencoder.decode(posterior.sample()).sample
+            parts = {"kl": posterior.kl().mean() / posterior.mean[0].numel()}
             loss = args.kl_weight * parts["kl"]
         reconstruction, volume = reconstruction.float(), volume.float()
         parts["l1"] = (reconstruction - volume).abs().mean()
@@ -184,6 +202,7 @@ class AutoencoderLosses(nn.Module):
         loss = loss + parts["l1"] + args.gradient_weight * parts["gradient"] + args.spectral_weight * parts["spectral"]
         if self.discriminator is not None and adversarial:
             frozen = {name: tensor.detach() for name, tensor in self.discriminator.named_parameters()}
+            reconstruction, volume = pad_thin(reconstruction), pad_thin(volume)
             judged = functional_call(self.discriminator, frozen, (reconstruction,))[-1].float()
             parts["adversarial"] = self.adversarial_loss(judged, target_is_real=True, for_discriminator=False)
             fake = self.discriminator(reconstruction.detach())[-1].float()
@@ -231,6 +250,9 @@ class AutoencoderTrainer(Med3DTrainer):
             eval_dataset=eval_dataset,
             **kwargs,
         )
+        self.card_data = describe_volumes(train_dataset, eval_dataset)
+        self.card_volume_shape = tuple(train_dataset[0]["volume"].shape[1:])
+        self.inherited_license = inherited_license(model)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
         """One step's loss; its parts are averaged into the next log."""
@@ -268,8 +290,7 @@ class AutoencoderTrainer(Med3DTrainer):
 
     def reconstruct(self, volumes: Tensor) -> Tensor:
         """Round trip through the posterior mean (VQ: the quantised code), clamped to [0, 1]."""
-        mean, _ = self.autoencoder.encode_moments(volumes)
-        return self.autoencoder.decode_raw(mean).float().clamp(0.0, 1.0)
+        return self.autoencoder(volumes).sample.float().clamp(0.0, 1.0)
 
     def codes_used(self, volumes: Tensor) -> float:
         """Share of the codebook that the volumes use."""
@@ -284,10 +305,11 @@ class AutoencoderTrainer(Med3DTrainer):
             self.autoencoder.encode_moments(item["volume"].as_tensor()[None].to(self.args.device))
             for item in self.train_volumes
         )
-        moments = ((mean[0], sigma[0]) for mean, sigma in moments)
-        return latent_statistics(moments, self.args.latent_atlas, self.args.latent_scaling)
+        pairs = ((mean[0], sigma[0]) for mean, sigma in moments)
+        return latent_statistics(pairs, self.args.latent_atlas, self.args.latent_scaling)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the autoencoder with its latent statistics."""
         self.autoencoder.set_latent_statistics(*self.latent_statistics())
+        self.autoencoder.register_to_config(data_settings=self.train_volumes.settings.to_dict())
         self.autoencoder.save_pretrained(folder)

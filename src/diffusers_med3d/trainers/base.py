@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,11 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import TrainerState
+from transformers.trainer_callback import TrainerControl, TrainerState
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
-from .. import cards, figures, hub
+from ..data import VolumeDataset
+from ..evaluation import figures
+from ..hub import cards
+from ..hub.publish import model_files, publish
 
 COMPLETE_MARKER = "complete"
 """Last file written into a checkpoint: without it the run was killed while saving."""
@@ -43,9 +46,9 @@ _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
 }
 """What transformers calls gradient checkpointing: newer versions have both names and warn of the second."""
 
-_ALWAYS_TOLD = ("max_steps", "per_device_train_batch_size", "learning_rate", "seed")
-_TOLD = (
-    *_ALWAYS_TOLD,
+_ALWAYS_IN_CARD = ("max_steps", "per_device_train_batch_size", "learning_rate", "seed")
+_IN_CARD = (
+    *_ALWAYS_IN_CARD,
     *("gradient_accumulation_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_grad_norm"),
     *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16"),
     *("load_best_model_at_end", "metric_for_best_model"),
@@ -74,7 +77,7 @@ def keep_small_convolutions_exact(model: nn.Module, args: "Med3DConfig") -> None
         return
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
-            module._conv_forward = partial(_convolve, module._conv_forward)
+            module._conv_forward = partial(_convolve, module._conv_forward)  # type: ignore[method-assign]
 
 
 def _convolve(inner: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -133,16 +136,18 @@ class Med3DConfig(_BaseConfig):
             "CPUs it is torch's half an hour."
         },
     )
-    weights_license: str = field(
-        default="other",
-        metadata={"help": "Licence of the weights, for the model card; cc-by-sa-3.0 when trained on IXI."},
+    weights_license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the weights, for the model card: the Hub's identifier, such as cc-by-sa-3.0. Not set: "
+            "that of the model which training starts from, where it is known, else 'other'."
+        },
     )
 
     def __post_init__(self) -> None:
-        use_all_cores()  # here, because scripts compute (a spectrum, latents) before there is a trainer
         if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True  # also after `accelerate launch --cpu`, of which transformers knows nothing
-        if "activation_checkpointing" in _CHECKPOINTING and self.activation_checkpointing is None:
+        if "activation_checkpointing" in _CHECKPOINTING and vars(self)["activation_checkpointing"] is None:
             self.activation_checkpointing = self.gradient_checkpointing
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast(on_gpu=not self.use_cpu)
@@ -166,14 +171,14 @@ class Med3DConfig(_BaseConfig):
 class _EMACallback(TrainerCallback):
     """Moves the average after every optimizer step."""
 
-    def __init__(self, trainer: "Med3DTrainer") -> None:
-        self.trainer = trainer
+    def __init__(self, ema: EMAModel, parameters: list[nn.Parameter]) -> None:
+        self.ema, self.parameters = ema, parameters
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.trainer.ema.to(args.device)  # DeepSpeed places the weights only now
+        self.ema.to(args.device)  # DeepSpeed places the weights only now
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.trainer.ema.step(self.trainer.ema_parameters)
+        self.ema.step(self.parameters)
 
 
 class _TimeLimitCallback(TrainerCallback):
@@ -225,13 +230,20 @@ class Med3DTrainer(_BaseTrainer):
     Subclasses give ``compute_loss`` and ``save_pretrained(folder)``, which writes what ``from_pretrained`` reads.
     """
 
+    control: TrainerControl
     loss_is_scaled_for_ga = False
     round_steps = 1
     """Optimizer steps between two states that a checkpoint can hold."""
     card_notes = ""
     """Markdown that the model card starts with: results, pictures."""
+    card_data = ""
+    """Markdown that says what the model was trained on, for the model card: never names, ids or paths."""
+    card_volume_shape: Sequence[int] | None = None
+    """Size (X, Y, Z) of the volumes that the model was trained on, for the model card."""
     card_base_model = ""
     """Bundled name or Hub id of what is fine-tuned, for the model card."""
+    inherited_license: str | None = None
+    """Licence of what training starts from; ``weights_license`` overrides it."""
     _name = "Med3D"
     _tag_names = ["diffusers-med3d"]
 
@@ -261,7 +273,7 @@ class Med3DTrainer(_BaseTrainer):
         self.ema_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if args.ema_decay > 0:
             self.ema = EMAModel(self.ema_parameters, decay=args.ema_decay)
-            self.add_callback(_EMACallback(self))
+            self.add_callback(_EMACallback(self.ema, self.ema_parameters))
 
     def _send_telemetry(self) -> None:
         """Nothing about anybody's scans leaves the machine."""
@@ -302,22 +314,25 @@ class Med3DTrainer(_BaseTrainer):
             return
         folder, name = Path(self.args.output_dir), model_name or Path(self.args.output_dir).name
         if (folder / "model_index.json").is_file() or (folder / "config.json").is_file():
-            card = cards.of_folder(folder, self.hub_model_id or name)
+            card = cards.of_folder(folder, self.hub_model_id or _for_snippet(folder), self.card_volume_shape)
         else:
             card = cards.Card(name, what="The model has not been saved yet.", use="")
         evaluations = [row for row in self.state.log_history if any(key.startswith("eval_") for key in row)]
         measured = evaluations[-1] if evaluations else {}
         card.name = name
-        card.license = self.args.weights_license
+        card.license = self.args.weights_license or self.inherited_license or "other"
         card.base_model = self.card_base_model
         card.tags = [*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
         card.datasets = [dataset_name] if dataset_name else []
-        card.data = f"Data: {dataset_name or 'not stated'}. Licence of the weights: {card.license}."
+        named = f"Data: {dataset_name}." if dataset_name else ""
+        of_base = "" if self.args.weights_license or not self.inherited_license else ", that of the model it comes from"
+        licence = f"Licence of the weights: {card.license}{of_base}."
+        card.data = " ".join(filter(None, (named, self.card_data, licence)))
         card.training = "\n".join(
             [
                 f"Trained with `diffusers_med3d.{type(self).__name__}`, {self.state.global_step} optimizer steps.",
                 *["", "| argument | value |", "|---|---|"],
-                *(f"| {name} | {value} |" for name, value in told_arguments(self.args).items()),
+                *(f"| {name} | {value} |" for name, value in card_arguments(self.args).items()),
             ]
         )
         card.figures = [
@@ -356,10 +371,10 @@ class Med3DTrainer(_BaseTrainer):
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**{"model_name": self.hub_model_id.split("/")[-1], **kwargs})
-        return hub.publish(
+        return publish(
             self.args.output_dir,
             self.hub_model_id,
-            hub.model_files(self.args.output_dir),
+            model_files(self.args.output_dir),
             token=token,
             commit_message=commit_message,
             revision=self.args.hub_revision if revision is None else revision,
@@ -436,7 +451,22 @@ class Med3DTrainer(_BaseTrainer):
                 tensor.copy_(shadow[str(i)])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As ``transformers.Trainer.train``; a finished run that is resumed only loads what it ended with."""
+        """As ``transformers.Trainer.train``; a finished run that is resumed only loads what it ended with.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint; "latest" for the newest whole one in ``output_dir``, or a
+                fresh start where there is none; True for the same, where there must be one.
+            kwargs: as in transformers.
+
+        Raises:
+            ValueError: True, and there is no whole checkpoint.
+        """
+        use_all_cores()
+        if resume_from_checkpoint in ("latest", True):
+            found = last_checkpoint(self.args.output_dir)
+            if found is None and resume_from_checkpoint is True:
+                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
+            resume_from_checkpoint = found
         if isinstance(resume_from_checkpoint, str):
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
@@ -451,22 +481,43 @@ class Med3DTrainer(_BaseTrainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-def told_arguments(args: Med3DConfig) -> dict[str, Any]:
-    """What a model card says of the arguments: all of our own and those in ``_TOLD`` that are not the default."""
+def _for_snippet(folder: Path) -> str:
+    """How a snippet names a folder: relative to where the run was started, and never by an absolute path."""
+    folder = folder.resolve()
+    return str(folder.relative_to(Path.cwd())) if folder.is_relative_to(Path.cwd()) else folder.name
+
+
+def describe_volumes(volumes: VolumeDataset, validation: VolumeDataset | None) -> str:
+    """Numbers of scans and subjects and their grid in a sentence, for a model card."""
+    subjects = len({item["subject"] for item in volumes})
+    volume = volumes[0]["volume"]
+    shape, spacing = (" x ".join(f"{v:g}" for v in values) for values in (volume.shape[1:], volume.pixdim))
+    held_out = f"; {len(validation)} scans of other subjects for validation" if validation is not None else ""
+    return (
+        f"Trained on {len(volumes)} scans of {subjects} subjects, brought to {shape} voxels of {spacing} mm, RAS axes, "
+        f"intensities in [0, 1]{held_out}."
+    )
+
+
+def card_arguments(args: Med3DConfig) -> dict[str, Any]:
+    """Arguments that a model card lists: all of our own and those in ``_IN_CARD`` that are not the default."""
     inherited = {entry.name for entry in dataclasses.fields(_BaseConfig)}
-    told = {}
+    kept = {}
     for entry in dataclasses.fields(args):
-        if entry.name == "weights_license" or (entry.name in inherited and entry.name not in _TOLD):
+        if entry.name == "weights_license" or (entry.name in inherited and entry.name not in _IN_CARD):
             continue
         value = vars(args)[entry.name]
         default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
-        if entry.name in _ALWAYS_TOLD or value != default:
-            told[entry.name] = value.value if isinstance(value, Enum) else value
-    return told
+        if entry.name in _ALWAYS_IN_CARD or value != default:
+            kept[entry.name] = value.value if isinstance(value, Enum) else value
+    return kept
 
 
 def use_all_cores() -> None:
-    """``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU; a single process takes all cores it may run on."""
+    """``accelerate launch`` sets OMP_NUM_THREADS=1 on a CPU; a single process takes all cores it may run on.
+
+    ``train`` calls this; a script that computes before (a spectrum, latents) calls it at its start.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
         torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -476,10 +527,3 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest whole checkpoint in ``output_dir``, None when there is none."""
     found = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{COMPLETE_MARKER}")]
     return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
-
-
-def checkpoint_to_resume(args: Med3DConfig) -> str | None:
-    """Answer to ``--resume_from_checkpoint``: None, a folder, or "latest" (None when there is no whole one yet)."""
-    if args.resume_from_checkpoint == "latest":
-        return last_checkpoint(args.output_dir)
-    return args.resume_from_checkpoint

@@ -15,6 +15,7 @@ Gaussian of known variance.
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,34 +30,35 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
-from ..figures import orthogonal_views
-from ..flow import set_timesteps
-from ..hub import public_name
-from ..lora import lora_layers, write_lora
+from ..data import check_same_settings, settings_of
+from ..evaluation.figures import orthogonal_views
+from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
-from ..pipeline import MedDiffusion3DPipeline, guided_prediction
-from ..rewards import SliceReward, VolumeReward
+from ..pipelines.conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
+from ..pipelines.lora import lora_layers, write_lora
+from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline, guided_prediction
+from ..rewards.learned import SliceReward, VolumeReward
+from ..rewards.loading import Reward, load_rewards
+from ..rewards.scoring import check_signature, reward_names, score
 from ..rl import (
     Trajectory,
     check_scheduler,
     clip_fraction,
     clipped_loss,
-    derive_seed,
     deterministic_steps,
     gaussian_kl,
-    generators_for,
     group_advantages,
     log_prob,
     rollout,
     rollout_window,
     transition,
 )
+from ..schedulers.flow import set_timesteps
+from ..utils.seeding import derive_seed, generators_for
 from .base import Med3DTrainer, keep_small_convolutions_exact
-from .conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
 from .lora import add_lora, check_no_lora, enable_lora, merged
-from .scoring import RewardFunc, reward_names, score
 
 INITIAL, SHARED_INITIAL, STEP, EVALUATION = range(4)  # what a random stream is for; part of its seed
 REFERENCE_FILE = "reference.safetensors"
@@ -106,7 +108,9 @@ class DDPOTrainer(Med3DTrainer):
     Args:
         model: pipeline with a DDIM, DDPM or FlowMatchEulerDiscrete scheduler, or what
             `MedDiffusion3DPipeline.from_pretrained` takes. Its UNet is trained in place.
-        reward_funcs: one or more callables `f(volumes, **conditions) -> list[float | None] | Tensor[B]`, sync or async.
+        reward_funcs: one or more rewards, in any mixture: callables
+            `f(volumes, **conditions) -> list[float | None] | Tensor[B]`, sync or async, reward models, and names as
+            `load_reward` takes them ("brain-t1-reward-3d", a folder, "my_rewards.py:symmetry").
             `volumes` is float32 (B, C, X, Y, Z) in [0, 1]; `conditions` are the dataset's columns as lists of B. None
             or NaN means "could not score": that sample gets zero advantage.
         args: see `DDPOConfig`.
@@ -133,7 +137,7 @@ class DDPOTrainer(Med3DTrainer):
     def __init__(
         self,
         model: MedDiffusion3DPipeline | str,
-        reward_funcs: RewardFunc | Sequence[RewardFunc],
+        reward_funcs: Reward | Sequence[Reward],
         args: DDPOConfig | None = None,
         train_dataset: datasets.Dataset | None = None,
         eval_dataset: datasets.Dataset | None = None,
@@ -144,10 +148,12 @@ class DDPOTrainer(Med3DTrainer):
         args = DDPOConfig() if args is None else args
         pipeline = model if isinstance(model, MedDiffusion3DPipeline) else MedDiffusion3DPipeline.from_pretrained(model)
         self.pipeline = pipeline
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        self.reward_funcs = load_rewards(reward_funcs)
         self.reward_names = reward_names(self.reward_funcs)
-        if not self.reward_funcs:
-            raise ValueError("reward_funcs is empty; give at least one callable f(volumes, **conditions).")
+        for func, name in zip(self.reward_funcs, self.reward_names, strict=True):
+            if isinstance(func, VolumeReward | SliceReward):
+                known = settings_of(func.model)
+                check_same_settings(settings_of(pipeline), known, ("the generator", f"the reward {name}"))
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"Found {len(args.reward_weights)} reward_weights for rewards {self.reward_names}.")
         if train_dataset is None or len(train_dataset) == 0:
@@ -164,6 +170,8 @@ class DDPOTrainer(Med3DTrainer):
                     f"{LABEL_COLUMN}=[None] asks for the null class."
                 )
             encode_rows(pipeline, rows)  # what cannot be asked for is refused now, not after a rollout
+            for func, name in zip(self.reward_funcs, self.reward_names, strict=True):
+                check_signature(func, name, rows.column_names)
         check_scheduler(pipeline.scheduler, args.eta)
         pipeline.check_scheduler()
         self.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
@@ -171,7 +179,7 @@ class DDPOTrainer(Med3DTrainer):
         self._window(args, 0)  # refuses a window that does not fit
 
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
-        unet = pipeline.unet.to(torch.float32)
+        unet = pipeline.unet.float()
         pipeline.vae.requires_grad_(False).eval()
         self.reference: nn.Module | None = None
         if peft_config is not None:
@@ -207,6 +215,7 @@ class DDPOTrainer(Med3DTrainer):
             if isinstance(func, VolumeReward | SliceReward):
                 func.to(device)
 
+        assert args.steps_per_generation is not None  # its default was filled in by the config
         self.samples_per_process = args.per_device_train_batch_size * args.steps_per_generation
         total = self.samples_per_process * self.accelerator.num_processes
         if total % args.num_generations:
@@ -234,6 +243,8 @@ class DDPOTrainer(Med3DTrainer):
         self._watch = Watch(args.epsilon)
         self.card_notes = f"Rewards: {', '.join(self.reward_names)}."
         self.card_base_model = public_name(pipeline)
+        self.card_data = "Fine-tuning read no scans: the generator learned from scores of its own samples."
+        self.inherited_license = inherited_license(pipeline, pipeline.unet, pipeline.vae)
 
     def forget_rollout(self) -> None:
         """Drop the stored rollout and what was recorded of it; the next batch makes a new one."""
@@ -267,7 +278,7 @@ class DDPOTrainer(Med3DTrainer):
         with self.accelerator.autocast():
             return guided_prediction(model, sample, timestep, asked.class_labels, scale, asked.others).float()
 
-    def _noise(self, keys: list[tuple[int, ...]]) -> torch.Tensor:
+    def _noise(self, keys: Sequence[tuple[int, ...]]) -> torch.Tensor:
         shape = (len(keys), *self.latent_shape)
         return randn_tensor(shape, generator=generators_for(keys), device=self.accelerator.device)
 
@@ -275,7 +286,8 @@ class DDPOTrainer(Med3DTrainer):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, c, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1], in chunks."""
         with self.accelerator.autocast():
-            return self.pipeline.decode(latents.to(self.accelerator.device), self.args.decode_batch_size).float()
+            latents = latents.to(self.accelerator.device)
+            return self.pipeline.decode_latents(latents, self.args.decode_batch_size).float()
 
     def _generate(self, model: nn.Module, index: int) -> list[Chunk]:
         """One rollout: sample, decode, score, compare. The layout of its P x G samples, here P = 3, G = 4, two
@@ -307,7 +319,7 @@ class DDPOTrainer(Med3DTrainer):
                     initial = self._noise([(seed, index, INITIAL, i) for i in chunk])
                 trajectories.append(
                     rollout(
-                        lambda sample, t, own=own: self._predict(model, sample, t, own),
+                        partial(self._predict, model, asked=own),
                         self.scheduler,
                         initial,
                         generators_for([(seed, index, STEP, i) for i in chunk]),
@@ -351,7 +363,7 @@ class DDPOTrainer(Med3DTrainer):
             own = asked.take(part)
             states.append(
                 deterministic_steps(
-                    lambda sample, t, own=own: self._predict(model, sample, t, own),
+                    partial(self._predict, model, asked=own),
                     self.scheduler,
                     noise[part],
                     range(window.start),
@@ -381,7 +393,8 @@ class DDPOTrainer(Med3DTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Numbers of the batches of one epoch. Every process gets all of them: samples are divided in `_generate`."""
         count = self.rollouts_per_epoch * self.batches_per_rollout
-        return DataLoader(range(count), batch_size=1, collate_fn=lambda items: {"batch": items[0]})
+        batches: Any = range(count)  # has __len__ and __getitem__, all that a DataLoader needs of a dataset
+        return DataLoader(batches, batch_size=1, collate_fn=lambda items: {"batch": items[0]})
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -467,6 +480,8 @@ class DDPOTrainer(Med3DTrainer):
 
     def sync_reference(self) -> None:
         """Let the reference policy be the current one from here on."""
+        if self.reference is None:
+            raise ValueError("there is no reference policy to refresh: it needs beta > 0 and no adapters.")
         self.reference.load_state_dict(self.model.state_dict())
 
     # Logs
@@ -501,7 +516,7 @@ class DDPOTrainer(Med3DTrainer):
         own = [min(self.accelerator.process_index * share + i, total - 1) for i in range(share)]
         rows = conditions.select([i // num_generations for i in own])
         self.model.eval()
-        volumes = []
+        own_volumes = []
         bar = tqdm(
             total=share,
             desc=description,
@@ -523,14 +538,14 @@ class DDPOTrainer(Med3DTrainer):
                         generator=generators_for([(*key, STEP) for key in keys]),
                         output_type="latent",
                     ).volumes
-                volumes.append(self.decode(latents).cpu())
+                own_volumes.append(self.decode(latents).cpu())
                 bar.update(len(chunk))
         columns = {name: list(rows[name]) for name in rows.column_names}
         device = self.accelerator.device
-        rewards = score(self.reward_funcs, self.reward_names, torch.cat(volumes).to(device), columns)
+        rewards = score(self.reward_funcs, self.reward_names, torch.cat(own_volumes).to(device), columns)
         rewards = self.accelerator.gather(rewards.to(device)).cpu()[:total]
         # every batch (1, b, ...) becomes (processes, b, ...): not all volumes are on the device at once
-        volumes = torch.cat([self.accelerator.gather(batch[None].to(device)).cpu() for batch in volumes], dim=1)
+        volumes = torch.cat([self.accelerator.gather(batch[None].to(device)).cpu() for batch in own_volumes], dim=1)
         asked = encode_rows(self.pipeline, conditions.select([i // num_generations for i in range(total)]))
         labels = None if asked.class_labels is None else asked.class_labels.cpu()
         return Scored(volumes.flatten(0, 1)[:total], labels, rewards)
@@ -582,7 +597,7 @@ class DDPOTrainer(Med3DTrainer):
     # The reference is the starting point, which a resumed run loads anyway, unless it has been refreshed.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.sync_ref_model and self.args.should_save:
+        if self.reference is not None and self.args.sync_ref_model and self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             save_file(self.reference.state_dict(), folder / REFERENCE_FILE)
@@ -590,5 +605,5 @@ class DDPOTrainer(Med3DTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.args.sync_ref_model:
+        if self.reference is not None and self.args.sync_ref_model:
             self.reference.load_state_dict(load_file(Path(resume_from_checkpoint) / REFERENCE_FILE))

@@ -20,12 +20,21 @@ class DDPOConfig(Med3DConfig):
 
     so a rollout makes `num_iterations * steps_per_generation / gradient_accumulation_steps` optimizer steps. With one
     of them the policy that is updated is the policy that sampled: the ratio is 1 and `epsilon` cannot act.
+
+    The defaults are those by which the bundled `brain-t1` was fine-tuned, where 21 steps, ten minutes on two CPU cores,
+    raised both rewards by 0.03 (from 0.46 and 0.57), with a clip fraction of 0.03 and a KL of 1e-3. A rollout holds 24
+    samples, 8 of each of 3 conditions, and makes 3 steps; 300 steps are 100 rollouts. Change `max_steps` first; where
+    `clip_ratio` stays at 0, raise `learning_rate`, and where it passes 0.3, lower it.
     """
 
     # Defaults of TrainingArguments that fine-tuning by reward wants otherwise
     output_dir: str = field(default="outputs/ddpo", metadata={"help": "Where everything is written."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of AdamW."})
+    max_steps: int = field(
+        default=300, metadata={"help": "Optimizer steps; -1 counts in num_train_epochs, passes over the conditions."}
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    save_steps: float = field(default=60, metadata={"help": "Optimizer steps between two checkpoints."})
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two log entries."})
     per_device_train_batch_size: int = field(
         default=8, metadata={"help": "Samples per forward pass, the same in rollout and update."}
@@ -43,7 +52,7 @@ class DDPOConfig(Med3DConfig):
         default=None,
         metadata={
             "help": "Batches of per_device_train_batch_size that one rollout holds per process, a multiple of "
-            "gradient_accumulation_steps. Not set: gradient_accumulation_steps."
+            "gradient_accumulation_steps. Not set: 3 times that, so that a rollout makes 3 steps."
         },
     )
     num_inference_steps: int = field(
@@ -90,10 +99,10 @@ class DDPOConfig(Med3DConfig):
     # Objective
     num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout."})
     epsilon: float = field(
-        default=1e-4,
+        default=3e-5,
         metadata={
             "help": "Clip range of the probability ratio. Log-probabilities are means over the latent, so it is small; "
-            "watch clip_ratio."
+            "watch clip_ratio, and change it with learning_rate."
         },
     )
     beta: float = field(
@@ -124,7 +133,7 @@ class DDPOConfig(Med3DConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps_per_generation is None:
-            self.steps_per_generation = self.gradient_accumulation_steps
+            self.steps_per_generation = 3 * self.gradient_accumulation_steps
         choices = {
             "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
             "scale_rewards": ("batch", "group", "none"),

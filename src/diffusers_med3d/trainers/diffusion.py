@@ -12,18 +12,20 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .. import figures, metrics
-from ..data import VolumeDataset
+from .. import metrics
+from ..data import VolumeDataset, check_same_settings, settings_of
 from ..data.latents import LatentDataset
-from ..files import write_json
-from ..flow import flow_batch, flow_scheduler, is_flow, logit_normal_times
+from ..data.training_subjects import TRAINING_SUBJECTS
+from ..evaluation import figures
+from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
-from ..pipeline import MedDiffusion3DPipeline
+from ..pipelines.conditions import call_arguments, encode_rows, scan_rows
+from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
+from ..schedulers.flow import flow_batch, flow_scheduler, is_flow, logit_normal_times
+from ..utils.files import write_json
 from .autoencoder import latent_statistics
-from .base import Med3DConfig, Med3DTrainer
-from .conditions import call_arguments, encode_rows, scan_rows
+from .base import Med3DConfig, Med3DTrainer, describe_volumes
 from .muon import Muon
-from .spectrum_data import TRAINING_SUBJECTS
 
 PROGRESS = "progress.json"
 """Validation loss and distances of every evaluation against the volumes seen."""
@@ -146,6 +148,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
 
     _name = "LatentDiffusion"
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         model: MedDiffusion3DPipeline,
@@ -157,6 +161,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
         **kwargs,
     ) -> None:
         self.pipeline = model
+        check_same_settings(settings_of(model), train_dataset.settings, ("the pipeline", "the scans"))
         self.teacher = self.guide = None
         if guide is not None:
             _check_guide(model, guide)
@@ -197,31 +202,32 @@ class LatentDiffusionTrainer(Med3DTrainer):
             gain = decoder_gain(model.vae, self.latents.mean[:1, 0].float())
             self.channel_weights = gain / gain.mean()
         super().__init__(model=model.unet, args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs)
+        self.card_data = describe_volumes(train_dataset, eval_dataset)
+        self.inherited_license = inherited_license(model, model.unet, model.vae)
         if args.patience:
             self.add_callback(_PatienceCallback())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As in transformers; with ``args.muon`` the momentum of matrices inside the UNet's blocks is made orthogonal.
+        """As in transformers; with ``args.muon`` the matrices and kernels inside the UNet's blocks are `Muon`'s.
 
-        Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; kernels (out, in, x, y, z) are matrices
-        (out, in x y z). Steps are scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, equation 4), so
-        that both share one learning rate. First and last layers, embeddings, norms and biases are AdamW's.
+        First and last layers, embeddings, norms and biases are AdamW's.
         """
         if not self.args.muon or self.optimizer is not None:
             return super().create_optimizer(model)
-        hidden, others = [], []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in (model or self.model).named_parameters():
             if parameter.requires_grad:
-                (hidden if "_block" in name and parameter.ndim >= 2 else others).append(parameter)
-        common = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
-        adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
-        self.optimizer = Muon(
-            [
-                {"params": hidden, "use_muon": True, "use_adjusted_lr": True, **common},
-                {"params": others, "use_muon": False, **common, **adam},
-            ]
+                (matrices if "_block" in name and parameter.ndim >= 2 else others).append(parameter)
+        optimizer = self.optimizer = Muon(
+            matrices,
+            others,
+            lr=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
         )
-        return self.optimizer
+        return optimizer
 
     def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         prediction_type = self.pipeline.scheduler.config.prediction_type
@@ -271,6 +277,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
         self, noisy: Tensor, timesteps: Tensor, labels: Tensor | None, others: dict[str, Tensor] | None
     ) -> Tensor:
         """Karras et al. 2024, equation 3: guide + scale * (network at the start - guide)."""
+        assert self.teacher is not None and self.guide is not None  # with autoguidance alone
         with self.accelerator.autocast():
             strong, weak = (
                 _under(unet, others)(noisy, timesteps, labels, return_dict=False)[0].float()
@@ -426,12 +433,12 @@ def decoder_gain(autoencoder: AutoencoderKL3D | VQModel3D, latents: Tensor, size
     autoencoder.eval()
     latents = autoencoder.normalize_latents(latents.to(autoencoder.device))
     noise = torch.randn(latents[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(latents) * size
-    volume = autoencoder.decode_raw(autoencoder.denormalize_latents(latents))
+    volume = autoencoder.decode(autoencoder.denormalize_latents(latents)).sample
     gains = []
     for channel in range(latents.shape[1]):
         perturbed = latents.clone()
         perturbed[:, channel] += noise
-        change = autoencoder.decode_raw(autoencoder.denormalize_latents(perturbed)) - volume
+        change = autoencoder.decode(autoencoder.denormalize_latents(perturbed)).sample - volume
         gains.append(change.square().mean().sqrt().cpu() / size)
     return torch.stack(gains)
 

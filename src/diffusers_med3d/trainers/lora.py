@@ -3,8 +3,8 @@
 from peft import LoraConfig
 from torch import nn
 
-from ..lora import adapter_names, is_pointwise, lora_layers
 from ..models import DiffusionUNet3D
+from ..pipelines.lora import adapter_names, is_pointwise, lora_layers
 
 
 def default_targets(unet: DiffusionUNet3D) -> list[str]:

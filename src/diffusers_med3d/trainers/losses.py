@@ -7,7 +7,7 @@ from torch import Tensor
 def gradient_l1(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of the finite differences along x, y and z; both (B, C, X, Y, Z). Scalar."""
     error = reconstruction - target
-    return sum(error.diff(dim=axis).abs().mean() for axis in (2, 3, 4)) / 3
+    return torch.stack([error.diff(dim=axis).abs().mean() for axis in (2, 3, 4)]).mean()
 
 
 def spectral_l1(reconstruction: Tensor, target: Tensor) -> Tensor:
@@ -20,9 +20,3 @@ def spectral_l1(reconstruction: Tensor, target: Tensor) -> Tensor:
         torch.fft.rfftn(volume.float(), dim=(2, 3, 4), norm="ortho").abs() for volume in (reconstruction, target)
     ]
     return (amplitudes[0] - amplitudes[1]).abs().mean()
-
-
-def kl_to_standard_normal(mean: Tensor, sigma: Tensor) -> Tensor:
-    """KL(N(mean, sigma^2) || N(0, 1)) per latent element, averaged (Kingma & Welling 2014, arXiv 1312.6114, app. B)."""
-    mean, sigma = mean.float(), sigma.float()
-    return 0.5 * (mean.square() + sigma.square() - 1 - 2 * sigma.clamp_min(1e-8).log()).mean()

@@ -19,28 +19,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .. import figures
+from ..evaluation import figures
+from ..hub.origin import inherited_license
 from ..models.reward import SliceRewardModel, VolumeRewardModel
-from ..spectrum import (
+from ..rewards.damage import (
     DAMAGE_NAMES,
     DAMAGES,
     HALF_SWAP,
     HALF_SWAP_SEVERITY,
-    REAL,
-    ROUND_TRIP,
     augment,
     brightness,
-    clean_label,
     clear_haze,
     damage,
-    damaged_label,
-    dominance,
     mirror_hemisphere,
     nearest_in_brightness,
-    spectrum_loss,
 )
+from ..rewards.spectrum import REAL, ROUND_TRIP, clean_label, damaged_label, dominance, spectrum_loss
+from ..rewards.spectrum_dataset import SpectrumDataset
+from ..rewards.spectrum_scores import level_name, score_spectrum, summarise
+from ..utils.seeding import seeded
 from .base import Med3DConfig, Med3DTrainer
-from .spectrum_data import SpectrumDataset, level_name, score_spectrum, seeded, summarise
 
 
 @dataclass
@@ -173,11 +171,11 @@ def draw_versions(batch: dict[str, Tensor], args: RewardModelConfig, generator: 
         moved = augment(torch.cat(group), seeded(int(torch.randint(2**31, (), generator=generator))), args.max_shift)
         volumes += moved.split(real.shape[1])
     size = len(volumes) // count
-    volumes = torch.stack([clear_haze(volume, generator) for volume in volumes])
+    cleared = torch.stack([clear_haze(volume, generator) for volume in volumes])
     order = torch.tensor(orders)
     better = torch.block_diag(*[dominance(*group.unbind(1)) for group in order.split(size)])
     device = real.device
-    return Versions(volumes, torch.tensor(labels, device=device), better.bool().to(device), names)
+    return Versions(cleared, torch.tensor(labels, device=device), better.bool().to(device), names)
 
 
 def _share(generator: torch.Generator) -> float:
@@ -246,6 +244,13 @@ class RewardModelTrainer(Med3DTrainer):
         self.reward_model = model
         kwargs.setdefault("data_collator", default_collate)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        volume = train_dataset[0]["real"]
+        self.card_volume_shape = tuple(volume.shape[1:])
+        self.card_data = (
+            f"Trained on {len(train_dataset)} scans of {' x '.join(map(str, volume.shape[1:]))} voxels, RAS axes, "
+            "intensities in [0, 1], and on versions of them that a generator made."
+        )
+        self.inherited_license = inherited_license(model)
         self._micro_step = (-1, 0)  # optimizer step, batches seen in it
         self._versions_shown = False
 

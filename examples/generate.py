@@ -1,0 +1,153 @@
+"""Generate volumes as NIfTI files and draw them in one picture.
+
+    python examples/generate.py                                                  # four of every class of brain-t1
+    python examples/generate.py --model_name_or_path outputs/ppo_finetune --class_labels young old --num_samples 8
+    python examples/generate.py --model_name_or_path brain-t1 outputs/ppo_finetune \\
+        --data_dir DATA --split_file split.json                                  # two models and scans, side by side
+
+Sample i of every class and every model starts from the noise of --seed + i, so that models are compared on equal terms.
+With scans, the picture also has rows of training scans of the same classes. Writes <class>-0000.nii.gz and on into a
+folder for each model, and samples.png.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+
+from diffusers_med3d import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
+from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
+from diffusers_med3d.evaluation.figures import orthogonal_views, save
+from diffusers_med3d.evaluation.sampling import short_names
+from diffusers_med3d.pipelines.conditions import (
+    LABEL_COLUMN,
+    call_arguments,
+    encode_rows,
+    labels_of_scans,
+    names_by_index,
+    rows_to_sample,
+)
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+
+PICTURED = 8  # volumes of a row of the picture
+
+
+@dataclass
+class GenerateArguments:
+    """What is generated, and where it is written."""
+
+    model_name_or_path: list[str] = field(
+        default_factory=lambda: ["brain-t1"], metadata={"help": "Generators: bundled names, folders or Hub ids."}
+    )
+    class_labels: list[str] | None = field(
+        default=None, metadata={"help": "Classes by name or index. Not set: all that have a name."}
+    )
+    conditions: str | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON file of columns, such as {"class_label": ["ct", "mri"], "age": [0.2, 0.7]}, for networks '
+            "that take more than a class: one row in place of each class."
+        },
+    )
+    num_samples: int = field(default=4, metadata={"help": "Volumes per class (or row of --conditions) and model."})
+    seed: int = field(default=0, metadata={"help": "Seed of the first sample; sample i has seed + i."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Denoising steps."})
+    guidance_scale: float = field(default=1.0, metadata={"help": "Classifier-free guidance; 1 is off."})
+    eta: float = field(default=0.0, metadata={"help": "Noise of DDIM in sampling, from 0 (deterministic) to 1."})
+    batch_size: int = field(default=8, metadata={"help": "Volumes at a time."})
+    output_dir: str = field(default="outputs/generated", metadata={"help": "Where volumes and picture go."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace volumes of an earlier run."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "num_inference_steps", "batch_size"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
+        if self.class_labels and self.conditions:
+            raise ValueError("give --class_labels or --conditions, whose file has a column class_label, not both.")
+
+
+@dataclass
+class ScanArguments(DataArguments):
+    """Scans beside the samples, for the picture; none without --data_dir."""
+
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of NIfTI files with metadata.csv."})
+    split_file: str | None = field(default=None, metadata={"help": "JSON file with the split by subject."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.data_dir is None) != (self.split_file is None):
+            raise ValueError(f"--data_dir and --split_file belong together, got {self.data_dir}, {self.split_file}.")
+
+
+def rows_asked_for(pipeline: MedDiffusion3DPipeline, args: GenerateArguments) -> datasets.Dataset:
+    """The classes asked for, or the rows of the file of conditions; what the network cannot take is refused."""
+    if args.class_labels is None:
+        rows = rows_to_sample(pipeline, args.conditions)
+    else:
+        names = {str(index): name for index, name in names_by_index(pipeline).items()}
+        labels = [names.get(label, label) for label in args.class_labels]
+        rows = datasets.Dataset.from_dict({LABEL_COLUMN: labels if names else list(map(int, labels))})
+    encode_rows(pipeline, rows)
+    return rows
+
+
+def sample(
+    pipeline: MedDiffusion3DPipeline, row: datasets.Dataset, args: GenerateArguments, description: str
+) -> MedDiffusion3DPipelineOutput:
+    """``num_samples`` volumes of one row, on the CPU."""
+    made = []
+    for first in range(0, args.num_samples, args.batch_size):
+        count = min(args.batch_size, args.num_samples - first)
+        pipeline.set_progress_bar_config(desc=f"{description} {first + 1}-{first + count} of {args.num_samples}")
+        made.append(
+            pipeline(
+                **call_arguments(pipeline, row.select([0] * count)),
+                num_inference_steps=args.num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                eta=args.eta,
+                generator=[torch.Generator().manual_seed(args.seed + first + i) for i in range(count)],
+            )
+        )
+    volumes = torch.cat([output.volumes.cpu() for output in made])
+    return MedDiffusion3DPipelineOutput(volumes, made[0].affine, made[0].spacing)
+
+
+def main() -> None:
+    """Sample, write, draw."""
+    args, data = ScriptParser(GenerateArguments, ScanArguments, description=__doc__).parse()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    output = Path(args.output_dir)
+    with refused_in_one_line():
+        models = short_names(args.model_name_or_path)
+        pipelines = {name: MedDiffusion3DPipeline.from_pretrained(model).to(device) for model, name in models.items()}
+        asked = {name: rows_asked_for(pipeline, args) for name, pipeline in pipelines.items()}
+        if data.data_dir:
+            data.adopt(settings_of(next(iter(pipelines.values()))), f"the generator {next(iter(pipelines))}")
+        scans = VolumeDataset.from_arguments(data, "train") if data.data_dir else None
+        for folder in (output / name for name in pipelines):
+            if not args.overwrite and any(folder.glob("*.nii.gz")):
+                raise FileExistsError(f"{folder} holds volumes already; use --overwrite or another --output_dir.")
+    first = next(iter(asked.values()))
+    pictures = {}
+    for index, row in enumerate(first):
+        label = row.get(LABEL_COLUMN)
+        named = "sample" if label is None else f"class {label}" if isinstance(label, int) else str(label)
+        named = f"row {index}, {named}" if args.conditions else named
+        for name, pipeline in pipelines.items():
+            made = sample(pipeline, asked[name].select([index]), args, f"{named}, {name}")
+            prefix = named.replace(", ", "-").replace(" ", "-").replace("/", "-")
+            made.save_nifti(output / name, prefix, overwrite=args.overwrite)
+            pictures[named if len(pipelines) == 1 else f"{named}, {name}"] = made.volumes[:PICTURED, :1]
+        if scans is not None:
+            pipeline = next(iter(pipelines.values()))
+            labels = labels_of_scans(pipeline, [item["class_label"] for item in scans], scans.class_names)
+            same = [i for i, own in enumerate(labels) if own == label][: min(PICTURED, args.num_samples)]
+            if same:
+                pictures[f"{named}, scans"] = torch.stack([scans[i]["volume"].as_tensor() for i in same])[:, :1]
+    save(orthogonal_views(pictures, next(iter(pipelines.values())).config.spacing), output / "samples.png")
+    print(f"{len(first) * args.num_samples * len(pipelines)} volumes and samples.png: {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A grid for a data set whose user names none: fine enough for its voxels, small enough to train on."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+SIDE_MULTIPLE = 16
+"""Default networks halve a volume twice in the autoencoder and twice in the generator."""
+MAX_VOXELS = 350_000
+MARGIN = 2  # voxels: interpolation widens what is above 0 by up to one on either side
+COARSER = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10)
+
+
+def choose_grid(
+    foregrounds: Sequence[Sequence[float]],
+    spacings: Sequence[Sequence[float]],
+    spacing: Sequence[float] | None = None,
+    volume_shape: Sequence[int] | None = None,
+    max_voxels: int = MAX_VOXELS,
+) -> tuple[list[int], list[float], str]:
+    """Volume shape, spacing in mm, and a sentence that says how they were chosen.
+
+    Args:
+        foregrounds: size (X, Y, Z) in mm of the box of each scan's foreground.
+        spacings: voxel size (X, Y, Z) in mm of each scan.
+        spacing, volume_shape: what is given already.
+        max_voxels: voxels of the grid; the spacing gets coarser until they suffice.
+
+    Raises:
+        ValueError: a given grid that does not hold the largest foreground, with both sizes.
+    """
+    largest, usual = np.max(foregrounds, axis=0), np.median(spacings, axis=0)
+    box = " x ".join(f"{side:.0f}" for side in largest)
+    if spacing is not None and volume_shape is not None:
+        size = np.array(spacing) * volume_shape
+        if (size < largest - 0.5 * np.array(spacing)).any():
+            held = " x ".join(f"{side:.0f}" for side in size)
+            raise ValueError(
+                f"the largest foreground is {box} mm, the grid of {list(volume_shape)} voxels at {list(spacing)} mm "
+                f"holds {held} mm; leave out --volume_shape to have it chosen."
+            )
+        return list(volume_shape), list(spacing), f"Grid as asked for; the largest foreground is {box} mm."
+    if volume_shape is not None:
+        step = max(float((largest / (np.array(volume_shape) - MARGIN)).max()), float(usual.max()))
+        spacing = [math.ceil(step * 20) / 20] * 3
+        return (
+            list(volume_shape),
+            spacing,
+            (f"Spacing {spacing[0]:g} mm: with it the shape asked for holds the largest foreground, {box} mm."),
+        )
+    if spacing is not None:
+        shape = _shape(largest, np.array(spacing))
+        return shape, list(spacing), f"Volume shape {shape}: at the spacing asked for it holds {box} mm, the largest."
+    # Near-isotropic voxels become cubes; thick slices keep their proportions, since there is nothing between them
+    finest = usual if usual.max() > 2 * usual.min() else np.full(3, usual.max())
+    for factor in COARSER:
+        steps = [round(float(side), 2) for side in finest * factor]
+        shape = _shape(largest, np.array(steps))
+        if math.prod(shape) <= max_voxels:
+            break
+    return (
+        shape,
+        steps,
+        (
+            f"Grid {' x '.join(map(str, shape))} at {' x '.join(f'{side:g}' for side in steps)} mm: the finest of at "
+            f"most {max_voxels} voxels that holds the largest foreground, {box} mm, and is no finer than the scans "
+            f"({' x '.join(f'{side:.2f}' for side in usual)} mm, median)."
+        ),
+    )
+
+
+def _shape(largest: np.ndarray, spacing: np.ndarray) -> list[int]:
+    sides = np.ceil(largest / spacing) + MARGIN
+    return [int(SIDE_MULTIPLE * math.ceil(side / SIDE_MULTIPLE)) for side in sides]

@@ -1,0 +1,25 @@
+"""Learned rewards, and the noise spectrum and the damage that they learn realism from."""
+
+from .damage import DAMAGE_NAMES, damage
+from .learned import SliceReward, VolumeReward
+from .loading import load_reward
+from .scoring import RewardFunc
+from .spectrum import partial_noising, spectrum_loss
+from .spectrum_dataset import SpectrumDataset, build_fold_spectra, build_spectrum
+from .spectrum_scores import score_spectrum, summarise
+
+__all__ = [
+    "DAMAGE_NAMES",
+    "RewardFunc",
+    "SliceReward",
+    "SpectrumDataset",
+    "VolumeReward",
+    "build_fold_spectra",
+    "build_spectrum",
+    "damage",
+    "load_reward",
+    "partial_noising",
+    "score_spectrum",
+    "spectrum_loss",
+    "summarise",
+]

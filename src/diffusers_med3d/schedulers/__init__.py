@@ -1,0 +1,5 @@
+"""Conventions of rectified flow; diffusers' schedulers do the rest."""
+
+from .flow import flow_scheduler, is_flow
+
+__all__ = ["flow_scheduler", "is_flow"]
