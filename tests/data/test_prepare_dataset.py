@@ -197,20 +197,20 @@ def test_an_interrupted_run_refuses_an_input_that_changed_and_a_finished_one_is_
     source = trees.niftifolder(tmp_path / "in")
     copy = trees.anatomy(0)
     trees.save(source / "images" / "scan1.nii.gz", copy)  # refused, so the run stops half-way
-    with pytest.raises(ValueError, match="same scan"):
+    with pytest.raises(SystemExit, match="same scan"):
         prepare(monkeypatch, "niftifolder", source, tmp_path / "out", "--label_column", "group")
     trees.save(source / "images" / "scan1.nii.gz", trees.anatomy(77))
-    with pytest.raises(ValueError, match="changed since"):
+    with pytest.raises(SystemExit, match="changed since"):
         prepare(monkeypatch, "niftifolder", source, tmp_path / "out", "--label_column", "group")
     prepare(monkeypatch, "niftifolder", source, tmp_path / "new", "--label_column", "group")
-    with pytest.raises(FileExistsError, match="holds a prepared data set already"):
+    with pytest.raises(SystemExit, match="holds a prepared data set already"):
         prepare(monkeypatch, "niftifolder", source, tmp_path / "new", "--label_column", "group")
 
 
 def test_the_same_scan_under_two_names_is_refused_or_counts_as_one_person(tmp_path, monkeypatch):
     source = trees.niftifolder(tmp_path / "in", people=12)
     trees.save(source / "images" / "scan7.nii.gz", (3 * trees.anatomy(2))[::-1], axes="LPS")  # mirrored, scaled, turned
-    with pytest.raises(ValueError, match=r"p02 \(sub-p02.nii.gz\) and p07 \(sub-p07.nii.gz\).*--allow_duplicates"):
+    with pytest.raises(SystemExit, match=r"p02 \(sub-p02.nii.gz\) and p07 \(sub-p07.nii.gz\).*--allow_duplicates"):
         prepare(monkeypatch, "niftifolder", source, tmp_path / "out", "--label_column", "group")
     prepare(monkeypatch, "niftifolder", source, tmp_path / "out", "--label_column", "group", "--allow_duplicates")
     split = load_split(tmp_path / "out" / "split.json")
@@ -239,10 +239,10 @@ def test_numbers_need_edges_and_too_few_people_are_refused(tmp_path, monkeypatch
     source = trees.niftifolder(tmp_path / "in", people=12)
     rows = [line.split(",") for line in (source / "metadata.csv").read_text().splitlines()]
     trees.write_csv(source / "metadata.csv", [rows[0], *([*row[:2], 20 + 2.5 * i] for i, row in enumerate(rows[1:]))])
-    with pytest.raises(ValueError, match="numbers from 20 to 47.5; say --class_names and --class_edges"):
+    with pytest.raises(SystemExit, match="numbers from 20 to 47.5; say --class_names and --class_edges"):
         prepare(monkeypatch, "niftifolder", source, tmp_path / "out", "--label_column", "group")
     edges = ["--label_column", "group", "--class_names", "young", "old", "--class_edges"]
-    with pytest.raises(ValueError, match="2 people in the smallest class; at least 4 are needed"):
+    with pytest.raises(SystemExit, match="2 people in the smallest class; at least 4 are needed"):
         prepare(monkeypatch, "niftifolder", source, tmp_path / "out", *edges, 23)
     prepare(monkeypatch, "niftifolder", source, tmp_path / "out", *edges, 35)
     assert read_settings(tmp_path / "out").class_edges == [35.0]
