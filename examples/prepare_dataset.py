@@ -2,7 +2,7 @@
 
     pip install "diffusers-med3d[layouts]"
     python examples/prepare_dataset.py --layout oasis1 --input OASIS1 --output DATA
-    python examples/prepare_dataset.py --layout brats2019 --input MICCAI_BraTS_2019_Data_Training --output DATA \
+    python examples/prepare_dataset.py --layout brats2019 --input MICCAI_BraTS_2019_Data_Training --output DATA \\
         --modalities flair t1ce
     python examples/prepare_dataset.py --layout bids --input DS --output DATA --label_column diagnosis
     python examples/prepare_dataset.py --layout phantom --output DATA     # made-up brains, nothing is downloaded
@@ -22,13 +22,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
 from diffusers_med3d.data.grid import MAX_VOXELS
 from diffusers_med3d.data.layouts import LAYOUTS, Options
 from diffusers_med3d.data.phantom import make_phantom
 from diffusers_med3d.data.preparation import PROGRESS, Preparation, plan, prepare_dataset
 from diffusers_med3d.data.settings import DATASET_FILE
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
 
 @dataclass
@@ -181,18 +180,18 @@ def say_plan(what: Preparation) -> None:
 
 def main() -> None:
     """Find, read, check, split, write."""
-    (args,) = TrlParser([PrepareArguments]).parse_args_and_config()
-    what = preparation(args)
-    if args.layout == "phantom":
-        if args.dry_run:
+    (args,) = ScriptParser(PrepareArguments, description=__doc__).parse()
+    with refused_in_one_line():
+        what = preparation(args)
+        if args.layout == "phantom" and args.dry_run:
             print(f"would make {args.num_subjects} phantom brains")
             return
-        if not (what.output / DATASET_FILE).is_file():
+        if args.layout == "phantom" and not (what.output / DATASET_FILE).is_file():
             make_phantom(what.input, args.num_subjects, args.seed)
-    if args.dry_run:
-        say_plan(what)
-        return
-    settings = prepare_dataset(what)
+        if args.dry_run:
+            say_plan(what)
+            return
+        settings = prepare_dataset(what)
     print(f"volume shape {settings.volume_shape}, spacing {settings.spacing} mm, classes {settings.class_names}")
     print(f"report: {what.output / 'report.html'}")
 

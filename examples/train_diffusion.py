@@ -16,7 +16,6 @@ import diffusers_med3d  # noqa: F401  (registers the classes with diffusers)
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
 from diffusers_med3d.data.training_subjects import read_training_subjects
-from diffusers_med3d.evaluation.figures import curves
 from diffusers_med3d.hub.resolve import resolve
 from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
@@ -92,10 +91,23 @@ class ModelArguments:
             "in one frame or differ in size."
         },
     )
+    position_maps: bool = field(
+        default=False,
+        metadata={"help": "A learned value per channel and place, for registered scans: where in the body it is."},
+    )
+    precondition: bool = field(
+        default=False,
+        metadata={"help": "Of a flow: input and output of the layers have unit variance at every time and place."},
+    )
+    jittered_copies: bool = field(
+        default=False, metadata={"help": "Train on the copies that examples/prepare_dataset.py wrote, too."}
+    )
 
     def __post_init__(self) -> None:
         if self.autoguide and not self.init_from:
             raise ValueError("--autoguide needs --init_from: a network that has learned nothing has nowhere to go.")
+        if self.precondition and self.prediction_type != "flow":
+            raise ValueError(f"--precondition needs --prediction_type flow, got {self.prediction_type}.")
 
 
 def build(model: ModelArguments, data: DataArguments) -> MedDiffusion3DPipeline:
@@ -121,6 +133,8 @@ def build(model: ModelArguments, data: DataArguments) -> MedDiffusion3DPipeline:
             sample_gate=model.sample_gate,
             num_modes=model.num_modes,
             mode_shape=autoencoder.latent_shape(data.volume_shape) if model.num_modes else None,
+            position_shape=autoencoder.latent_shape(data.volume_shape) if model.position_maps else None,
+            precondition=model.precondition,
         )
         scheduler, class_names = default_scheduler(model.prediction_type, model.shift), data.class_names or None
     return MedDiffusion3DPipeline(
@@ -144,7 +158,7 @@ def main() -> None:
         trainer = LatentDiffusionTrainer(
             model=build(model, data),
             args=args,
-            train_dataset=VolumeDataset.from_arguments(data, model.part),
+            train_dataset=VolumeDataset.from_arguments(data, model.part, model.jittered_copies),
             eval_dataset=VolumeDataset.from_arguments(data, "validation"),
             guide=MedDiffusion3DPipeline.from_pretrained(model.autoguide) if model.autoguide else None,
             earlier_subjects=set().union(
@@ -154,12 +168,6 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     print(trainer.evaluate())
     trainer.save_model()
-    series = {}
-    for name in ("eval_kid", "eval_loss"):
-        points = [(row["step"], row[name]) for row in trainer.state.log_history if name in row]
-        series[name] = ([step for step, _ in points], [value for _, value in points])
-    if series["eval_kid"][0]:
-        trainer.log_figure("validation", curves(series))
     trainer.accelerator.end_training()
 
 

@@ -8,6 +8,7 @@ from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
 
+from conftest import awaken
 from diffusers_med3d import AutoencoderKL3D, DiffusionUNet3D, VQModel3D
 from diffusers_med3d.models.autoencoder import DiagonalGaussianDistribution3D
 
@@ -394,6 +395,42 @@ def test_the_sample_gate_adds_the_noisy_latent_scaled_by_channel_and_place(tmp_p
     gated.save_pretrained(tmp_path)
     loaded = DiffusionUNet3D.from_pretrained(tmp_path)
     assert torch.equal(loaded(sample, 5, labels).sample, gated(sample, 5, labels).sample)
+
+
+def test_position_maps_tell_places_apart_and_admit_one_size(tmp_path):
+    unet = DiffusionUNet3D(**TWO_LEVELS, position_shape=(4, 4, 4))
+    without = DiffusionUNet3D(**TWO_LEVELS)
+    awaken(without)
+    unet.load_state_dict(without.state_dict(), strict=False)  # the other keys are the same
+    sample, labels = torch.randn(2, 2, 4, 4, 4), torch.tensor([0, 2])
+    assert torch.equal(unet(sample, 5, labels).sample, without(sample, 5, labels).sample)  # they start at zero
+    unet(sample, 5, labels).sample.square().mean().backward()
+    assert unet.position.grad.shape == (1, 8, 4, 4, 4) and (unet.position.grad != 0).all()
+    torch.nn.init.normal_(unet.position)
+    assert not torch.allclose(unet(sample, 5, labels).sample, without(sample, 5, labels).sample, atol=1e-3)
+    unet.save_pretrained(tmp_path)
+    loaded = DiffusionUNet3D.from_pretrained(tmp_path)
+    assert torch.equal(loaded(sample, 5, labels).sample, unet(sample, 5, labels).sample)
+    with pytest.raises(ValueError, match=r"position maps of size \(4, 4, 4\) and takes no other, got \(8, 4, 4\)"):
+        unet(torch.randn(1, 2, 8, 4, 4), 5)
+
+
+def test_a_preconditioned_network_starts_as_the_best_linear_prediction_of_each_value(tmp_path):
+    unet = DiffusionUNet3D(**TWO_LEVELS, position_shape=(4, 4, 4), precondition=True)
+    variance = torch.rand(2, 4, 4, 4) * 3
+    unet.set_data_variance(variance)
+    sample, times = torch.randn(3, 2, 4, 4, 4), torch.tensor([0.1, 0.5, 0.9])
+    t = times.view(-1, 1, 1, 1, 1)
+    covariance, noisy_variance = t - (1 - t) * variance, (1 - t) ** 2 * variance + t**2  # of x_t with noise - x_0
+    expected = covariance / noisy_variance * sample
+    torch.testing.assert_close(unet(sample, 1000 * times).sample, expected, rtol=1e-4, atol=1e-5)
+    awaken(unet)
+    found = unet(sample, 1000 * times).sample
+    assert not torch.allclose(found, expected, atol=1e-2)
+    unet.save_pretrained(tmp_path)
+    assert torch.equal(DiffusionUNet3D.from_pretrained(tmp_path)(sample, 1000 * times).sample, found)
+    with pytest.raises(ValueError, match=r"variance must be at least 0, of shape \(2, 4, 4, 4\); got \(2, 1, 1, 1\)"):
+        unet.set_data_variance(torch.ones(2, 1, 1, 1))
 
 
 def test_modes_are_principal_components_and_show_the_network_a_whole_subject(tmp_path):

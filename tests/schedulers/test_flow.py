@@ -16,7 +16,14 @@ from diffusers_med3d import DiffusionUNet3D, LatentDiffusionConfig, LatentDiffus
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.models import DiffusionUNet3DOutput
 from diffusers_med3d.rl import check_scheduler, deterministic_step, gaussian_kl, log_prob, rollout, transition
-from diffusers_med3d.schedulers.flow import flow_batch, flow_scheduler, set_timesteps, shift_times
+from diffusers_med3d.schedulers.flow import (
+    flow_batch,
+    flow_scheduler,
+    logit_normal_times,
+    preconditioning,
+    set_timesteps,
+    shift_times,
+)
 from diffusers_med3d.trainers.diffusion import default_scheduler
 from diffusers_med3d.utils.seeding import generators_for
 
@@ -315,3 +322,45 @@ def test_a_flow_scheduler_is_refused_where_the_network_predicts_something_else(t
     tiny_pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(tiny_pipeline.scheduler.config)
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler .* does not fit: .* variance-preserving"):
         tiny_pipeline(num_inference_steps=2)
+
+
+# --- preconditioning and logit-normal times ---
+
+
+def test_preconditioning_is_that_of_karras_et_al_seen_from_a_flow():
+    times, variance = torch.tensor([0.03, 0.4, 0.5, 0.97]), torch.rand(3, 2, 2, 2) * 4 + 0.1
+    noisy, network = torch.randn(2, 4, 3, 2, 2, 2).double()
+    factors = preconditioning(times, variance)
+    velocity = factors.skip * noisy + factors.output * network
+    for i, t in enumerate(times.double()):
+        sigma, data = t / (1 - t), variance.double().sqrt()  # equation 7 and table 1, column EDM
+        y = noisy[i] / (1 - t)  # their noisy sample
+        c_skip = data**2 / (sigma**2 + data**2)
+        c_out = sigma * data / (sigma**2 + data**2).sqrt()
+        c_in = 1 / (sigma**2 + data**2).sqrt()
+        denoised = c_skip * y - c_out * network[i]  # our network says -F
+        torch.testing.assert_close(velocity[i], (noisy[i] - denoised) / t, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close((factors.input[i] * noisy[i]), c_in * y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_preconditioned_network_sees_and_must_say_unit_variance_at_every_time_and_place():
+    variance = torch.tensor([0.0, 0.01, 1.0, 9.0]).view(4, 1, 1, 1)
+    clean, noise = variance.sqrt() * torch.randn(20000, 4, 1, 1, 1), torch.randn(20000, 4, 1, 1, 1)
+    for t in (0.02, 0.5, 1.0):
+        factors = preconditioning(torch.full((20000,), t), variance)
+        noisy = (1 - t) * clean + t * noise
+        assert (factors.input * noisy).std(0).flatten().tolist() == pytest.approx([1.0] * 4, rel=0.03)
+        rest = noise - clean - factors.skip * noisy  # what the network's part must be
+        assert rest[:, 0].abs().max() < 1e-3  # nothing is left to say where nothing varies
+        assert (rest / factors.output)[:, 1:].std(0).flatten().tolist() == pytest.approx([1.0] * 3, rel=0.03)
+    assert preconditioning(torch.tensor([0.0]), variance).skip.isfinite().all()
+
+
+def test_logit_normal_times_are_quantiles_of_a_normal_distribution_of_the_log_of_noise_over_signal():
+    uniform = (torch.arange(1000) + 0.5) / 1000
+    times = logit_normal_times(uniform, mean=0.4, std=1.2)
+    logits = torch.log(times / (1 - times))
+    assert logits.mean().item() == pytest.approx(0.4, abs=1e-2) and logits.std().item() == pytest.approx(1.2, abs=2e-2)
+    assert torch.equal(times, times.sort().values) and torch.equal(times, logit_normal_times(uniform, 0.4, 1.2))
+    ends = logit_normal_times(torch.tensor([0.0, 1.0]), 0.0, 1.0)
+    assert 0 < ends[0] < 0.02 and 0.98 < ends[1] < 1

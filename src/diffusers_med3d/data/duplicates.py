@@ -34,7 +34,7 @@ WORTH_REGISTERING, WORTH_REFINING = 0.3, 0.6
 """Detail correlations below which the coarse and the fine registration are not tried. Copies have 0.5 and more before
 any (turned by 5 degrees), 0.87 and more after the coarse one."""
 STEPS = 30
-MIRRORINGS = list(product((1, -1), repeat=3))
+MIRRORINGS = [(x, y, z) for x, y, z in product((1, -1), repeat=3)]
 
 
 class Duplicate(NamedTuple):

@@ -54,13 +54,14 @@ def register_group(
         ValueError: a scan whose foreground the grid does not hold.
     """
     record = output / "registration.json"
+    affines: Sequence[np.ndarray | None]
     stems = [path.name.removesuffix(".gz").removesuffix(".nii") for path in scans]
     if record.is_file():
         known = json.loads(record.read_text())
         affines = [np.array(known["scans"][stem]["affine"]) for stem in stems]
     else:
-        template, starts = _template(scans, trains, grid, options)
-        jobs = [(path, grid, template, start) for path, start in zip(scans, starts, strict=True)]
+        template, affines = _template(scans, trains, grid, options)
+        jobs = [(path, grid, template, affine) for path, affine in zip(scans, affines, strict=True)]
         found = list(parallel(_align, jobs, options.num_proc, "registering all scans"))
         affines = [affine for affine, _ in found]
         with whole_file(output / "template.nii.gz") as temporary:
@@ -91,15 +92,15 @@ def _template(
         given = _read(options.template)
         return reg.normalised(given, reg.centred(given), grid), affines
     chosen = [i for i, train in enumerate(trains) if train]
-    template: np.ndarray | None = None
-    for turn in range(options.rounds + 1):
-        jobs = [(scans[i], grid, template, affines[i]) for i in chosen]
-        found = list(parallel(_align, jobs, options.num_proc, f"mean of the group, round {turn}"))
+    jobs = [(scans[i], grid, None, None) for i in chosen]
+    laid_over_each_other = parallel(_align, jobs, options.num_proc, "mean of the group, round 0")
+    template = reg.symmetric_mean(volume for _, volume in laid_over_each_other)
+    for turn in range(1, options.rounds + 1):
+        turns = [(scans[i], grid, template, affines[i]) for i in chosen]
+        found = list(parallel(_align, turns, options.num_proc, f"mean of the group, round {turn}"))
         template = reg.symmetric_mean(volume for _, volume in found)
-        if turn:
-            for i, (affine, _) in zip(chosen, found, strict=True):
-                affines[i] = affine
-    assert template is not None  # there is one round at least
+        for i, (affine, _) in zip(chosen, found, strict=True):
+            affines[i] = affine
     return template, affines
 
 
@@ -115,8 +116,8 @@ def _align(job: tuple[Path, reg.Grid, np.ndarray | None, np.ndarray | None]) -> 
     if template is None:
         transform = reg.centred(scan)
     else:
-        known = None if start is None else reg.transform_of(start)
-        transform = reg.register(scan, reg.template_image(template, grid), known)
+        begin = None if start is None else reg.transform_of(start)
+        transform = reg.register(scan, reg.template_image(template, grid), begin)
     return reg.affine_of(transform), reg.normalised(scan, transform, grid)
 
 

@@ -65,6 +65,17 @@ class LatentDataset(TorchDataset):
     def __getitem__(self, index: int) -> dict[str, int]:
         return {"index": index}
 
+    def variance(self) -> Tensor:
+        """Variance of the normalised latents about 0, their mean, per channel and place: (c, x, y, z)."""
+        mean, sigma = (values.flatten(0, 1) for values in (self.mean, self.sigma))
+        shift = self.autoencoder.normalize_latents(torch.zeros(1, *mean.shape[1:]))
+        scale = self.autoencoder.normalize_latents(torch.ones(1, *mean.shape[1:])) - shift  # 1 / std
+        total = sum(
+            ((m.float() * scale + shift).square() + (s.float() * scale).square()).sum(0)
+            for m, s in zip(mean.split(64), sigma.split(64), strict=True)
+        )
+        return total / len(mean)
+
     def draw(self, indices: Tensor) -> Tensor:
         """Latents of one copy of each scan: (B,) to float32 (B, c, x, y, z), with torch's global generator."""
         indices = indices.cpu()

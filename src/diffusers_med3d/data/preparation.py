@@ -18,7 +18,7 @@ from .grid import MAX_VOXELS, choose_grid
 from .labels import class_of, is_missing, number_of
 from .layouts import Found, LeftOut, Options, Scan, find_scans
 from .report import MONTAGE, Section, montage, write_report
-from .settings import DATASET_FILE, INTENSITY, DataSettings, FullSettings, write_settings
+from .settings import DATASET_FILE, INTENSITY, DataSettings, write_settings
 from .split import PARTS, load_split, make_split, save_split
 from .writing import people_and_names, write_metadata, write_scan
 
@@ -101,7 +101,7 @@ def prepare_dataset(what: Preparation) -> DataSettings:
     settings = _settings(what, found, written)
     for entry in written:
         value = entry.scan.columns.get(settings.label_column or "", "")
-        entry.label = class_of(value, settings.class_names, settings.class_edges) if settings.class_names else 0
+        entry.label = class_of(value, settings.class_names, settings.class_edges or []) if settings.class_names else 0
     classes, mixed = _class_of_people(written, people)
     split = _split(what, classes, people)
     shape, spacing, sentence = choose_grid(
@@ -114,7 +114,7 @@ def prepare_dataset(what: Preparation) -> DataSettings:
     settings.volume_shape, settings.spacing = shape, spacing
     usual = np.median([entry.record["spacing"] for entry in written], axis=0)
     settings.antialias = bool(what.register == "none" and (np.array(spacing) > 1.25 * usual).any())
-    rows = _rows(what, written, split, settings)
+    rows = _rows(what, written, split, shape, spacing)
     write_metadata(rows, output / "metadata.csv")
     if not (output / "split.json").is_file():
         save_split(split, output / "split.json", settings)
@@ -201,7 +201,7 @@ def _duplicates(what: Preparation, written: list[Entry]) -> tuple[list[list[str]
     return rows, dict(zip(names, one_person_each(names, pairs), strict=True))
 
 
-def _settings(what: Preparation, found: Found, written: list[Entry]) -> FullSettings:
+def _settings(what: Preparation, found: Found, written: list[Entry]) -> DataSettings:
     label = what.options.label_column or found.label_column
     names, edges = what.class_names or found.class_names, what.class_edges or found.class_edges
     if what.class_names and not what.class_edges:
@@ -216,7 +216,7 @@ def _settings(what: Preparation, found: Found, written: list[Entry]) -> FullSett
     count = written[0].record["channels"]
     if len(channels) != count:
         channels = [f"{channels[0]}_{i}" for i in range(count)]
-    return FullSettings(
+    return DataSettings(
         orientation="RAS",
         intensity=INTENSITY,
         registration=None if what.register == "none" else _frame(what.register),
@@ -288,7 +288,7 @@ def _split(what: Preparation, classes: dict[str, int], people: dict[str, str]) -
     for name, group in people.items():
         groups[group].append(name)
     number = [counts[label] > 0 for label in labelled]
-    drawn = make_split(classes, [test * n for n in number], [validation * n for n in number], what.seed)
+    drawn: dict[str, Any] = make_split(classes, [test * n for n in number], [validation * n for n in number], what.seed)
 
     def everyone(names: Sequence[str]) -> list[str]:
         return sorted(name for group in names for name in groups[group])
@@ -298,7 +298,7 @@ def _split(what: Preparation, classes: dict[str, int], people: dict[str, str]) -
 
 
 def _rows(
-    what: Preparation, written: list[Entry], split: dict[str, Any], settings: FullSettings
+    what: Preparation, written: list[Entry], split: dict[str, Any], shape: Sequence[int], spacing: Sequence[float]
 ) -> list[dict[str, str]]:
     """Rows of metadata.csv; with registration, the volumes are written here."""
     files, copies = [[entry.file] for entry in written], what.register != "none"
@@ -307,11 +307,12 @@ def _rows(
         from .registration import Grid
 
         template = None if what.register == "group" else Path(what.register)
+        (x, y, z), (dx, dy, dz) = shape, spacing
         files = register_group(
             [what.output / PROGRESS / entry.file for entry in written],
             [entry.person in set(split["train"]) for entry in written],
             what.output,
-            Grid(tuple(settings.volume_shape), tuple(settings.spacing)),
+            Grid((x, y, z), (dx, dy, dz)),
             GroupOptions(template, what.rounds, what.smoothing, what.jittered_copies, what.num_proc, what.seed),
         )
     sessions = any(entry.scan.session for entry in written)
@@ -330,7 +331,7 @@ def _session_in(file: str) -> str:
     return next((part[4:] for part in Path(file).name.split(".")[0].split("_") if part.startswith("ses-")), "")
 
 
-def _picture(written: list[Entry], rows: list[dict[str, str]], settings: FullSettings, output: Path) -> None:
+def _picture(written: list[Entry], rows: list[dict[str, str]], settings: DataSettings, output: Path) -> None:
     """Montage of scans of all classes in turn."""
     by_class = defaultdict(list)
     for entry in written:
@@ -345,7 +346,7 @@ def _sections(
     what: Preparation,
     written: list[Entry],
     split: dict[str, Any],
-    settings: FullSettings,
+    settings: DataSettings,
     grid: str,
     doubles: list[list[str]],
     left_out: list[LeftOut],
@@ -378,7 +379,7 @@ def _sections(
             "Counts",
             [
                 f"{len(written)} scans of {len(people)} people; {len(left_out)} entries were left out (below).",
-                f"Channels: {', '.join(settings.channel_names or ())}. Classes {said}{edges}.",
+                f"Channels: {', '.join(settings.channel_names or [])}. Classes {said}{edges}.",
                 "The split is by person; test and validation hold as many people of every class.",
             ],
             ["class", "scans", "people", *(f"people in {part}" for part in PARTS)],

@@ -9,8 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
+
+try:
+    import SimpleITK as sitk
+except ImportError as error:
+    raise ImportError("registration needs SimpleITK: pip install 'diffusers-med3d[register]'.") from error
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 MAX_CUT = 0.01

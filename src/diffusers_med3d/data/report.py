@@ -5,7 +5,6 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import nibabel
 import numpy as np
@@ -49,7 +48,7 @@ def montage(paths: Sequence[Path], titles: Sequence[str], output: Path) -> None:
 
 def _views(path: Path) -> np.ndarray:
     """Axial, coronal and sagittal middle slices side by side, (160, 480) in [0, 1], of one scale."""
-    image: Any = nibabel.load(path)
+    image = nibabel.Nifti1Image.from_filename(path)
     array = np.asarray(image.dataobj, dtype=np.float32)
     array = array[..., 0] if array.ndim == 4 else array
     inside = np.nonzero(array > 0)

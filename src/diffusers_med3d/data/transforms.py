@@ -159,17 +159,33 @@ def _lost(volume: MetaTensor, volume_shape: Sequence[int]) -> float:
     return 1 - float(inside.sum()) / max(float(anatomy.sum()), 1.0)
 
 
+def _check_grid(volume: MetaTensor, volume_shape: Sequence[int], spacing: Sequence[float]) -> None:
+    found = volume.pixdim.tolist()
+    same_spacing = all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(found, spacing, strict=True))
+    if tuple(volume.shape[1:]) != tuple(volume_shape) or not same_spacing:
+        raise ValueError(
+            f"a registered scan must have {tuple(volume_shape)} voxels of {tuple(spacing)} mm, got "
+            f"{tuple(volume.shape[1:])} of {tuple(found)}; register it with examples/prepare_dataset.py."
+        )
+
+
 def place(
     volume: MetaTensor,
     volume_shape: Sequence[int],
     spacing: Sequence[float],
     antialias: bool = False,
     fit: str = "crop",
+    registered: bool = False,
 ) -> tuple[MetaTensor, Placement]:
     """Prepared volume, as by ``volume_transform``, and how its anatomy lies in the grid; "refuse" is the caller's."""
     if fit not in FITS:
         raise ValueError(f"fit must be one of {list(FITS)}, got {fit!r}.")
     scan = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(check_positive(volume))
+    if registered:
+        _check_grid(scan, volume_shape, spacing)
+        anatomy = CropForeground(allow_smaller=True)(scan)
+        size = tuple(side * step for side, step in zip(anatomy.shape[1:], spacing, strict=True))
+        return scale_foreground(scan), Placement(size, lost=0.0, shrunk=1.0)
     volume = _resample(scan, spacing, antialias)
     size = tuple(side * step for side, step in zip(volume.shape[1:], spacing, strict=True))
     shrunk = 1.0
@@ -181,7 +197,11 @@ def place(
 
 
 def volume_transform(
-    volume_shape: Sequence[int], spacing: Sequence[float], antialias: bool = False, fit: str = "refuse"
+    volume_shape: Sequence[int],
+    spacing: Sequence[float],
+    antialias: bool = False,
+    fit: str = "refuse",
+    registered: bool = False,
 ) -> Callable[[MetaTensor], MetaTensor]:
     """Channel-first MetaTensor to (C, *volume_shape) in [0, 1], RAS, ``spacing`` mm; the affine follows every step.
 
@@ -190,10 +210,11 @@ def volume_transform(
         antialias: the scan goes through ``smooth_for_spacing`` first.
         fit: what becomes of anatomy that is larger than the grid: "refuse" raises a ValueError, "shrink" takes larger
             voxels for this scan (its affine says so), "crop" cuts it about its centre.
+        registered: the scan has this size and spacing already (ValueError) and stays where it lies.
     """
 
     def transform(volume: MetaTensor) -> MetaTensor:
-        prepared, placement = place(volume, volume_shape, spacing, antialias, fit)
+        prepared, placement = place(volume, volume_shape, spacing, antialias, fit, registered)
         if fit == "refuse":
             refuse_cut({"this scan": placement}, volume_shape, spacing)
         return prepared

@@ -29,12 +29,21 @@ from .split import PARTS, load_split
 from .tables import as_numbers
 from .transforms import Placement, place, refuse_cut, to_meta_tensor
 
+JITTER_COLUMN = "jitter"
+"""Says which changed copy of a scan a row is (examples/prepare_dataset.py --jittered_copies); 0 is the scan itself."""
+
 
 def _place(
-    scan: MetaTensor, name: str, volume_shape: Sequence[int], spacing: Sequence[float], antialias: bool, fit: str
+    scan: MetaTensor,
+    name: str,
+    volume_shape: Sequence[int],
+    spacing: Sequence[float],
+    antialias: bool,
+    fit: str,
+    registered: bool,
 ) -> tuple[MetaTensor, Placement]:
     try:
-        return place(scan, volume_shape, spacing, antialias, fit)
+        return place(scan, volume_shape, spacing, antialias, fit, registered)
     except ValueError as error:
         raise ValueError(f"scan of {name} cannot be prepared: {error}") from error
 
@@ -83,7 +92,7 @@ def prepare(
         name = path.name
         scan = to_meta_tensor(*decode_nifti({"path": str(path), "bytes": None}, name, num_channels))
     grid = settings.volume_shape, settings.spacing
-    volume, placement = _place(scan, name, *grid, bool(settings.antialias), fit)
+    volume, placement = _place(scan, name, *grid, bool(settings.antialias), fit, registered=False)
     if fit == "refuse":
         refuse_cut({f"scan of {name}": placement}, *grid)
     return volume
@@ -108,8 +117,9 @@ class VolumeDataset(TorchDataset):
     An item is ``{"volume": MetaTensor (C, X, Y, Z) float32 in [0, 1] with its affine, "class_label": int,
     "subject": str}``; scans of one subject stand together, subjects in sorted order. ``metadata`` has the other columns
     of the source, one row per item; ``class_names`` are the classes, the last label is a scan without one. Subjects
-    are text exactly as written. ``settings`` is what all of it was read with, ``placements`` how each scan lies in the
-    grid.
+    are text exactly as written. Rows with another number than 0 in a column ``jitter`` are changed copies of scans:
+    they are left out unless asked for. ``settings`` is what all of it was read with, ``placements`` how each scan lies
+    in the grid.
 
     What is not given (None) is taken from ``dataset.json`` in the folder; else the grid is 64^3 at 3 mm, subjects stand
     in "participant_id", and the classes are young, middle and old by the column "age", or none where there is none.
@@ -126,6 +136,8 @@ class VolumeDataset(TorchDataset):
         antialias: whether scans are smoothed before they are resampled to larger voxels.
         num_channels: channels of every scan; see ``nifti.check_header``.
         fit: what becomes of anatomy that is larger than the grid; see ``volume_transform``.
+        registration: the frame that the scans were registered to, in words: they lie on the grid and stay as they are.
+        jittered_copies: whether changed copies are read too; only what trains may.
 
     Raises:
         ValueError: what cannot be read or used, by name; arguments that contradict ``dataset.json``.
@@ -145,12 +157,17 @@ class VolumeDataset(TorchDataset):
         antialias: bool | None = None,
         num_channels: int | None = None,
         fit: str = "refuse",
+        registration: str | None = None,
+        jittered_copies: bool = False,
     ) -> None:
         rows = read_scans(source)
+        if JITTER_COLUMN in rows.column_names and not jittered_copies:
+            rows = rows.select([i for i, copy in enumerate(rows[JITTER_COLUMN]) if int(copy) == 0])
         given = DataSettings(
             volume_shape=None if volume_shape is None else list(volume_shape),
             spacing=None if spacing is None else list(spacing),
             antialias=antialias,
+            registration=registration,
             subject_column=subject_column,
             label_column=label_column,
             class_names=None if class_names is None else list(class_names),
@@ -181,7 +198,7 @@ class VolumeDataset(TorchDataset):
         grid = self.settings.volume_shape, self.settings.spacing, self.settings.antialias
         for (subject, i), entry in zip(tqdm(order, desc="reading scans", unit="scan"), chosen["nifti"], strict=True):
             scan = to_meta_tensor(*decode_nifti(entry, subject, num_channels))
-            volume, placement = _place(scan, subject, *grid, fit)
+            volume, placement = _place(scan, subject, *grid, fit, registered=self.settings.registration is not None)
             self.items.append({"volume": volume, "class_label": labels[i], "subject": subject})
             self.placements.append(placement)
         if fit == "refuse":
@@ -189,14 +206,14 @@ class VolumeDataset(TorchDataset):
             refuse_cut(dict(zip(names, self.placements, strict=True)), *grid[:2])
 
     @classmethod
-    def from_arguments(cls, args: DataArguments, part: str) -> "VolumeDataset":
+    def from_arguments(cls, args: DataArguments, part: str, jittered_copies: bool = False) -> "VolumeDataset":
         """Volumes of a part of the split: "train", "validation", "test", or fold "a" or "b" of train."""
         split = load_split(args.split_file)
         parts = {**{name: split[name] for name in PARTS}, **split["folds"]}
         if part not in parts:
             raise ValueError(f"unknown part {part!r} of the split, expected one of {list(parts)}.")
         args.say_defaults()
-        return cls(args.data_dir, parts[part], **args.reading())
+        return cls(args.data_dir, parts[part], **args.reading(), jittered_copies=jittered_copies)
 
     def __len__(self) -> int:
         return len(self.items)

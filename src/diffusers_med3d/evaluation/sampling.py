@@ -46,12 +46,12 @@ def volume_set(dataset: VolumeDataset, background: float = FOREGROUND_THRESHOLD)
     A generator imitates prepared scans, haze around them included; without the second pass a scan would be centred by
     its faintest voxel and a sample by its first plain one.
     """
-    volumes = []
+    volumes, registered = [], dataset.settings.registration is not None
     for item in dataset:
         spacing = item["volume"].affine[:3, :3].norm(dim=0).tolist()
         cleared = clear_background(item["volume"].as_tensor(), background)
         meta = to_meta_tensor(cleared.movedim(0, -1).numpy(), np.diag([*spacing, 1.0]))
-        volumes.append(volume_transform(cleared.shape[1:], spacing)(meta).as_tensor())
+        volumes.append(volume_transform(cleared.shape[1:], spacing, registered=registered)(meta).as_tensor())
     return as_set(dataset, torch.stack(volumes), background)
 
 

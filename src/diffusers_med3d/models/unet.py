@@ -14,6 +14,7 @@ from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import nn
 
 from ..hub.publish import PublishMixin
+from ..schedulers.flow import FLOW_TIMESTEPS, preconditioning
 from .casting import QuietCastMixin
 from .checkpointing import CheckpointedBlocksMixin
 from .sizes import check_divisible
@@ -57,6 +58,12 @@ class DiffusionUNet3D(
             a learned function of the timestep: what is left of a whole subject's shape under noise that hides every
             single place. Convolutions, which treat all places alike, learn such patterns slowly. Set by ``set_modes``.
         mode_shape: size (x, y, z) of the latents that have these components; the network then takes no other size.
+        position_shape: size (x, y, z) of latents that lie in one frame, or None. A learned value per channel and place
+            is then added after the first convolution, so that the network knows where in the body it is; it takes no
+            other size.
+        precondition: of a network that predicts the velocity of a rectified flow: what its layers see and must say has
+            unit variance at every time; see ``flow.preconditioning``. With ``position_shape``, at every place too, once
+            ``set_data_variance`` was called.
     """
 
     _supports_gradient_checkpointing = True
@@ -79,6 +86,8 @@ class DiffusionUNet3D(
         sample_gate: bool = False,
         num_modes: int = 0,
         mode_shape: Sequence[int] | None = None,
+        position_shape: Sequence[int] | None = None,
+        precondition: bool = False,
     ) -> None:
         DiffusionModelUNet.__init__(
             self,
@@ -95,7 +104,8 @@ class DiffusionUNet3D(
             num_class_embeds=num_class_embeds,
             include_fc=include_fc,
         )
-        for name, wanted in (("sample_skip", sample_skip), ("sample_gate", sample_gate)):
+        same_channels = {"sample_skip": sample_skip, "sample_gate": sample_gate, "precondition": precondition}
+        for name, wanted in same_channels.items():
             if wanted and in_channels != out_channels:
                 raise ValueError(f"{name} needs in_channels == out_channels, got {in_channels} and {out_channels}.")
         if num_modes and mode_shape is None:
@@ -111,6 +121,17 @@ class DiffusionUNet3D(
             self.register_buffer("modes", torch.zeros(num_modes, in_channels, *mode_shape))
             self.mode_scale = _zeros(nn.Linear(embedding_size, num_modes))
             nn.init.constant_(self.mode_scale.get_parameter("bias"), 0.3)
+        self.position = None if position_shape is None else nn.Parameter(torch.zeros(1, channels[0], *position_shape))
+        self.register_buffer("data_variance", None)
+        if precondition and position_shape is not None:
+            self.register_buffer("data_variance", torch.ones(1, in_channels, *position_shape))
+
+    def set_data_variance(self, variance: torch.Tensor) -> None:
+        """Take the variance of training latents per channel and place, (in_channels, *position_shape)."""
+        if self.data_variance is None or variance.shape != self.data_variance.shape[1:] or not (variance >= 0).all():
+            wanted = None if self.data_variance is None else tuple(self.data_variance.shape[1:])
+            raise ValueError(f"variance must be at least 0, of shape {wanted}; got {tuple(variance.shape)}.")
+        self.data_variance.copy_(variance)
 
     def set_modes(self, latents: torch.Tensor) -> None:
         """Take the ``num_modes`` principal components of latents about zero, (N, in_channels, *mode_shape).
@@ -183,6 +204,11 @@ class DiffusionUNet3D(
                 f"sample must have shape (B, {self.config.in_channels}, x, y, z), got {tuple(sample.shape)}."
             )
         check_divisible(sample.shape[2:], self.size_divisor, "latent shape")
+        if self.position is not None and sample.shape[2:] != self.position.shape[2:]:
+            raise ValueError(
+                f"this network has position maps of size {tuple(self.position.shape[2:])} and takes no other, got "
+                f"{tuple(sample.shape[2:])}."
+            )
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(sample.shape[0])
         class_labels = self._labels(sample, class_labels)
 
@@ -190,10 +216,17 @@ class DiffusionUNet3D(
         if class_labels is not None:
             embedding = embedding + self.class_embedding(class_labels).to(sample.dtype)
 
+        if self.config.precondition:
+            scaling = preconditioning(
+                timesteps / FLOW_TIMESTEPS, 1.0 if self.data_variance is None else self.data_variance.float()
+            )
+            noisy, sample = sample, (scaling.input * sample).to(sample.dtype)
         inputs = sample
         if self.modes is not None:
             inputs = torch.cat([sample, self._whole_shape(sample, embedding)], dim=1)
         hidden = self.conv_in(inputs)
+        if self.position is not None:
+            hidden = hidden + self.position
         residuals = [hidden]
         for block in self.down_blocks:
             hidden, block_residuals = self._call(block, hidden, embedding)
@@ -211,6 +244,8 @@ class DiffusionUNet3D(
         ):
             if scale is not None:
                 prediction = prediction + (scale * inputs).unflatten(1, (-1, sample.shape[1])).sum(dim=1)
+        if self.config.precondition:
+            prediction = (scaling.skip * noisy + scaling.output * prediction).to(prediction.dtype)
         return DiffusionUNet3DOutput(sample=prediction) if return_dict else (prediction,)
 
 

@@ -273,12 +273,13 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         """Refuse a size that autoencoder and UNet together cannot take; returns the latent size (x, y, z)."""
         check_divisible(volume_shape, self.vae.downsample_factor * self.unet.size_divisor, "volume_shape")
         latent_shape = self.vae.latent_shape(volume_shape)
-        known = self.unet.config.mode_shape if self.unet.config.get("num_modes") else latent_shape
+        config = self.unet.config
+        known = config.mode_shape if config.get("num_modes") else config.get("position_shape") or latent_shape
         if latent_shape != tuple(known):
             only = tuple(side * self.vae.downsample_factor for side in known)
             raise ValueError(
                 f"volume_shape {tuple(volume_shape)} is not {only}, the only size that this generator makes: it knows "
-                "principal components of latents of that size."
+                "latents of that size place by place."
             )
         return latent_shape
 

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
+FLOW_TIMESTEPS = 1000
+"""What t = 1 is called in timesteps."""
+
 FLOW_PREDICTION = "flow_prediction"
 """``prediction_type`` of diffusers' multistep solvers for a network that predicts the velocity."""
 
@@ -26,7 +29,7 @@ def flow_scheduler(shift: float = 1.0) -> FlowMatchEulerDiscreteScheduler:
     """1000 timesteps. A `shift` above 1 spends more of them, in training and sampling, where there is more noise."""
     if not 0 < shift < float("inf"):
         raise ValueError(f"shift must be a positive number, got {shift}.")
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift, stochastic_sampling=False)
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=FLOW_TIMESTEPS, shift=shift, stochastic_sampling=False)
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
@@ -119,3 +122,35 @@ def flow_batch(
     """
     times = shift_times(uniform, scheduler.config.shift)
     return FlowBatch(interpolate(clean, noise, times), noise - clean, times * scheduler.config.num_train_timesteps)
+
+
+class Preconditioning(NamedTuple):
+    """Factors, float32, that broadcast over (B, C, x, y, z): velocity = skip * x_t + output * network(input * x_t)."""
+
+    skip: torch.Tensor
+    output: torch.Tensor
+    input: torch.Tensor
+
+
+def preconditioning(times: torch.Tensor, variance: torch.Tensor | float = 1.0) -> Preconditioning:
+    """Factors with which a network of a flow sees and says values of unit variance at every time and place.
+
+    Karras et al. 2022 (arXiv 2206.00364), equation 7, carried to flows. Their noisy sample is y = x_0 + sigma noise
+    with sigma = t / (1 - t), so x_t = (1 - t) y; their denoiser D(y) stands for x_0 in the velocity (x_t - x_0) / t.
+    Without the network this is the best linear prediction from each value alone.
+
+    Args:
+        times: (B,) in [0, 1].
+        variance: of the data, sigma_data^2, one number or (C, x, y, z): how far subjects differ depends on the place.
+    """
+    times = times.float().view(-1, 1, 1, 1, 1)
+    noisy_variance = (1 - times).square() * variance + times.square()  # of x_t
+    noisy_variance = noisy_variance.clamp(min=1e-8)  # where nothing varies, at t = 0
+    skip = (times - (1 - times) * variance) / noisy_variance
+    return Preconditioning(skip, (variance / noisy_variance).sqrt(), noisy_variance.rsqrt())
+
+
+def logit_normal_times(uniform: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+    """Times whose logarithm of t / (1 - t), the noise over the signal, is normal: the quantiles ``uniform``, (B,) in
+    [0, 1], of Esser et al. 2024 (arXiv 2403.03206), equation 19."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6))).to(uniform.dtype)

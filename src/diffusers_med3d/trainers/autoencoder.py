@@ -1,5 +1,6 @@
 """Stage 1: train an autoencoder (KL, or VQ with a codebook) on crops of scans."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,6 +126,34 @@ def pad_thin(volume: Tensor) -> Tensor:
     """Background (0) around a (B, C, X, Y, Z) stack on the sides that are too short for the discriminator."""
     missing = [max(0, DISCRIMINATOR_SIDE - side) for side in volume.shape[:1:-1]]  # Z, Y, X, as F.pad has them
     return F.pad(volume, [part for gap in missing for part in (gap // 2, gap - gap // 2)]) if any(missing) else volume
+
+
+def latent_statistics(
+    moments: Iterable[tuple[Tensor, Tensor]], atlas: bool = True, scaling: str = "channel"
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What normalises latents, with the posterior's noise counted in.
+
+    Args:
+        moments: mean and sigma (c, x, y, z) of every training volume.
+        atlas: subtract the mean latent of every place, not of a channel alone.
+        scaling: "channel": every channel gets its own standard deviation; "global": all get the median one.
+
+    Returns:
+        mean (c,), standard deviation (c,) of what is left after mean and atlas, and atlas (c, x, y, z) or None.
+    """
+    total = squares = torch.zeros((), dtype=torch.double)
+    count = 0
+    for mean, sigma in moments:
+        mean, sigma = mean.double().cpu(), sigma.double().cpu()
+        total, count = total + mean, count + 1
+        squares = squares + (mean.square() + sigma.square()).mean(dim=(1, 2, 3))
+    total, squares = total / count, squares / count
+    mean = total.mean(dim=(1, 2, 3))
+    variance = squares - (total.square().mean(dim=(1, 2, 3)) if atlas else mean.square())
+    std = variance.sqrt()
+    if scaling == "global":
+        std = std.median().expand_as(std)
+    return mean.float(), std.float(), (total - mean[:, None, None, None]).float() if atlas else None
 
 
 class AutoencoderLosses(nn.Module):
@@ -270,28 +299,14 @@ class AutoencoderTrainer(Med3DTrainer):
 
     @torch.no_grad()
     def latent_statistics(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What normalises latents, over the whole training set with the posterior's noise: see ``AutoencoderConfig``.
-
-        Returns:
-            mean (c,), standard deviation (c,) of what is left after mean and atlas, and atlas (c, x, y, z) or None.
-        """
-        total = squares = torch.zeros((), dtype=torch.double)
+        """``latent_statistics`` of the whole training set, as ``AutoencoderConfig`` says."""
         self.autoencoder.eval()
-        for item in self.train_volumes:
-            moments = self.autoencoder.encode_moments(item["volume"].as_tensor()[None].to(self.args.device))
-            mean, sigma = (moment[0].double().cpu() for moment in moments)
-            total = total + mean / len(self.train_volumes)
-            squares = squares + (mean.square() + sigma.square()).mean(dim=(1, 2, 3)) / len(self.train_volumes)
-        mean = total.mean(dim=(1, 2, 3))
-        if self.args.latent_atlas:
-            atlas = total - mean[:, None, None, None]
-            variance = squares - total.square().mean(dim=(1, 2, 3))
-        else:
-            atlas, variance = None, squares - mean.square()
-        std = variance.sqrt()
-        if self.args.latent_scaling == "global":
-            std = std.median().expand_as(std)
-        return mean.float(), std.float(), atlas if atlas is None else atlas.float()
+        moments = (
+            self.autoencoder.encode_moments(item["volume"].as_tensor()[None].to(self.args.device))
+            for item in self.train_volumes
+        )
+        pairs = ((mean[0], sigma[0]) for mean, sigma in moments)
+        return latent_statistics(pairs, self.args.latent_atlas, self.args.latent_scaling)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the autoencoder with its latent statistics."""

@@ -1,14 +1,16 @@
 """Stage 2: pre-train the latent diffusion model."""
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from .. import metrics
 from ..data import VolumeDataset, check_same_settings, settings_of
@@ -19,10 +21,14 @@ from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
 from ..pipelines.conditions import call_arguments, encode_rows, scan_rows
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
-from ..schedulers.flow import flow_batch, flow_scheduler, is_flow
+from ..schedulers.flow import flow_batch, flow_scheduler, is_flow, logit_normal_times
 from ..utils.files import write_json
+from .autoencoder import latent_statistics
 from .base import Med3DConfig, Med3DTrainer, describe_volumes
 from .muon import Muon
+
+PROGRESS = "progress.json"
+"""Validation loss and distances of every evaluation against the volumes seen."""
 
 SAMPLE_WEIGHT_CAP = 5.0
 """Largest weight of a timestep when the network predicts the sample (min-SNR-gamma, arXiv 2303.09556, gamma = 5)."""
@@ -56,6 +62,23 @@ class LatentDiffusionConfig(Med3DConfig):
     )
     copies: int = field(default=8, metadata={"help": "Augmented copies per scan in the latent cache."})
     max_shift: int = field(default=2, metadata={"help": "Largest shift of a copy in voxels per axis."})
+    latent_statistics: bool = field(
+        default=False,
+        metadata={
+            "help": "Normalise latents by statistics of the cached ones instead of the autoencoder's own: mean per "
+            "channel and place, standard deviation per channel. For scans on another grid than the autoencoder's."
+        },
+    )
+    time_distribution: str = field(
+        default="uniform",
+        metadata={
+            "help": "Times at which a flow is trained. logit_normal: the logarithm of noise over signal is normal; "
+            "validation stays uniform, so that runs can be compared.",
+            "choices": ["uniform", "logit_normal"],
+        },
+    )
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of that logarithm; above 0 is more noise."})
+    logit_std: float = field(default=1.0, metadata={"help": "Its standard deviation."})
     image_weighting: bool = field(
         default=True,
         metadata={
@@ -67,6 +90,14 @@ class LatentDiffusionConfig(Med3DConfig):
         default=12, metadata={"help": "Volumes generated at every evaluation, for KID and pictures; 0 skips both."}
     )
     eval_inference_steps: int = field(default=25, metadata={"help": "Denoising steps of these volumes."})
+    sample_every: int = field(
+        default=1,
+        metadata={"help": "They are generated at every how many evaluations; the others take the loss alone."},
+    )
+    patience: int = field(
+        default=0,
+        metadata={"help": "Stop after so many evaluations without a lower validation loss than before; 0 never stops."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +105,14 @@ class LatentDiffusionConfig(Med3DConfig):
             raise ValueError(f"class_dropout must be in [0, 1), got {self.class_dropout}.")
         if not self.autoguidance_scale > 1.0:
             raise ValueError(f"autoguidance_scale must be above 1, got {self.autoguidance_scale}.")
+        if self.time_distribution not in ("uniform", "logit_normal"):
+            raise ValueError(f"time_distribution must be uniform or logit_normal, got {self.time_distribution!r}.")
+        if not self.logit_std > 0:
+            raise ValueError(f"logit_std must be positive, got {self.logit_std}.")
+        if self.sample_every < 1 or self.patience < 0:
+            raise ValueError(
+                f"sample_every must be at least 1 and patience at least 0, got {self.sample_every}, {self.patience}."
+            )
         if self.muon and self.deepspeed_plugin is not None:
             raise ValueError("muon=True does not go with DeepSpeed, which flattens the matrices that Muon works on.")
 
@@ -137,8 +176,11 @@ class LatentDiffusionTrainer(Med3DTrainer):
                     f"KID needs at least 3 volumes on each side, got eval_samples={args.eval_samples} and "
                     f"{len(eval_dataset)} validation scans; eval_samples=0 leaves it out."
                 )
-            self._features = metrics.SliceFeatures(device=args.device)
-            self._reference_features = self._features(eval_dataset.stack())
+            scans = eval_dataset.stack()
+            extractors: dict[str, metrics.Extractor] = {"": metrics.SliceFeatures(device=args.device)}
+            if model.vae.config.out_channels == 1 and min(scans.shape[2:]) >= 32:
+                extractors["_haar"] = metrics.ScatteringFeatures()
+            self._features = {name: (extract, extract(scans)) for name, extract in extractors.items()}
         self.conditions = encode_rows(model, scan_rows(model, train_dataset))
         cache = Path(args.output_dir) / "cache"
         with args.main_process_first(desc="encoding scans"):
@@ -149,8 +191,13 @@ class LatentDiffusionTrainer(Med3DTrainer):
                 self.eval_rows = scan_rows(model, eval_dataset)
                 self.eval_conditions = encode_rows(model, self.eval_rows)
                 self.eval_latents = LatentDataset(eval_dataset, model.vae, cache / "eval.safetensors", copies=1)
+        if args.latent_statistics:
+            moments = zip(self.latents.mean.flatten(0, 1), self.latents.sigma.flatten(0, 1), strict=True)
+            model.vae.set_latent_statistics(*latent_statistics(moments))
         if getattr(model.unet, "modes", None) is not None and not model.unet.modes.any():
             model.unet.set_modes(model.vae.normalize_latents(self.latents.mean.flatten(0, 1).float()))
+        if getattr(model.unet, "data_variance", None) is not None and bool((model.unet.data_variance == 1).all()):
+            model.unet.set_data_variance(self.latents.variance())
         self.channel_weights = torch.ones(model.vae.latent_channels)
         if args.image_weighting:
             gain = decoder_gain(model.vae, self.latents.mean[:1, 0].float())
@@ -158,6 +205,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
         super().__init__(model=model.unet, args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs)
         self.card_data = describe_volumes(train_dataset, eval_dataset)
         self.inherited_license = inherited_license(model, model.unet, model.vae)
+        if args.patience:
+            self.add_callback(_PatienceCallback())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in transformers; with ``args.muon`` the matrices and kernels inside the UNet's blocks are `Muon`'s.
@@ -204,10 +253,13 @@ class LatentDiffusionTrainer(Med3DTrainer):
         noise: Tensor,
         shift: Tensor,
         others: dict[str, Tensor] | None = None,
+        uniform_times: bool = False,
     ) -> Tensor:
         scheduler = self.pipeline.scheduler
         spread = (shift + torch.arange(len(latents), device=latents.device) / len(latents)) % 1.0
         if is_flow(scheduler):
+            if self.args.time_distribution == "logit_normal" and not uniform_times:
+                spread = logit_normal_times(spread, self.args.logit_mean, self.args.logit_std)
             noisy, target, timesteps = flow_batch(scheduler, latents, noise, spread)
         else:
             timesteps = (spread * scheduler.config.num_train_timesteps).long()
@@ -259,11 +311,26 @@ class LatentDiffusionTrainer(Med3DTrainer):
                 noise = torch.randn(latents.shape, generator=generator).to(latents.device)
                 labels, others = self.eval_conditions.take(torch.full((8,), i))
                 shift = torch.tensor(0.5 / 8)
-                losses.append(self._denoising_loss(self.pipeline.unet, latents, labels, noise, shift, others))
+                loss = self._denoising_loss(
+                    self.pipeline.unet, latents, labels, noise, shift, others, uniform_times=True
+                )
+                losses.append(loss)
             results[f"{metric_key_prefix}_loss"] = torch.stack(losses).mean().item()
-            if self.args.eval_samples:
+            step = self.state.global_step
+            due = step // self.state.eval_steps % self.args.sample_every == 0 or step >= self.args.max_steps
+            if self.args.eval_samples and due:
                 results |= self._judge_samples(generator, metric_key_prefix)
-        return self.conclude_evaluation(results)
+        results = self.conclude_evaluation(results)
+        self._write_progress()
+        return results
+
+    def _write_progress(self) -> None:
+        """Write every evaluation so far to ``output_dir/progress.json``, against the volumes seen in training."""
+        if not self.is_world_process_zero():
+            return
+        rows = progress(self.state.log_history, self.args.train_batch_size * self.args.world_size)
+        write_json(Path(self.args.output_dir) / PROGRESS, rows)
+        self.log_figure("progress", progress_figure(rows))
 
     def _judge_samples(self, generator: torch.Generator, prefix: str) -> dict[str, float]:
         count = self.args.eval_samples
@@ -281,23 +348,49 @@ class LatentDiffusionTrainer(Med3DTrainer):
             ]
         )
         scans = self.eval_dataset.stack()
+        results: dict[str, float] = {}
         with torch.autocast(self.args.device.type, enabled=False):  # as precise as those of the scans
-            features = self._features(samples)
-        distance = metrics.kid(features, self._reference_features)
+            for name, (extract, reference) in self._features.items():
+                distance = metrics.kid(extract(samples), reference)
+                results |= {f"{prefix}_kid{name}": distance.value, f"{prefix}_kid{name}_stderr": distance.stderr}
         shown = min(count, 6)
         picture = {"scans": scans[:shown, :1], "samples": samples[:shown, :1]}
         spacing = self.pipeline.config.spacing
         self.log_figure(f"samples-{self.state.global_step}", figures.orthogonal_views(picture, spacing=spacing))
-        return {
-            f"{prefix}_kid": distance.value,
-            f"{prefix}_kid_stderr": distance.stderr,
-            f"{prefix}_sharpness_ratio": (metrics.sharpness(samples).mean() / metrics.sharpness(scans).mean()).item(),
-        }
+        ratio = (metrics.sharpness(samples).mean() / metrics.sharpness(scans).mean()).item()
+        return results | {f"{prefix}_sharpness_ratio": ratio}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole pipeline, and beside it which subjects it was trained on."""
         self.pipeline.save_pretrained(folder)
         write_json(Path(folder) / TRAINING_SUBJECTS, sorted(self.training_subjects))
+
+
+class _PatienceCallback(TrainerCallback):
+    """Stops, with a checkpoint, where the validation loss has not fallen for ``patience`` evaluations. It looks at the
+    logs, which a checkpoint holds, so a run may be resumed as often as needed."""
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        if losses and len(losses) - 1 - losses.index(min(losses)) >= args.patience:
+            control.should_training_stop = control.should_save = True
+
+
+def progress(log_history: Sequence[dict[str, float]], batch_size: int) -> list[dict[str, float]]:
+    """Evaluations of a log, each with ``volumes_seen``: optimizer steps times ``batch_size``, the volumes per step."""
+    evaluations = [row for row in log_history if "eval_loss" in row]
+    return [{"volumes_seen": int(row["step"] * batch_size)} | row for row in evaluations]
+
+
+def progress_figure(rows: Sequence[dict[str, float]]) -> Figure:
+    """Validation loss and kernel distances of ``progress`` against the volumes seen."""
+    names = {"eval_loss": "validation loss", "eval_kid": "KID", "eval_kid_haar": "KID (Haar scattering)"}
+    series = {}
+    for key, name in names.items():
+        points = [(row["volumes_seen"], row[key]) for row in rows if key in row]
+        if points:
+            series[name] = ([seen for seen, _ in points], [value for _, value in points])
+    return figures.curves(series, xlabel="volumes seen")
 
 
 def _check_guide(pipeline: MedDiffusion3DPipeline, guide: MedDiffusion3DPipeline) -> None:

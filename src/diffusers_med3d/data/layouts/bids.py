@@ -64,9 +64,7 @@ def _rows(path: Path, key: str) -> dict[str, dict[str, str]]:
         return {}
     rows = read_rows(path)
     name = column(rows, key)
-    if not rows:
-        return {}
-    if name is None:
+    if rows and not name:
         raise ValueError(f"{path.name} has no column {key}, only {list(rows[0])}.")
     return {row[name]: row for row in rows}
 

@@ -39,7 +39,7 @@ def find(folder: Path, options: Options) -> Found:
             left_out.append(LeftOut(below(case, folder), f"no {', '.join(missing)}; there are {sorted(files)}"))
         elif path is not None and stated.get(case.name, own) != own:
             left_out.append(
-                LeftOut(below(case, folder), f"the folder says {own}, {path.name} says {stated[case.name]}")
+                LeftOut(below(case, folder), f"the folder says {own}, name_mapping.csv says {stated[case.name]}")
             )
         else:
             person = same_person.get(case.name, case.name)

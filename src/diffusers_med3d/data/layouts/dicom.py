@@ -201,7 +201,7 @@ def _labels(options: Options) -> tuple[dict[str, dict[str, str]], list[str]]:
         return {}, []
     rows = read_rows(options.metadata)
     person = column(rows, "participant_id", "PatientID", "patient_id")
-    if person is None:
+    if not person:
         raise ValueError(f"{options.metadata.name} has no column participant_id, only {list(rows[0]) if rows else []}.")
     wanted = [name for name in (options.label_column, *options.keep_columns) if name]
     absent = [name for name in wanted if name not in rows[0] and name not in ("age", "sex")]

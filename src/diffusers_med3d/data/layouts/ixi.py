@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from .scans import Found, LeftOut, Options, Scan, below, nifti_files
-from .tables import column, find_table, read_rows
+from .tables import cell, column, find_table, read_rows
 
 NAME = re.compile(r"(IXI\d+)-([A-Za-z]+)-(\d+)-(\w+?)(?:\.nii)?(?:\.gz)?$", re.IGNORECASE)
 SEX = {"1": "M", "2": "F"}
@@ -53,7 +53,7 @@ def _demographics(folder: Path, options: Options) -> tuple[dict[int, dict[str, s
     rows = read_rows(path)
     number, age = column(rows, "IXI_ID"), column(rows, "AGE")
     sex = column(rows, "SEX_ID (1=m, 2=f)", "SEX_ID")
-    if number is None or age is None:
+    if not number or not age:
         raise ValueError(f"{path.name} must have the columns IXI_ID and AGE, got {list(rows[0]) if rows else []}.")
     people: dict[int, dict[str, str]] = {}
     contradicted = set()
@@ -61,7 +61,7 @@ def _demographics(folder: Path, options: Options) -> tuple[dict[int, dict[str, s
         if not row[number]:
             continue
         person = int(float(row[number]))
-        found = {"age": _years(row[age]), "sex": SEX.get(row[sex], "") if sex else ""}
+        found = {"age": _years(row[age]), "sex": SEX.get(cell(row, sex), "")}
         if person in people and people[person]["age"] and found["age"] and people[person]["age"] != found["age"]:
             contradicted.add(person)
         if person not in people or not people[person]["age"]:

@@ -3,7 +3,7 @@
 from pathlib import Path, PureWindowsPath
 
 from .scans import Found, LeftOut, Options, Scan, below, nifti_files, stem
-from .tables import column, find_table, read_rows
+from .tables import cell, column, find_table, read_rows
 
 
 def find(folder: Path, options: Options) -> Found:
@@ -20,33 +20,33 @@ def find(folder: Path, options: Options) -> Found:
         notes = ("there is no metadata.csv: every file counts as another person, without a label",)
         return Found(scans, [], channel_names, notes=notes)
     rows = read_rows(path)
-    file_column, person_column = column(rows, "file_name"), column(rows, "participant_id", "subject_id", "subject")
-    if file_column is None or person_column is None:
+    names = {"file": column(rows, "file_name"), "person": column(rows, "participant_id", "subject_id", "subject")}
+    if not all(names.values()):
         raise ValueError(
             f"{path.name} must have the columns file_name and participant_id, got {list(rows[0]) if rows else []}."
         )
     wanted = [name for name in (options.label_column, "age", "sex", *options.keep_columns) if name]
     label = options.label_column
-    if label and column(rows, label) is None:
+    if label and not column(rows, label):
         raise ValueError(f"{path.name} has no column {label!r}, only {list(rows[0])}.")
     session = column(rows, "session")
     scans, left_out, used = [], [], set()
     for number, row in enumerate(rows, 2):
-        name = PureWindowsPath(row[file_column]).as_posix().removeprefix("./")
+        name = PureWindowsPath(row[names["file"]]).as_posix().removeprefix("./")
         file = files.get(name) or files.get(
             below(path.parent, folder) + "/" + name if path.is_relative_to(folder) else ""
         )
-        columns = {name: row.get(column(rows, name) or "", "") for name in dict.fromkeys(wanted)}
+        columns = {name: cell(row, column(rows, name)) for name in dict.fromkeys(wanted)}
         columns = {name: value for name, value in columns.items() if name == label or column(rows, name)}
         if file is None:
             left_out.append(LeftOut(PureWindowsPath(name).name or f"row {number}", f"row {number}: no such file"))
             continue
         used.add(file)
-        if not row[person_column]:
-            left_out.append(LeftOut(below(file, folder), f"row {number}: no {person_column}"))
+        if not row[names["person"]]:
+            left_out.append(LeftOut(below(file, folder), f"row {number}: no {names['person']}"))
         elif label and not columns[label] and not options.keep_unlabelled:
             left_out.append(LeftOut(below(file, folder), f"no {label} (kept with --keep_unlabelled)"))
         else:
-            scans.append(Scan((file,), row[person_column], columns, row[session] if session else ""))
+            scans.append(Scan((file,), row[names["person"]], columns, cell(row, session)))
     left_out += [LeftOut(name, f"not in {path.name}") for name, file in files.items() if file not in used]
     return Found(scans, left_out, channel_names, label)

@@ -25,12 +25,13 @@ def find(folder: Path, options: Options) -> Found:
         )
     rows = read_rows(path)
     names = {name: column(rows, name) for name in ("ID", "M/F", "Age", "CDR")}
-    if names["ID"] is None or names["CDR"] is None:
+    if not names["ID"] or not names["CDR"]:
         raise ValueError(f"{path.name} must have the columns ID and CDR, got {list(rows[0]) if rows else []}.")
     clinical = {row[names["ID"]]: row for row in rows}
     scans, left_out = [], []
     for session in sorted(path for path in folder.rglob("OAS1_*_MR*") if path.is_dir()):
-        if not (named := SESSION.match(session.name)):
+        match = SESSION.match(session.name)
+        if match is None:
             continue
         images = sorted((session / "PROCESSED" / "MPRAGE" / "T88_111").glob("*_t88_masked_gfc.hdr"))
         if not images:
@@ -45,7 +46,7 @@ def find(folder: Path, options: Options) -> Found:
             reason = "no rating (CDR) in the table" if row else f"not in {path.name}"
             left_out.append(LeftOut(below(session, folder), f"{reason} (kept with --keep_unlabelled)"))
             continue
-        person, number = named.groups()
+        person, number = match.groups()
         columns = {
             "diagnosis": ("AD" if float(rating) > 0 else "CN") if rating else "",
             "cdr": rating,

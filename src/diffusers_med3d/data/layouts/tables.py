@@ -64,7 +64,12 @@ def find_table(folder: Path, name: str) -> Path | None:
     return min(found, key=lambda path: (len(path.parts), path.as_posix()), default=None)
 
 
-def column(rows: list[dict[str, str]], *names: str) -> str | None:
-    """The column's name as written, for the first of ``names`` that is there in any case; None if none is."""
+def column(rows: list[dict[str, str]], *names: str) -> str:
+    """The column's name as written, for the first of ``names`` that is there in any case; "" if none is."""
     there = {name.lower(): name for name in rows[0]} if rows else {}
-    return next((there[name.lower()] for name in names if name.lower() in there), None)
+    return next((there[name.lower()] for name in names if name.lower() in there), "")
+
+
+def cell(row: dict[str, str], name: str) -> str:
+    """What a row says in a column; "" where there is no such column."""
+    return row[name] if name else ""
