@@ -238,6 +238,17 @@ def test_without_labels_the_data_set_is_unconditional(tmp_path, monkeypatch):
     assert len(load_split(tmp_path / "out" / "split.json")["test"]) == 2
 
 
+def test_people_without_a_label_are_kept_only_when_asked_for_and_only_train(tmp_path, monkeypatch):
+    source = trees.niftifolder(tmp_path / "in", people=12)
+    rows = [line.split(",") for line in (source / "metadata.csv").read_text().splitlines()]
+    trees.write_csv(source / "metadata.csv", [*rows[:11], [*rows[11][:2], ""], [*rows[12][:2], "n/a"]])
+    flags = ["--label_column", "group"]
+    assert len(prepare(monkeypatch, "niftifolder", source, tmp_path / "ten", *flags)) == 10
+    prepare(monkeypatch, "niftifolder", source, tmp_path / "out", *flags, "--keep_unlabelled", "--test_share", 0.4)
+    split = load_split(tmp_path / "out" / "split.json")
+    assert {"p10", "p11"} <= set(split["train"]) and len(split["test"]) == 4
+
+
 def test_numbers_need_edges_and_too_few_people_are_refused(tmp_path, monkeypatch):
     source = trees.niftifolder(tmp_path / "in", people=12)
     rows = [line.split(",") for line in (source / "metadata.csv").read_text().splitlines()]
