@@ -1,6 +1,6 @@
 """Prepare a data set: from the folder as it was distributed to scans, metadata, settings, split and report.
 
-    pip install "diffusers-med3d[layouts]"
+    pip install -e ".[layouts]" -c constraints.txt
     python examples/prepare_dataset.py --layout oasis1 --input OASIS1 --output DATA
     python examples/prepare_dataset.py --layout brats2019 --input MICCAI_BraTS_2019_Data_Training --output DATA \\
         --modalities flair t1ce
