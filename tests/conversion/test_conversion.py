@@ -246,6 +246,7 @@ def test_a_flow_equals_monais_at_usual_numbers_of_steps_up_to_monais_rounding(
     assert (expected - noise).abs().max() > 0.1 and converted.pipeline.scheduler.config.shift == pytest.approx(3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "double", "tolerance"),

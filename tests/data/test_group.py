@@ -25,6 +25,7 @@ def shifted(folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["group", "scan"])
 def test_registered_scans_lie_on_the_grid_with_copies_of_training_scans_alone(tmp_path, monkeypatch, template):
     source, output = shifted(tmp_path / "in"), tmp_path / "out"

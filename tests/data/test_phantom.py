@@ -18,6 +18,7 @@ def folder(tmp_path_factory):
     return make_phantom(tmp_path_factory.mktemp("phantom"), num_subjects=6, spacing=5.0)
 
 
+@pytest.mark.slow
 def test_half_of_the_phantoms_have_lesions_and_all_say_that_they_are_phantoms(folder):
     lines = (folder / "metadata.csv").read_text().splitlines()
     assert lines[0] == "file_name,participant_id,class,phantom"

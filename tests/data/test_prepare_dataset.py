@@ -75,6 +75,7 @@ def test_a_prepared_data_set_is_read_by_name_of_its_folder_alone(
     assert (output / "montage.png").read_bytes()[:4] == b"\x89PNG" and not (output / ".progress").exists()
 
 
+@pytest.mark.slow
 def test_ixi_ages_become_three_classes(tmp_path, monkeypatch):
     rows = prepare(monkeypatch, "ixi", trees.ixi(tmp_path / "in", people=12), tmp_path / "out")
     assert len(rows) == 12 and set(rows[0]) == {"file_name", "participant_id", "age", "sex", "site"}
@@ -82,6 +83,7 @@ def test_ixi_ages_become_three_classes(tmp_path, monkeypatch):
     assert settings.class_names == ["young", "middle", "old"] and settings.class_edges == [35.0, 60.0]
 
 
+@pytest.mark.slow
 def test_all_scans_of_a_person_are_in_one_part_and_named_after_session_and_run(tmp_path, monkeypatch):
     rows = prepare(
         monkeypatch, "bids", trees.bids(tmp_path / "in", people=12), tmp_path / "out", "--label_column", "group"
@@ -195,6 +197,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same(tmp_path, monkeypatch)
     assert files_below(tmp_path / "out") == files_below(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_refuses_an_input_that_changed_and_a_finished_one_is_not_overwritten(tmp_path, monkeypatch):
     source = trees.niftifolder(tmp_path / "in")
     copy = trees.anatomy(0)
@@ -238,6 +241,7 @@ def test_without_labels_the_data_set_is_unconditional(tmp_path, monkeypatch):
     assert len(load_split(tmp_path / "out" / "split.json")["test"]) == 2
 
 
+@pytest.mark.slow
 def test_people_without_a_label_are_kept_only_when_asked_for_and_only_train(tmp_path, monkeypatch):
     source = trees.niftifolder(tmp_path / "in", people=12)
     rows = [line.split(",") for line in (source / "metadata.csv").read_text().splitlines()]

@@ -123,6 +123,7 @@ def registered(brains_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_prepared_data_set_holds_scans_copies_and_the_grid(registered, brains_folder):
     rows = list(csv.DictReader((registered / "data" / "metadata.csv").open()))
     assert len(rows) == 9 + 2 * 4 and set(rows[0]) == {"file_name", "participant_id", "age", "jitter"}

@@ -110,6 +110,7 @@ def numpy_stratified_kid(a, labels_a, names_a, b, labels_b, names_b) -> float:
     return mean(*first, *first) + mean(*second, *second) - 2 * mean(*first, *second)
 
 
+@pytest.mark.slow
 def test_every_resample_is_the_figure_of_the_scans_and_samples_drawn_the_same_for_all_models():
     """The draws against the figures of sets in which everybody stands as often as he was drawn."""
     good, bad = volumes("seed", 10, 3), volumes("seed", 10, 3, blurred=True)
@@ -223,6 +224,7 @@ def test_tissue_volumes_are_in_millilitres(report):
     assert total == pytest.approx(voxels * 0.027, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_paired_interval_is_narrower_than_that_of_other_seeds():
     shifted = volumes("seed", 10, 3)
     worse = VolumeSet((0.97 * shifted.volumes).clamp(0, 1), shifted.labels, shifted.subjects)
@@ -242,6 +244,7 @@ def test_a_version_of_the_reference_scans_is_never_paired_with_its_own_scan():
     assert any("without Fréchet" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_two_scans_of_one_subject_are_no_pair_and_are_drawn_together():
     twice = VolumeSet(
         torch.cat([REFERENCE.volumes, REFERENCE.volumes]),

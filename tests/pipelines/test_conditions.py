@@ -68,6 +68,7 @@ def training_logs(trainer):
 # --- reinforcement learning ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("guidance_scale", "lora"), [(1.0, False), (3.0, False), (3.0, True)])
 def test_rollout_update_and_reference_agree_on_the_conditions(tiny_maisi, tmp_path, guidance_scale, lora):
     trainer = ddpo(
@@ -266,6 +267,7 @@ def test_scans_without_a_condition_are_refused_before_anything_is_encoded(with_o
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_script_goes_on_from_a_maisi_pipeline(tiny_vae, brains_folder, tmp_path, monkeypatch):
     unet = DiffusionUNetMaisi3D(
         channels=(8, 16), num_res_blocks=1, attention_levels=(False, True), num_head_channels=8, norm_num_groups=8,

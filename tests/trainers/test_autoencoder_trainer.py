@@ -297,6 +297,7 @@ def test_latent_statistics_cover_the_whole_training_set_and_are_applied_once(tmp
 # --- resuming ---
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path, scans):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "ema_decay": 0.9}
     whole = make(tmp_path / "whole", kl_model(), scans, **settings)

@@ -185,6 +185,7 @@ def test_variants_of_the_rollout_train_with_a_ratio_of_one(tiny_pipeline, tmp_pa
         assert torch.equal(states[0, 0], states[0, 3]) == (kind != "own noise")
 
 
+@pytest.mark.slow
 def test_training_again_starts_with_a_new_rollout(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=1)
     for _ in range(2):
@@ -486,6 +487,7 @@ def test_the_saved_pipeline_is_the_averaged_one_and_loads(tiny_pipeline, tmp_pat
     assert not list((tmp_path / "run").glob("*.bin"))
 
 
+@pytest.mark.slow
 def test_evaluation_repeats_itself_and_uses_the_averaged_weights(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
     first = trainer.evaluate()
