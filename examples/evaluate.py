@@ -1,6 +1,6 @@
 """How close to real scans, how diverse and how original are the samples of one or more generators?
 
-    accelerate launch examples/evaluate.py --model_name_or_path brain-t1 outputs/fine-tuned \\
+    accelerate launch examples/evaluate.py --model_name_or_path brain-t1 outputs/ppo_finetune \\
         --data_dir DATA --split_file split.json                       # against the validation subjects
     accelerate launch examples/evaluate.py --model_name_or_path org/name --reference UNSEEN --train TRAINING
     accelerate launch examples/evaluate.py --model_name_or_path brain-t1 --data_dir DATA --split_file split.json \\

@@ -120,14 +120,14 @@ def main() -> None:
     output = Path(args.output_dir)
     with refused_in_one_line():
         models = short_names(args.model_name_or_path)
+        for folder in (output / name for name in models.values()):
+            if not args.overwrite and any(folder.glob("*.nii.gz")):
+                raise FileExistsError(f"{folder} holds volumes already; use --overwrite or another --output_dir.")
         pipelines = {name: MedDiffusion3DPipeline.from_pretrained(model).to(device) for model, name in models.items()}
         asked = {name: rows_asked_for(pipeline, args) for name, pipeline in pipelines.items()}
         if data.data_dir:
             data.adopt(settings_of(next(iter(pipelines.values()))), f"the generator {next(iter(pipelines))}")
         scans = VolumeDataset.from_arguments(data, "train") if data.data_dir else None
-        for folder in (output / name for name in pipelines):
-            if not args.overwrite and any(folder.glob("*.nii.gz")):
-                raise FileExistsError(f"{folder} holds volumes already; use --overwrite or another --output_dir.")
     first = next(iter(asked.values()))
     pictures = {}
     for index, row in enumerate(first):
@@ -146,7 +146,7 @@ def main() -> None:
             if same:
                 pictures[f"{named}, scans"] = torch.stack([scans[i]["volume"].as_tensor() for i in same])[:, :1]
     save(orthogonal_views(pictures, next(iter(pipelines.values())).config.spacing), output / "samples.png")
-    print(f"{len(first) * args.num_samples * len(pipelines)} volumes and samples.png: {output}")
+    print(f"wrote samples.png and {len(first) * args.num_samples * len(pipelines)} volume(s) to {output}")
 
 
 if __name__ == "__main__":
