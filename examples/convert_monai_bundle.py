@@ -43,7 +43,10 @@ class ConvertArguments:
         default=None, metadata={"help": "What latents were multiplied with in training. Default: what the files hold."}
     )
     estimate_from: str | None = field(
-        default=None, metadata={"help": "Folder of scans (niftifolder) to estimate the scale factor from instead."}
+        default=None,
+        metadata={
+            "help": "Folder of scans (niftifolder) to estimate the scale factor from instead; larger scans are cropped."
+        },
     )
     volume_shape: list[int] = field(default_factory=list, metadata={"help": "X Y Z in voxels. Default: the config's."})
     spacing: list[float] = field(default_factory=list, metadata={"help": "X Y Z in mm. Default: the config's."})
@@ -69,9 +72,9 @@ def weights_file(given: str | None, folder: Path | None, names: Sequence[str], o
 
 
 def prepared_scans(folder: str, volume_shape: Sequence[int], spacing: Sequence[float]) -> Iterator[Tensor]:
-    """Scans of a folder, prepared one after the other as our own training does it."""
+    """Scans of a folder, prepared one after the other; what a larger scan has outside the grid is left out."""
     for row in tqdm(read_scans(folder), desc="encoding scans", unit="scan"):
-        yield prepare(row["nifti"]["path"], volume_shape=volume_shape, spacing=spacing).as_tensor()
+        yield prepare(row["nifti"]["path"], volume_shape=volume_shape, spacing=spacing, fit="crop").as_tensor()
 
 
 def read_definitions(args: ConvertArguments) -> tuple[BundleConfig, Path | None]:

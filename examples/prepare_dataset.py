@@ -24,7 +24,7 @@ from pathlib import Path
 
 from diffusers_med3d.data.grid import MAX_VOXELS
 from diffusers_med3d.data.layouts import LAYOUTS, Options
-from diffusers_med3d.data.phantom import make_phantom
+from diffusers_med3d.data.phantom import CLASS_NAMES, make_phantom
 from diffusers_med3d.data.preparation import PROGRESS, Preparation, plan, prepare_dataset
 from diffusers_med3d.data.settings import DATASET_FILE
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
@@ -125,6 +125,7 @@ def preparation(args: PrepareArguments) -> Preparation:
     if args.layout == "phantom":
         source, label = Path(args.output) / PROGRESS / "phantom", args.label_column or "class"
         modalities, keep = ("phantom-t1",), ("phantom",)
+        args.class_names = args.class_names or list(CLASS_NAMES)
     else:
         if args.input is None:
             raise ValueError(f"--layout {args.layout} needs --input FOLDER.")

@@ -225,6 +225,7 @@ def monai_flow(converted: Converted, scheduler: Any, image: torch.Tensor, steps:
     return image
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("transform", "steps", "tolerance"), [(False, 50, 1e-5), (True, 30, FLOW_ROUNDING)])
 def test_a_flow_equals_monais_at_usual_numbers_of_steps_up_to_monais_rounding(

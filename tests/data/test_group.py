@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 
 import nibabel
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import trees
 from conftest import run_example
-from diffusers_med3d.data import load_split
+from diffusers_med3d.data import VolumeDataset, load_split
 from diffusers_med3d.data.settings import read_settings
 
 pytest.importorskip("SimpleITK", reason="registration needs the extra register")
@@ -39,7 +40,12 @@ def test_registered_scans_lie_on_the_grid_with_copies_of_training_scans_alone(tm
     assert settings.registration == ("group" if template == "group" else "scan0.nii.gz")
     with (output / "metadata.csv").open() as file:
         rows = list(csv.DictReader(file))
-    train = set(load_split(output / "split.json")["train"])
+    split = load_split(output / "split.json")
+    train = set(split["train"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of files without a row
+        volumes = VolumeDataset(output, split["validation"])
+    assert len(volumes) == 2 and tuple(volumes[0]["volume"].shape) == (1, 32, 32, 32)
     copies = {row["participant_id"]: 0 for row in rows}
     for row in rows:
         image = nibabel.load(output / row["file_name"])
@@ -52,6 +58,6 @@ def test_registered_scans_lie_on_the_grid_with_copies_of_training_scans_alone(tm
     middles = [np.argwhere(np.asarray(nibabel.load(output / row["file_name"]).dataobj) > 0).mean(0) for row in rows]
     assert np.std(middles, axis=0).max() < 0.6  # voxels; they began up to two apart
     assert {path.name for path in output.iterdir()} == {
-        *("images", "metadata.csv", "dataset.json", "split.json", "registration.json", "template.nii.gz"),
+        *("images", "metadata.csv", "dataset.json", "split.json", "registration.json", ".registration"),
         *("report.md", "report.html", "montage.png"),
     }

@@ -97,6 +97,7 @@ def test_all_scans_of_a_person_are_in_one_part_and_named_after_session_and_run(t
     assert [row["session"] for row in rows][:3] == ["1", "2", ""]
 
 
+@pytest.mark.slow
 def test_nothing_that_identifies_a_dicom_patient_reaches_an_output(tmp_path, monkeypatch, capsys):
     source, output = tmp_path / "QUAGMIRE_JANE", tmp_path / "out"
     table = [["participant_id", "finding", "born"]]
@@ -129,7 +130,7 @@ def test_headers_sidecars_other_columns_and_folders_reach_no_output(tmp_path, mo
     planted = {
         "descrip": b"John Smith 1957",
         "db_name": b"JohnSmith",
-        "aux_file": b"/home/smith/a",
+        "aux_file": b"/mnt/smith/a",
         "intent_name": b"smith",
     }
     for number in range(10):
@@ -168,6 +169,7 @@ def test_damaged_scans_are_named_with_the_reason_and_the_others_prepared(tmp_pat
     assert "images/scan3.nii.gz | 2 channel(s), the others have 1" in report
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_gives_the_same(tmp_path, monkeypatch):
     from diffusers_med3d.data import preparation
 
@@ -207,6 +209,7 @@ def test_an_interrupted_run_refuses_an_input_that_changed_and_a_finished_one_is_
         prepare(monkeypatch, "niftifolder", source, tmp_path / "new", "--label_column", "group")
 
 
+@pytest.mark.slow
 def test_the_same_scan_under_two_names_is_refused_or_counts_as_one_person(tmp_path, monkeypatch):
     source = trees.niftifolder(tmp_path / "in", people=12)
     trees.save(source / "images" / "scan7.nii.gz", (3 * trees.anatomy(2))[::-1], axes="LPS")  # mirrored, scaled, turned
@@ -233,6 +236,17 @@ def test_without_labels_the_data_set_is_unconditional(tmp_path, monkeypatch):
     assert set(rows[0]) == {"file_name", "participant_id"}
     assert read_settings(tmp_path / "out").class_names == []
     assert len(load_split(tmp_path / "out" / "split.json")["test"]) == 2
+
+
+def test_people_without_a_label_are_kept_only_when_asked_for_and_only_train(tmp_path, monkeypatch):
+    source = trees.niftifolder(tmp_path / "in", people=12)
+    rows = [line.split(",") for line in (source / "metadata.csv").read_text().splitlines()]
+    trees.write_csv(source / "metadata.csv", [*rows[:11], [*rows[11][:2], ""], [*rows[12][:2], "n/a"]])
+    flags = ["--label_column", "group"]
+    assert len(prepare(monkeypatch, "niftifolder", source, tmp_path / "ten", *flags)) == 10
+    prepare(monkeypatch, "niftifolder", source, tmp_path / "out", *flags, "--keep_unlabelled", "--test_share", 0.4)
+    split = load_split(tmp_path / "out" / "split.json")
+    assert {"p10", "p11"} <= set(split["train"]) and len(split["test"]) == 4
 
 
 def test_numbers_need_edges_and_too_few_people_are_refused(tmp_path, monkeypatch):

@@ -172,6 +172,7 @@ def test_the_card_of_a_bundled_checkpoint_is_complete(name):
         assert (CARDS / picture).is_file(), picture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bundled_names())
 def test_the_snippet_of_a_bundled_checkpoint_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -234,6 +234,7 @@ def test_the_discriminator_rests_until_its_step(tmp_path, scans):
     assert make(tmp_path, kl_model(), scans, adversarial_weight=0.0).model.discriminator is None
 
 
+@pytest.mark.slow
 def test_training_lowers_the_reconstruction_error(tmp_path, scans):
     trainer = make(tmp_path, kl_model(), scans, max_steps=30, learning_rate=5e-3, adversarial_weight=0.0, crop_size=0)
     before = trainer.evaluate()["eval_psnr"]

@@ -217,6 +217,7 @@ def test_the_kl_is_zero_at_the_start_and_grows(tiny_pipeline, tmp_path):
     assert kl == pytest.approx(means.tolist(), rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_beta_changes_the_gradient(tiny_pipeline, tmp_path):
     """Pitfall 20: a KL inside no_grad would be logged and do nothing."""
     gradients = {}
@@ -233,6 +234,7 @@ def test_beta_changes_the_gradient(tiny_pipeline, tmp_path):
 # Counting
 
 
+@pytest.mark.slow
 def test_optimizer_steps_are_counted_in_samples_not_in_timesteps(tiny_pipeline, tmp_path):
     """Pitfall 18: 3 rows, one rollout per epoch of 2 x 6 samples, 2 passes: 4 optimizer steps; with accumulation 2."""
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=-1, num_train_epochs=1, num_iterations=2)
@@ -698,6 +700,7 @@ def test_every_field_is_a_flag_with_an_explanation(capsys):
     json.dumps(args.to_dict())
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_only_where_evaluations_meet_checkpoints(tiny_pipeline, tmp_path):
     options = {
         "steps_per_generation": 2,

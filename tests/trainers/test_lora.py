@@ -289,6 +289,7 @@ def make_trainer(pipeline: MedDiffusion3DPipeline, folder: Path, peft_config: Lo
     return DDPOTrainer(pipeline, brightness, args, conditions, peft_config=peft_config)
 
 
+@pytest.mark.slow
 def test_what_fine_tuning_writes_loads_into_a_fresh_pipeline_and_differs_from_the_base(tiny_pipeline_folder, tmp_path):
     """Pitfall 22. The whole pipeline (adapters merged) and the adapters on the base give equal volumes."""
     load = MedDiffusion3DPipeline.from_pretrained

@@ -34,6 +34,7 @@ def test_the_measure_counts_what_lives_at_once():
     assert peak_bytes(three_in_turn) == pytest.approx(80_000, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_small_decode_batch_size_decodes_a_rollout_in_less_memory(tiny_pipeline, tmp_path):
     latents = torch.randn(96, 4, 4, 4, 4)  # many: a convolution's workspace of 4 MB is there for one sample too
     peaks = []

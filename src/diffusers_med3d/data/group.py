@@ -17,6 +17,9 @@ from ..utils.parallel import parallel
 from . import registration as reg
 from .nifti import decode_nifti
 
+TEMPLATE = ".registration/template.nii.gz"
+"""Below the data set; in a hidden folder, where no reader takes it for a scan without a row."""
+
 
 @dataclass(frozen=True)
 class GroupOptions:
@@ -64,7 +67,7 @@ def register_group(
         jobs = [(path, grid, template, affine) for path, affine in zip(scans, affines, strict=True)]
         found = list(parallel(_align, jobs, options.num_proc, "registering all scans"))
         affines = [affine for affine, _ in found]
-        with whole_file(output / "template.nii.gz") as temporary:
+        with whole_file(output / TEMPLATE) as temporary:
             image = nibabel.Nifti1Image(template.astype(np.float32), grid.affine)
             temporary.write_bytes(gzip.compress(image.to_bytes(), mtime=0))
         shape = {"volume_shape": list(grid.shape), "spacing": list(grid.spacing), "affine": grid.affine.tolist()}
@@ -72,7 +75,7 @@ def register_group(
             stem: {"affine": affine.tolist(), "correlation": reg.correlation(volume, template)}
             for stem, (affine, volume) in zip(stems, found, strict=True)
         }
-        write_json(record, {"grid": shape, "template": "template.nii.gz", "scans": entries})
+        write_json(record, {"grid": shape, "template": TEMPLATE, "scans": entries})
     names = [
         [f"images/{stem}.nii.gz"]
         + [f"images/{stem}_jitter-{copy:02d}.nii.gz" for copy in range(1, options.jittered_copies * train + 1)]

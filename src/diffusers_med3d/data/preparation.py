@@ -103,7 +103,7 @@ def prepare_dataset(what: Preparation) -> DataSettings:
         value = entry.scan.columns.get(settings.label_column or "", "")
         entry.label = class_of(value, settings.class_names, settings.class_edges or []) if settings.class_names else 0
     classes, mixed = _class_of_people(written, people)
-    split = _split(what, classes, people)
+    split = _split(what, classes, people, max(1, len(settings.class_names or ())))
     shape, spacing, sentence = choose_grid(
         [entry.record["foreground"] for entry in written],
         [entry.record["spacing"] for entry in written],
@@ -265,7 +265,7 @@ def _class_of_people(written: list[Entry], people: dict[str, str]) -> tuple[dict
     return classes, [person for person, own in labels.items() if len(set(own)) > 1]
 
 
-def _split(what: Preparation, classes: dict[str, int], people: dict[str, str]) -> dict[str, Any]:
+def _split(what: Preparation, classes: dict[str, int], people: dict[str, str], num_classes: int) -> dict[str, Any]:
     """The split that is there, or one with as many people of every class in test, and in validation."""
     made = what.output / "split.json"
     given = what.split_file or (made if made.is_file() else None)
@@ -276,8 +276,8 @@ def _split(what: Preparation, classes: dict[str, int], people: dict[str, str]) -
             raise ValueError(f"{len(absent)} people of the split have no scan, the first is {absent[0]!r}.")
         return {name: known[name] for name in (*PARTS, "folds")}
     counts = Counter(classes.values())
-    labelled = range(max(1, max(counts) + 1))
-    smallest = min(counts[label] for label in labelled if counts[label])
+    labelled = range(num_classes)  # who has no label only trains
+    smallest = min((counts[label] for label in labelled if counts[label]), default=0)
     test, validation = (max(1, round(share * smallest)) for share in (what.test_share, what.validation_share))
     if smallest < test + validation + 2:
         raise ValueError(
@@ -394,8 +394,8 @@ def _sections(
                 f"reach from {low:g} to {high:g}; in training, {settings.intensity}.",
             ],
         ),
-        Section("Shapes", (), ["voxels", "scans"], shapes.most_common(20)),
-        Section("Voxel sizes", (), ["mm", "scans"], spacings.most_common(20)),
+        Section("Shapes", (), ["voxels", "scans"], shapes.most_common(10)),
+        Section("Voxel sizes", (), ["mm", "scans"], spacings.most_common(10)),
         Section("Axes as they were stored", (), ["axes", "scans"], stored.most_common()),
     ]
     if notes or noted:

@@ -212,19 +212,24 @@ def class_thirds(
     return sorted(best), sorted(worst)
 
 
-def part_to_work_on(samples: Interval, round_trips: Interval) -> str:
-    """The part that makes most of the samples' excess distance: "nothing", "autoencoder" or "generator".
+def part_to_work_on(samples: Interval, round_trips_over_half: Interval) -> str:
+    """The part that makes most of the samples' excess distance: "nothing", "autoencoder", "generator" or "undecided".
 
     "nothing" where the samples' excess is under two standard errors; "autoencoder" where round-trips, which no
-    generator behind this autoencoder can beat, take more than half of it.
+    generator behind this autoencoder can beat, take more than half of it by two standard errors, "generator" where they
+    take less than half by as many.
 
     Args:
-        samples: excess of the samples.
-        round_trips: excess of the unseen scans' round-trips.
+        samples: excess of the samples over the floor.
+        round_trips_over_half: excess of the unseen scans' round-trips less half of the samples'.
     """
     if not samples.value >= STANDARD_ERRORS * samples.stderr:
         return "nothing"
-    return "autoencoder" if round_trips.value > samples.value / 2 else "generator"
+    if round_trips_over_half.value >= STANDARD_ERRORS * round_trips_over_half.stderr:
+        return "autoencoder"
+    if -round_trips_over_half.value >= STANDARD_ERRORS * round_trips_over_half.stderr:
+        return "generator"
+    return "undecided"
 
 
 def ranks_samples(differences: Mapping[str, Interval], seen: Sequence[str] = ()) -> bool | None:
@@ -284,6 +289,11 @@ class SpaceFinding:
             return (
                 f"{self.space}: the samples' excess over the floor, {excess}, is under {STANDARD_ERRORS:g} standard "
                 "errors, so no part is found wanting with so many volumes."
+            )
+        if self.work_on == "undecided":
+            return (
+                f"{self.space}: samples exceed the floor by {excess} and round-trips by "
+                f"{plus_minus(self.round_trips)}, which is too uncertain to tell autoencoder from generator."
             )
         share = f"{max(0.0, self.round_trips.value / self.samples.value):.0%}"
         return (
@@ -349,7 +359,8 @@ class Breakdown:
         parts: dict[str, list[str]] = {}
         for one in self.spaces:
             parts.setdefault(one.work_on, []).append(one.space)
-        found = [f"the {part} (by {' and '.join(own)})" for part, own in parts.items() if part != "nothing"]
+        named = [part for part in parts if part in ("autoencoder", "generator")]
+        found = [f"the {part} (by {' and '.join(parts[part])})" for part in named]
         found += [f"the reward {one.reward}, which does not rank samples" for one in self.rewards if one.ranks is False]
         return f"To be worked on: {'; '.join(found) or 'nothing that can be found with so many volumes'}."
 
@@ -499,13 +510,12 @@ def breakdown(
         progress.update()
 
     kids = {one.extractor: one for one in found if one.name == "KID"}
-    spaces = [
-        SpaceFinding(
-            space, one.excess[SAMPLES], one.excess[ROUND_TRIPS],
-            part_to_work_on(one.excess[SAMPLES], one.excess[ROUND_TRIPS]),
-        )
-        for space, one in kids.items()
-    ]  # fmt: skip
+    spaces = []
+    for space, one in kids.items():
+        excess = {name: one.draws[name] - one.draws[FLOOR] for name in (SAMPLES, ROUND_TRIPS)}
+        over_half = bootstrap_interval(excess[ROUND_TRIPS] - excess[SAMPLES] / 2)
+        part = part_to_work_on(one.excess[SAMPLES], over_half)
+        spaces.append(SpaceFinding(space, one.excess[SAMPLES], one.excess[ROUND_TRIPS], part))
     rewards = []
     for reward in scores:
         differences = {

@@ -122,8 +122,9 @@ class DiffusionUNet3D(
             self.mode_scale = _zeros(nn.Linear(embedding_size, num_modes))
             nn.init.constant_(self.mode_scale.get_parameter("bias"), 0.3)
         self.position = None if position_shape is None else nn.Parameter(torch.zeros(1, channels[0], *position_shape))
-        placed = precondition and position_shape is not None
-        self.register_buffer("data_variance", torch.ones(1, in_channels, *position_shape) if placed else None)
+        self.register_buffer("data_variance", None)
+        if precondition and position_shape is not None:
+            self.register_buffer("data_variance", torch.ones(1, in_channels, *position_shape))
 
     def set_data_variance(self, variance: torch.Tensor) -> None:
         """Take the variance of training latents per channel and place, (in_channels, *position_shape)."""

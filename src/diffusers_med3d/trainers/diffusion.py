@@ -176,7 +176,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
                     f"KID needs at least 3 volumes on each side, got eval_samples={args.eval_samples} and "
                     f"{len(eval_dataset)} validation scans; eval_samples=0 leaves it out."
                 )
-            extractors, scans = {"": metrics.SliceFeatures(device=args.device)}, eval_dataset.stack()
+            scans = eval_dataset.stack()
+            extractors: dict[str, metrics.Extractor] = {"": metrics.SliceFeatures(device=args.device)}
             if model.vae.config.out_channels == 1 and min(scans.shape[2:]) >= 32:
                 extractors["_haar"] = metrics.ScatteringFeatures()
             self._features = {name: (extract, extract(scans)) for name, extract in extractors.items()}
@@ -347,7 +348,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
             ]
         )
         scans = self.eval_dataset.stack()
-        results = {}
+        results: dict[str, float] = {}
         with torch.autocast(self.args.device.type, enabled=False):  # as precise as those of the scans
             for name, (extract, reference) in self._features.items():
                 distance = metrics.kid(extract(samples), reference)
@@ -388,7 +389,7 @@ def progress_figure(rows: Sequence[dict[str, float]]) -> Figure:
     for key, name in names.items():
         points = [(row["volumes_seen"], row[key]) for row in rows if key in row]
         if points:
-            series[name] = tuple(zip(*points, strict=True))
+            series[name] = ([seen for seen, _ in points], [value for _, value in points])
     return figures.curves(series, xlabel="volumes seen")
 
 
