@@ -182,7 +182,7 @@ def test_generate_writes_volumes_and_one_picture(tiny_pipeline, tiny_pipeline_fo
         class_labels=["old"], num_inference_steps=2, generator=[torch.Generator().manual_seed(6)]
     ).volumes[0, 0]
     torch.testing.assert_close(found["old-0001.nii.gz"].float(), expected, atol=1e-3, rtol=0)
-    assert imread(out / "samples.png").ndim == 3 and "9 volumes" in capsys.readouterr().out
+    assert imread(out / "samples.png").ndim == 3 and "9 volume(s)" in capsys.readouterr().out
 
     with pytest.raises(SystemExit, match="holds volumes already; use --overwrite"):
         run_example(monkeypatch, "generate.py", *flags)
