@@ -167,6 +167,7 @@ def test_bundled_checkpoints_are_small_safetensors_in_fp16():
             assert {tensor.dtype for tensor in load_file(path).values()} <= {torch.float16, torch.int64}, path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("brain-t1" not in bundled_names(), reason="no bundled generator in this checkout")
 def test_the_example_in_the_docstring_of_the_pipelines_call_runs():
     text = MedDiffusion3DPipeline.__call__.__doc__.replace("num_inference_steps=30", "num_inference_steps=2")

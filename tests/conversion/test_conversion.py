@@ -174,6 +174,7 @@ def test_published_sizes_and_spacings_are_read_where_they_stand_in_plain_numbers
     assert read["maisi-rflow"].scale_factor is None  # that of the mask generator is another one's
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_encode_and_decode_equal_monais(converted):
     vae = converted.pipeline.vae

@@ -253,6 +253,7 @@ def test_people_without_a_label_are_kept_only_when_asked_for_and_only_train(tmp_
     assert {"p10", "p11"} <= set(split["train"]) and len(split["test"]) == 4
 
 
+@pytest.mark.slow
 def test_numbers_need_edges_and_too_few_people_are_refused(tmp_path, monkeypatch):
     source = trees.niftifolder(tmp_path / "in", people=12)
     rows = [line.split(",") for line in (source / "metadata.csv").read_text().splitlines()]

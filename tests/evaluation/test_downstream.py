@@ -162,6 +162,7 @@ def test_shuffled_labels_are_as_many_of_each_class_in_another_order():
     assert shuffled.sum() == 20 and 5 < int((shuffled != labels).sum()) < 35
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_from_labels_and_not_from_shuffled_ones():
     real, unseen = blobs(6, seed=0), blobs(5, seed=1)
     synthetic = {"after": blobs(20, seed=2)}

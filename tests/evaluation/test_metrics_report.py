@@ -67,6 +67,7 @@ def report():
     )
 
 
+@pytest.mark.slow
 def test_the_excess_of_a_good_model_covers_zero_and_that_of_a_blurred_one_does_not(report):
     excess = report.figure("KID 3D").excess
     assert excess["good"].low < 0 < excess["good"].high
@@ -235,6 +236,7 @@ def test_the_paired_interval_is_narrower_than_that_of_other_seeds():
     assert figure.differences["paired - a"].stderr < 0.2 * figure.differences["unpaired - a"].stderr
 
 
+@pytest.mark.slow
 def test_a_version_of_the_reference_scans_is_never_paired_with_its_own_scan():
     version = VolumeSet(REFERENCE.volumes.clone(), REFERENCE.labels, REFERENCE.subjects)
     report = evaluate({"same": version}, REFERENCE, TRAIN, [COARSE], (3, 3, 3), num_resamples=20)

@@ -84,6 +84,7 @@ def test_rollout_update_and_reference_agree_on_the_conditions(tiny_maisi, tmp_pa
     assert [name for name in still if "attn2.to_q" not in name and "attn2.to_k" not in name] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["spacing", "top_region", "age"])
 def test_another_condition_in_the_update_than_in_the_rollout_would_be_seen(tiny_maisi, tmp_path, name):
     trainer = ddpo(tiny_maisi, tmp_path, table(), max_steps=1)

@@ -469,6 +469,7 @@ def test_unknown_labels_and_missing_conditions_are_refused_at_the_door(tiny_pipe
 # Evaluation, saving, resuming
 
 
+@pytest.mark.slow
 def test_the_saved_pipeline_is_the_averaged_one_and_loads(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path / "run", max_steps=4)
     trainer.train()
@@ -520,6 +521,7 @@ def test_a_run_out_of_time_ends_with_its_rollout_and_leaves_a_checkpoint(tiny_pi
 SLOW_VARIANTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "synced reference")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["full", *SLOW_VARIANTS])
 def test_resuming_repeats_the_run_exactly(tiny_pipeline_folder, tmp_path, variant):
     """Pitfall 21: 2 + 2 rollouts are 4 rollouts: weights, average, rewards, logs."""
@@ -565,6 +567,7 @@ def test_the_reference_follows_when_asked(tiny_pipeline, tmp_path):
 # LoRA
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_only_and_saves_what_loads(tiny_pipeline, tmp_path):
     """Pitfall 22: save -> fresh load gives the same output, and not that of the base."""
     base = unet_copy(tiny_pipeline)
