@@ -154,6 +154,7 @@ def test_headers_sidecars_other_columns_and_folders_reach_no_output(tmp_path, mo
     assert not header.extensions and all(not header[name].item() for name in planted)
 
 
+@pytest.mark.slow
 def test_damaged_scans_are_named_with_the_reason_and_the_others_prepared(tmp_path, monkeypatch):
     source = trees.niftifolder(tmp_path / "in", people=14)
     images = source / "images"

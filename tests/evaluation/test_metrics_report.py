@@ -77,6 +77,7 @@ def test_the_excess_of_a_good_model_covers_zero_and_that_of_a_blurred_one_does_n
     assert difference.value == pytest.approx(excess["good"].value - excess["bad"].value)
 
 
+@pytest.mark.slow
 def test_the_kid_without_classes_is_the_plain_kid_and_the_floor_that_of_the_training_scans():
     unlabelled = [
         VolumeSet(one.volumes, [0] * len(one), one.subjects) for one in (volumes("seed", 10, 3), REFERENCE, TRAIN)
@@ -264,6 +265,7 @@ def test_two_scans_of_one_subject_are_no_pair_and_are_drawn_together():
     assert doubled.counts["reference"]["volumes"] == 20 and doubled.counts["reference"]["subjects"] == 10
 
 
+@pytest.mark.slow
 def test_the_report_says_what_frechet_was_taken_on_and_what_the_counts_are(report):
     assert report.figure("Fréchet on 2 principal components, 3D").sets["bad"].value > 0
     assert any("2 leading principal components" in note for note in report.notes)
@@ -284,6 +286,7 @@ def test_the_table_has_a_row_per_figure_and_the_json_no_nan(report):
     assert "draws" not in back["figures"][0]
 
 
+@pytest.mark.slow
 def test_classes_with_one_subject_are_pooled_and_the_report_says_so():
     labels = [0] * 9 + [1]
     lonely = VolumeSet(REFERENCE.volumes, labels, REFERENCE.subjects)

@@ -170,6 +170,7 @@ def volumes_of(folder: Path) -> dict[str, torch.Tensor]:
     return {path.name: torch.from_numpy(nibabel.load(path).get_fdata()) for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_generate_writes_volumes_and_one_picture(tiny_pipeline, tiny_pipeline_folder, monkeypatch, tmp_path, capsys):
     out = tmp_path / "out"
     flags = ["--model_name_or_path", tiny_pipeline_folder, "--num_inference_steps", 2, "--output_dir", out]

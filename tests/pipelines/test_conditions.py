@@ -101,6 +101,7 @@ def test_another_condition_in_the_update_than_in_the_rollout_would_be_seen(tiny_
     assert training_logs(trainer)[0]["ratio/first_step"] > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share_initial_noise", [True, False])
 def test_a_rollout_changes_with_its_conditions_and_with_nothing_else_of_the_table(
     tiny_maisi, tmp_path, share_initial_noise
@@ -209,6 +210,7 @@ def of_scans(index) -> tuple[list[int], dict[str, list]]:
     }
 
 
+@pytest.mark.slow
 def test_training_gives_every_scan_the_conditions_of_its_row(with_other, scans, seen, tmp_path):
     trainer = latent_trainer(with_other, scans, tmp_path, class_dropout=0.0)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}

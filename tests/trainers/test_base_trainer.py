@@ -342,6 +342,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path):
     assert torch.equal(mine[0]["exp_avg_sq"], theirs[0]["exp_avg_sq"])
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_stops_at_the_end_of_a_round_and_goes_on_as_if_it_had_not(tmp_path):
     class Slow(LineTrainer):
         round_steps = 2

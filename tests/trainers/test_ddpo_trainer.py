@@ -193,6 +193,7 @@ def test_training_again_starts_with_a_new_rollout(tiny_pipeline, tmp_path):
         assert training_logs(trainer)[-1]["ratio/first_step"] < 1e-6
 
 
+@pytest.mark.slow
 def test_the_kl_is_zero_at_the_start_and_grows(tiny_pipeline, tmp_path):
     """Pitfall 20."""
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=4)
