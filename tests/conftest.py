@@ -33,6 +33,12 @@ EXAMPLES = REPOSITORY / "examples"
 VOLUME_SHAPE = (16, 16, 16)  # voxels of the tiny pipeline; latents are (4, 4, 4, 4)
 SPACING = (12.0, 12.0, 12.0)  # mm: 16 voxels hold a whole synthetic brain
 CLASS_NAMES = ("young", "middle", "old")  # index 3 is the null class
+SPLIT = {  # of the subjects of brains_folder
+    "train": ["sub-01", "sub-04", "sub-06", "sub-08"],
+    "validation": ["sub-02", "sub-05", "sub-07"],
+    "test": ["sub-03"],
+    "folds": {"a": ["sub-01", "sub-06"], "b": ["sub-04", "sub-08"]},
+}
 
 
 def run_example(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:

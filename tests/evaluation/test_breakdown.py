@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import SPLIT
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.evaluation import VolumeSet, sampling
 from diffusers_med3d.evaluation.breakdown import (
@@ -198,13 +199,6 @@ def test_the_files_hold_every_stage_with_its_standard_error_and_no_path(tmp_path
 
 
 # --- versions of scans ---
-
-SPLIT = {
-    "train": ["sub-01", "sub-04", "sub-06", "sub-08"],
-    "validation": ["sub-02", "sub-05", "sub-07"],
-    "test": ["sub-03"],
-    "folds": {"a": ["sub-01", "sub-06"], "b": ["sub-04", "sub-08"]},
-}
 
 
 @pytest.fixture

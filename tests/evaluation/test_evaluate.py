@@ -13,18 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import EXAMPLES, run_example
+from conftest import EXAMPLES, SPLIT, run_example
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.evaluation import VolumeSet
 from diffusers_med3d.evaluation import sampling as evaluation
 
 EXAMPLE = EXAMPLES / "evaluate.py"
-SPLIT = {
-    "train": ["sub-01", "sub-04", "sub-06", "sub-08"],
-    "validation": ["sub-02", "sub-05", "sub-07"],
-    "test": ["sub-03"],
-    "folds": {"a": ["sub-01", "sub-06"], "b": ["sub-04", "sub-08"]},
-}
 
 
 @pytest.fixture

@@ -10,20 +10,14 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool3d
 
-from conftest import run_example
+from conftest import SPLIT, run_example
 from diffusers_med3d import AutoencoderKL3D, VQModel3D
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.trainers.autoencoder import AutoencoderConfig, AutoencoderLosses, AutoencoderTrainer, CropDataset
 from diffusers_med3d.trainers.base import last_checkpoint
 from diffusers_med3d.trainers.losses import gradient_l1, spectral_l1
 
-TRAIN = ["sub-01", "sub-04", "sub-06", "sub-08"]
-SPLIT = {
-    "train": TRAIN,
-    "validation": ["sub-02", "sub-05", "sub-07"],
-    "test": ["sub-03"],
-    "folds": {"a": ["sub-01", "sub-06"], "b": ["sub-04", "sub-08"]},
-}
+TRAIN = SPLIT["train"]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CLASS_NAMES, SPACING, VOLUME_SHAPE, run_example
+from conftest import CLASS_NAMES, SPACING, SPLIT, VOLUME_SHAPE, run_example
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.latents import LatentDataset
@@ -22,13 +22,7 @@ from diffusers_med3d.trainers.diffusion import (
     default_scheduler,
 )
 
-TRAIN = ["sub-01", "sub-04", "sub-06", "sub-08"]
-SPLIT = {
-    "train": TRAIN,
-    "validation": ["sub-02", "sub-05", "sub-07"],
-    "test": ["sub-03"],
-    "folds": {"a": ["sub-01", "sub-06"], "b": ["sub-04", "sub-08"]},
-}
+TRAIN = SPLIT["train"]
 
 
 @pytest.fixture(scope="module")
