@@ -196,7 +196,7 @@ def test_the_quick_commands_of_the_guides_run(workplace, monkeypatch, capsys):
     run_example(monkeypatch, "make_split.py", *shlex.split(flags))
     assert json.loads((workplace / "split.json").read_text())["folds"]
     text = (REPOSITORY / "docs" / "quickstart.md").read_text()
-    (generate,) = re.findall(r"^python examples/generate.py (.*)$", text, re.MULTILINE)
+    generate = re.findall(r"^python examples/generate.py (.*)$", text, re.MULTILINE)[0]
     run_example(monkeypatch, "generate.py", *shlex.split(generate), "--num_inference_steps", "2")
     made = sorted(path.name for path in (workplace / "outputs" / "samples").rglob("*") if path.is_file())
     assert sum(name.endswith(".nii.gz") for name in made) == 4 and any(name.endswith(".png") for name in made), made
