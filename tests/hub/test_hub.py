@@ -135,6 +135,7 @@ def test_an_autoencoder_alone_gets_a_card_too(hub, tiny_vae):
     assert missing(hub.read("tester/vae", "README.md").decode()) == []
 
 
+@pytest.mark.slow
 def test_a_card_that_somebody_wrote_on_the_hub_is_kept_if_it_has_the_warning(hub, tiny_pipeline):
     tiny_pipeline.push_to_hub("tiny")
     mine = hub.read("tester/tiny", "README.md").decode() + "\nMeasured by hand.\n"
@@ -189,6 +190,7 @@ def test_a_card_without_the_warning_gets_it(hub, tiny_vae, tmp_path):
     assert NOT_FOR_CLINICAL_USE in card and "Measured by hand." in card and ModelCard(card).data.license == "mit"
 
 
+@pytest.mark.slow
 def test_a_trainer_pushes_its_last_card_with_table_and_pictures(hub, tiny_pipeline_folder, tmp_path):
     pipeline = MedDiffusion3DPipeline.from_pretrained(tiny_pipeline_folder)
     trainer = stage_4.make_trainer(pipeline, tmp_path / "tuned", push_to_hub=True)
@@ -200,6 +202,7 @@ def test_a_trainer_pushes_its_last_card_with_table_and_pictures(hub, tiny_pipeli
     assert "| reward | 0.1 | 0.2 |" in hub.read("tester/tuned", "README.md").decode()
 
 
+@pytest.mark.slow
 def test_a_licence_on_the_hub_is_inherited(hub, folder_with_card, tmp_path):
     MedDiffusion3DPipeline.from_pretrained(folder_with_card).push_to_hub("base")
     trainer = stage_4.make_trainer(MedDiffusion3DPipeline.from_pretrained("tester/base"), tmp_path / "tuned")
@@ -220,6 +223,7 @@ def test_the_private_method_that_every_push_of_diffusers_ends_in_is_still_there(
 # --- revisions, tokens, what is not there ---
 
 
+@pytest.mark.slow
 def test_a_revision_is_a_tag_a_branch_or_a_commit(hub, tiny_pipeline):
     first = tiny_pipeline.push_to_hub("tiny").oid
     before = sample(tiny_pipeline)
@@ -234,6 +238,7 @@ def test_a_revision_is_a_tag_a_branch_or_a_commit(hub, tiny_pipeline):
     assert torch.equal(sample(MedDiffusion3DPipeline.from_pretrained("tester/tiny")), after)
 
 
+@pytest.mark.slow
 def test_a_private_repository_opens_to_its_token_alone(hub, tiny_pipeline, monkeypatch):
     tiny_pipeline.push_to_hub("org/secret", private=True)
     tiny_reward().push_to_hub("org/secret-reward", private=True)
@@ -260,6 +265,7 @@ def test_nothing_is_pushed_without_the_right_to_write(hub, tiny_pipeline):
     assert hub.repos == {}
 
 
+@pytest.mark.slow
 def test_a_missing_repository_and_a_missing_revision_are_named(hub, tiny_pipeline):
     with pytest.raises(OSError, match="org/nowhere") as refusal:
         MedDiffusion3DPipeline.from_pretrained("org/nowhere")
@@ -274,6 +280,7 @@ def test_a_missing_repository_and_a_missing_revision_are_named(hub, tiny_pipelin
 # --- connections that break ---
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, tiny_pipeline, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # 10 MB, of which the last, partial one is lost
     tiny_pipeline.push_to_hub("tiny")
@@ -284,6 +291,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_stopped(hub, tiny_pipeline,
     assert torch.equal(sample(loaded), sample(tiny_pipeline))
 
 
+@pytest.mark.slow
 def test_after_a_failed_download_only_what_is_missing_is_fetched(hub, tiny_pipeline):
     tiny_pipeline.push_to_hub("tiny")
     unet, vae = (hub.sha("tester/tiny", f"{part}/diffusion_pytorch_model.safetensors") for part in ("unet", "vae"))
@@ -297,6 +305,7 @@ def test_after_a_failed_download_only_what_is_missing_is_fetched(hub, tiny_pipel
     assert fetched == len(hub.downloads(vae)) == 1
 
 
+@pytest.mark.slow
 def test_with_a_warm_cache_everything_loads_offline(hub, tiny_pipeline, tiny_volumes, monkeypatch):
     model = tiny_reward()
     tiny_pipeline.push_to_hub("tiny")
@@ -314,6 +323,7 @@ def test_with_a_warm_cache_everything_loads_offline(hub, tiny_pipeline, tiny_vol
     assert len(hub.log) == asked
 
 
+@pytest.mark.slow
 def test_with_a_warm_cache_everything_loads_when_the_hub_cannot_be_reached(hub, tiny_pipeline):
     tiny_pipeline.push_to_hub("tiny")
     tiny_reward().push_to_hub("reward")
@@ -358,6 +368,7 @@ def trainer_of(stage: str, folder: Path, scans: VolumeDataset, pipeline: MedDiff
     return stage_4.make_trainer(pipeline, folder, peft_config=adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
@@ -391,6 +402,7 @@ def test_the_trainer_of_every_stage_publishes_what_loads_and_its_card_alone(
         assert loaded.get_active_adapters() == ["tuned"]
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_pipeline_names_its_base(hub, tiny_pipeline, tiny_pipeline_folder, tmp_path):
     tiny_pipeline.push_to_hub("tiny")
     for source, base in (("tester/tiny", "tester/tiny"), (tiny_pipeline_folder, None)):
