@@ -192,8 +192,9 @@ def main() -> None:
         if args.dry_run:
             say_plan(what)
             return
-        settings = prepare_dataset(what)
+        settings, notes = prepare_dataset(what)
     print(f"volume shape {settings.volume_shape}, spacing {settings.spacing} mm, classes {settings.class_names}")
+    print("\n".join(notes))
     print(f"report: {what.output / 'report.html'}")
 
 

@@ -285,6 +285,40 @@ def test_a_split_that_is_there_is_kept(tmp_path, monkeypatch):
     assert {name: load_split(tmp_path / "out" / "split.json")[name] for name in split} == split
 
 
+@pytest.mark.slow
+def test_a_split_that_parts_two_names_of_one_scan_is_refused_and_people_in_no_part_are_named(
+    tmp_path, monkeypatch, capsys
+):
+    source = trees.niftifolder(tmp_path / "in")
+    trees.save(source / "images" / "scan3.nii.gz", trees.anatomy(5))
+    split = {"train": ["p02", "p03"], "validation": ["p04"], "test": ["p05"], "folds": {"a": ["p02"], "b": ["p03"]}}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    flags = ["--label_column", "group", "--allow_duplicates", "--split_file", tmp_path / "split.json"]
+    with pytest.raises(SystemExit, match=r"p03 \(train\) and p05 \(test\) of .*split.json have the same scan"):
+        prepare(monkeypatch, "niftifolder", source, tmp_path / "out", *flags)
+    (tmp_path / "split.json").write_text(json.dumps(split | {"test": ["p06"]}))
+    prepare(monkeypatch, "niftifolder", source, tmp_path / "out", *flags)
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()):
+        assert "6 people are in no part of the split and are not used: p00, p01, p05, p07, p08 and 1 more." in text
+
+
+@pytest.mark.slow
+def test_odd_voxel_sizes_are_named_and_the_grid_that_is_chosen_is_said(tmp_path, monkeypatch, capsys):
+    source = trees.niftifolder(tmp_path / "in")
+    trees.save(source / "images" / "scan4.nii.gz", trees.anatomy(4)[:, :, ::2], step=8.0)
+    image = nibabel.load(source / "images" / "scan4.nii.gz")
+    nibabel.save(
+        nibabel.Nifti1Image(np.asarray(image.dataobj), image.affine @ np.diag([1, 1, 2, 1.0])),
+        source / "images" / "scan4.nii.gz",
+    )
+    prepare(monkeypatch, "niftifolder", source, tmp_path / "out", "--label_column", "group")
+    settings = read_settings(tmp_path / "out")
+    odd = "1 of 10 scans have voxels of another size than the commonest, 8 x 8 x 8 mm: sub-p04.nii.gz (8 x 8 x 16 mm)."
+    chosen = f"Grid {' x '.join(map(str, settings.volume_shape))} at 8 x 8 x 8 mm: the finest of at most"
+    for text in (capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()):
+        assert odd in text and chosen in text
+
+
 # --- names and grids ---
 
 

@@ -8,7 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from diffusers_med3d.data import VolumeDataset, prepare, read_scans
+from diffusers_med3d.data import DataArguments, DataSettings, VolumeDataset, prepare, read_scans
 
 SIDE, SPACING = 20, 6.0  # voxels and mm of the ball
 
@@ -187,6 +187,51 @@ def test_a_picture_with_a_third_axis_of_one_voxel_is_no_volume(tmp_path):
         read(tmp_path)
 
 
+# --- several grids in one set ---
+
+
+def mixed(folder: Path) -> Path:
+    """Five scans of 6 mm and one of 3 mm, of which one is stored in other axes."""
+    folder_of(folder, {f"{letter}.nii.gz": ball(seed=i) for i, letter in enumerate("abcde")})
+    write(folder / "images" / "fine.nii.gz", ball(40), spacing=3.0)
+    path = folder / "images" / "b.nii.gz"
+    nibabel.save(nibabel.load(path).as_reoriented(np.array([[2, 1], [0, 1], [1, -1]])), path)
+    rows = [(f"images/{path.name}", path.name[:-7], 40) for path in sorted((folder / "images").iterdir())]
+    table(folder, rows)
+    return folder
+
+
+def test_scans_of_several_voxel_sizes_are_refused_by_name_where_no_grid_is_stated(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"1 of 6 scans have voxels of another size than the commonest, 6 x 6 x 6 mm: "
+    ) as e:
+        VolumeDataset(mixed(tmp_path))
+    assert "scan of fine (fine.nii.gz) (3 x 3 x 3 mm). Nothing says to which grid" in str(e.value)
+    assert "--spacing" in str(e.value) and "(b.nii.gz)" not in str(e.value)
+
+
+def test_the_flags_alone_state_a_grid_not_the_defaults(tmp_path):
+    mixed(tmp_path)
+    with pytest.raises(ValueError, match=r"\(fine.nii.gz\) \(3 x 3 x 3 mm\)"):
+        VolumeDataset(tmp_path, **DataArguments(str(tmp_path), "").reading())
+    stated = DataArguments(str(tmp_path), "", volume_shape=[SIDE] * 3, spacing=[6.0] * 3)
+    assert len(VolumeDataset(tmp_path, **stated.reading())) == 6
+
+
+def test_where_a_grid_is_stated_the_odd_scans_are_resampled_and_named(tmp_path):
+    dataset = read(mixed(tmp_path))
+    fine = next(item["volume"] for item in dataset if item["subject"] == "fine")
+    assert np.allclose(fine.pixdim, 6.0) and abs(int((fine > 0).sum()) - int((ball() > 0).sum())) < 400
+    assert "scan of fine (fine.nii.gz) (3 x 3 x 3 mm). All are resampled to the grid." in dataset.report()
+
+
+def test_a_scan_of_quite_another_size_is_named(tmp_path):
+    folder_of(tmp_path, {"a.nii.gz": ball(), "b.nii.gz": ball(), "c.nii.gz": ball(), "tiny.nii.gz": np.pad(ball(8), 6)})
+    report = read(tmp_path).report()
+    assert "1 of 4 scans have anatomy less than half or more than twice as large as usual, 96 x 96 x 96 mm" in report
+    assert "person3 (" in report
+
+
 # --- anatomy and grid ---
 
 
@@ -257,6 +302,18 @@ def test_prepare_refuses_what_it_cannot_use(tmp_path):
         prepare(tmp_path / "b.nii.gz", volume_shape=[SIDE] * 3, spacing=[6.0] * 3)
     with pytest.raises(ValueError, match="scan of a.nii.gz: anatomy of"):
         prepare(path, volume_shape=[8] * 3, spacing=[6.0] * 3)
+
+
+def test_prepare_takes_a_scan_of_a_registered_set_as_it_lies_and_refuses_others(tmp_path):
+    like = DataSettings(volume_shape=[SIDE] * 3, spacing=[SPACING] * 3, registration="group")
+    off_centre = np.roll(ball(), (2, 1, 0), (0, 1, 2))
+    path = write(tmp_path / "a.nii.gz", off_centre)
+    volume = prepare(path, like)
+    assert np.array_equal(volume.numpy()[0] > 0, off_centre > 0)  # neither cropped nor centred
+    with pytest.raises(
+        ValueError, match=r"scan of b.nii.gz cannot be prepared: a registered scan must have \(20, 20, 20\)"
+    ):
+        prepare(write(tmp_path / "b.nii.gz", ball(24)), like)
 
 
 def test_the_files_of_a_set_may_be_moved_with_it(tmp_path):

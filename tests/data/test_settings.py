@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+import trees
 from conftest import run_example
 from diffusers_med3d import (
     AutoencoderConfig,
@@ -45,6 +46,16 @@ SAID = DataSettings(volume_shape=[40, 56, 40], spacing=[1.0] * 3, label_column="
 
 def arguments(folder, split="", **flags) -> DataArguments:
     return DataArguments(str(folder), str(split), **flags)
+
+
+def folder_of_people(folder, scans: list[tuple[str, str]], column: str = "group"):
+    """A niftifolder of one scan per (person, value of the column); all scans differ."""
+    rows = [["file_name", "participant_id", column]]
+    for i, (person, value) in enumerate(scans):
+        trees.save(folder / "images" / f"scan{i}.nii.gz", trees.anatomy(i), step=6.0)
+        rows.append([f"images/scan{i}.nii.gz", person, value])
+    trees.write_csv(folder / "metadata.csv", rows)
+    return folder
 
 
 def test_settings_come_back_from_their_file(tmp_path):
@@ -148,6 +159,48 @@ def test_a_split_that_leaves_validation_or_a_fold_empty_is_refused():
     assert (len(split["folds"]["a"]), len(split["folds"]["b"])) == (2, 1)
 
 
+def split_of(monkeypatch, folder, *flags) -> dict:
+    """What make_split.py writes for the classes a and b of the column group."""
+    options = ["--data_dir", folder, "--split_file", folder / "split.json", "--label_column", "group"]
+    options += ["--class_names", "a", "b", "--test", 1, 1, "--validation", 1, 1]
+    run_example(monkeypatch, "make_split.py", *options, *flags)
+    return json.loads((folder / "split.json").read_text())
+
+
+def test_a_split_across_two_names_of_one_scan_is_refused_or_counts_them_as_one_person(tmp_path, monkeypatch):
+    folder = folder_of_people(tmp_path, [(f"p{i}", "ab"[i % 2]) for i in range(10)])
+    trees.save(folder / "images" / "scan7.nii.gz", (2 * trees.anatomy(2))[::-1], axes="LPS", step=5.0)
+    with pytest.raises(SystemExit, match=r"p2 \(.*scan2.nii.gz.*\) and p7 \(.*scan7.nii.gz.*--allow_duplicates"):
+        split_of(monkeypatch, folder)
+    assert not (folder / "split.json").exists()
+    split = split_of(monkeypatch, folder, "--allow_duplicates")
+    groups = [split["test"], split["validation"], split["folds"]["a"], split["folds"]["b"]]
+    assert [("p2" in group, "p7" in group) for group in groups].count((True, True)) == 1
+    assert sum(len(split[part]) for part in ("train", "validation", "test")) == 10
+
+
+def test_a_subject_whose_scans_have_several_classes_is_named_and_has_the_commonest(tmp_path, monkeypatch, capsys):
+    people = [(f"p{i}", "ab"[i % 2]) for i in range(8)]
+    folder = folder_of_people(tmp_path, [*people, ("p1", "a"), ("p1", "a"), ("p0", ""), ("p0", ""), ("p9", "")])
+    split_of(monkeypatch, folder)
+    said = capsys.readouterr().out
+    assert "1 subject(s) have scans of several classes, of which the commonest counts in the split: p1 (a, b)." in said
+    # p1 is a; a scan without a label changes nothing about p0; p9 has no class and trains
+    assert "train {'a': 3, 'b': 1, 'unlabelled': 1}" in said
+
+
+def test_people_who_are_in_no_part_of_the_split_are_said_once(brains_folder, tmp_path, capsys):
+    split = {"train": ["sub-01", "sub-04"], "validation": ["sub-02"], "test": ["sub-03"]}
+    (tmp_path / "split.json").write_text(json.dumps(split | {"folds": {"a": ["sub-01"], "b": ["sub-04"]}}))
+    data = arguments(brains_folder, tmp_path / "split.json", volume_shape=[16] * 3, spacing=[12.0] * 3)
+    for part in ("train", "validation"):
+        VolumeDataset.from_arguments(data, part)
+    said = (
+        f"4 subject(s) of {brains_folder} are in no part of {tmp_path / 'split.json'} and are not used: sub-05, sub-06,"
+    )
+    assert capsys.readouterr().out.count(said) == 1
+
+
 # --- models ---
 
 
@@ -175,6 +228,32 @@ def test_a_pipeline_says_its_own_grid_and_what_its_autoencoder_knows_of_it(tiny_
     assert (found.volume_shape, found.spacing, found.antialias) == ([16] * 3, [12.0] * 3, True)
     assert (found.class_names, found.channel_names) == (["young", "middle", "old"], ["t1"])
     assert found.label_column is None  # the classes of stage 1 need not be those of the generator
+
+
+def test_a_generator_keeps_how_its_classes_are_made_and_a_later_stage_takes_it(tmp_path, tiny_pipeline):
+    people = [(f"p{i}", ("young", "middle", "old")[i % 3]) for i in range(6)]
+    folder = folder_of_people(tmp_path / "data", people, column="stage")
+    scans = VolumeDataset(
+        folder, volume_shape=[16] * 3, spacing=[12.0] * 3, label_column="stage", class_names=["young", "middle", "old"]
+    )
+    LatentDiffusionTrainer(tiny_pipeline, LatentDiffusionConfig(output_dir=str(tmp_path), report_to="none"), scans)
+    tiny_pipeline.save_pretrained(tmp_path / "generator")
+    known = settings_of(MedDiffusion3DPipeline.from_pretrained(tmp_path / "generator"))
+    assert (known.label_column, known.class_names) == ("stage", ["young", "middle", "old"])
+    later = arguments(folder)
+    later.adopt(known, "the generator")
+    assert (later.label_column, later.class_names, later.volume_shape) == ("stage", known.class_names, [16] * 3)
+    said = arguments(folder, label_column="stage", class_names=["old", "young"])  # what is said wins
+    said.adopt(known, "the generator")
+    assert said.class_names == ["old", "young"]
+
+
+def test_classes_of_other_data_are_not_those_of_a_generator_that_knows_more(tiny_pipeline):
+    tiny_pipeline.register_to_config(
+        data_settings={"label_column": "age", "class_names": ["low", "high"], "class_edges": [50]}
+    )
+    found = settings_of(tiny_pipeline)
+    assert (found.class_names, found.label_column) == (["young", "middle", "old"], None)
 
 
 def test_a_reward_of_another_grid_does_not_fine_tune_a_generator(tiny_pipeline, tmp_path):

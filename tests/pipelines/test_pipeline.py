@@ -12,7 +12,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from monai.data import MetaTensor
+from monai.data import DataLoader, MetaTensor
 
 from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
 from diffusers_med3d.models import DiffusionUNet3DOutput
@@ -221,9 +221,24 @@ def test_partial_noising_runs_the_last_steps_and_moves_further_with_more_strengt
 
 
 def test_partial_noising_takes_monai_tensors_and_gives_plain_ones(tiny_pipeline, tiny_volumes):
-    out = tiny_pipeline(volumes=MetaTensor(tiny_volumes), strength=0.5, num_inference_steps=2, generator=seeded())
-    plain = tiny_pipeline(volumes=tiny_volumes, strength=0.5, num_inference_steps=2, generator=seeded())
-    assert type(out.volumes) is torch.Tensor and torch.equal(out.volumes, plain.volumes)
+    options = {"strength": 0.5, "num_inference_steps": 2}
+    scans = [MetaTensor(volume, affine=np.diag([2.0, 2, 2 + i, 1])) for i, volume in enumerate(tiny_volumes)]
+    (batch,) = DataLoader(scans, batch_size=3)
+    plain = tiny_pipeline(volumes=tiny_volumes, generator=seeded(), **options)
+    for volumes in (scans, batch):
+        out = tiny_pipeline(volumes=volumes, generator=seeded(), **options)
+        assert type(out.volumes) is torch.Tensor and torch.equal(out.volumes, plain.volumes)
+        assert out.affine[:, 2, 2].tolist() == [2.0, 3.0, 4.0]
+
+
+def test_a_stack_that_lost_the_affines_of_all_but_the_first_scan_is_refused(tiny_pipeline, tiny_volumes):
+    stack = torch.stack(
+        [MetaTensor(volume, affine=np.diag([2.0, 2, 2 + i, 1])) for i, volume in enumerate(tiny_volumes)]
+    )
+    options = {"volumes": stack, "strength": 0.5, "num_inference_steps": 2}
+    with pytest.raises(ValueError, match=r"this batch of 3 scans brings 1 affine\(s\); pass a list of scans"):
+        tiny_pipeline(**options)
+    assert np.array_equal(tiny_pipeline(affine=np.eye(4), **options).affine, np.eye(4))
 
 
 def test_partial_noising_keeps_the_affine_it_is_given(tiny_pipeline, tiny_volumes):

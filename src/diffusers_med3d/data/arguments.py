@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from .settings import (
+    CLASSES,
     DATASET_FILE,
+    DEFAULT_GRID,
     GRID,
     UNSET,
     DataSettings,
@@ -93,6 +95,7 @@ class DataArguments:
         if self.split_file and Path(self.split_file).is_file():
             sources.append((self.split_file, read_split_settings(self.split_file)))
         self._sources = sources
+        self._said: set[str] = set()
         self._complete()
 
     @staticmethod
@@ -100,9 +103,11 @@ class DataArguments:
         own = {one.name for one in fields(DataArguments)}
         return [one.name for one in fields(DataSettings) if one.name in own]
 
+    def _columns(self) -> list[str] | None:
+        return metadata_columns(self.data_dir) if self.data_dir and Path(self.data_dir).is_dir() else None
+
     def _complete(self) -> None:
-        columns = metadata_columns(self.data_dir) if self.data_dir and Path(self.data_dir).is_dir() else None
-        self.settings, self.notes = with_defaults(combine_settings(*self._sources), columns)
+        self.settings, self.notes = with_defaults(combine_settings(*self._sources), self._columns())
         for name in self._names():
             setattr(self, name, getattr(self.settings, name))
         if self.num_channels is None and self.settings.channel_names:
@@ -111,7 +116,8 @@ class DataArguments:
     def adopt(self, settings: DataSettings, where: str) -> None:
         """Take grid and channels of a model (``settings_of``) where neither flags nor data set nor split say them.
 
-        Classes are the data's: a generator may know more of them, or others.
+        So are the classes, if nothing at all is said about them and the metadata have the model's label column. What
+        is said wins without a word: a generator may know more classes than the data, or others.
 
         Args:
             settings: of the model.
@@ -121,7 +127,11 @@ class DataArguments:
             ValueError: it contradicts them; with both values.
         """
         known = settings.to_dict()
-        known = {name: known[name] for name in (*GRID, "channel_names") if name in known}
+        taken = [*GRID, "channel_names"]
+        said = combine_settings(*self._sources).to_dict()
+        if not said.keys() & set(CLASSES) and known.get("label_column") in (self._columns() or ()):
+            taken += CLASSES
+        known = {name: known[name] for name in taken if name in known}
         self._sources.append((where, DataSettings(**known)))
         try:
             self._complete()
@@ -136,13 +146,18 @@ class DataArguments:
         return DataSettings(**given | {name: everything[name] for name in labels if name in everything})
 
     def say_defaults(self) -> None:
-        """Print which defaults were taken because nothing says otherwise; once, by the first process."""
+        """Print the notes, such as which defaults were taken because nothing says otherwise; each once, by the first
+        process.
+        """
         if int(os.environ.get("RANK", "0")) == 0:
             for note in self.notes:
-                print(note, flush=True)
+                if note not in self._said:
+                    print(note, flush=True)
+        self._said.update(self.notes)
         self.notes = []
 
     def reading(self) -> dict[str, Any]:
-        """Keyword arguments of ``VolumeDataset``: all but source and subjects."""
+        """Keyword arguments of ``VolumeDataset``: all but source and subjects. A grid that nothing says stays None."""
         names = [*self._names(), "num_channels", "fit"]
-        return {name: getattr(self, name) for name in names}
+        stated = combine_settings(*self._sources).to_dict()
+        return {name: getattr(self, name) if name in stated or name not in DEFAULT_GRID else None for name in names}

@@ -16,6 +16,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from scipy.ndimage import affine_transform, binary_erosion, gaussian_filter, label
 from tqdm.auto import tqdm
 
+from ..utils.wording import few
 from .nifti import decode_nifti
 
 SIDE = 48
@@ -190,6 +191,11 @@ def fingerprint_of(scan: str | Path | np.ndarray | torch.Tensor) -> np.ndarray:
     return fingerprint(volume.mean(0) if volume.ndim == 4 else volume, np.eye(4))
 
 
+def print_of_entry(job: tuple[dict, str, int]) -> np.ndarray:
+    """Fingerprint of a NIfTI cell that is not decoded: (entry, subject, channels), as ``decode_nifti`` takes them."""
+    return fingerprint(*decode_nifti(*job))
+
+
 def find_duplicates(
     scans: Sequence[str | Path | np.ndarray | torch.Tensor], threshold: float = SAME_SCAN, progress: bool = True
 ) -> list[Duplicate]:
@@ -259,6 +265,34 @@ def _score(first: np.ndarray, second: np.ndarray) -> float:
         transform = align(first, second, smoothing, stride, transform)
         score = max(score, detail_correlation(_moved(first, transform, 1), second))
     return score
+
+
+def people_of(
+    subjects: Sequence[str], names: Sequence[str], duplicates: Sequence[Duplicate], allowed: bool
+) -> dict[str, str]:
+    """Subject -> person: all subjects who share a scan are one person (`one_person_each`).
+
+    Args:
+        subjects: of each scan.
+        names: of each scan, for the message.
+        duplicates: pairs of scans.
+        allowed: whether two subjects may share a scan.
+
+    Raises:
+        ValueError: they may not and do; with subjects and scans.
+    """
+    across = [pair for pair in duplicates if subjects[pair.first] != subjects[pair.second]]
+    if across and not allowed:
+        named = [
+            f"{subjects[pair.first]} ({names[pair.first]}) and {subjects[pair.second]} ({names[pair.second]}), "
+            f"detail correlation {pair.score:.3f}"
+            for pair in across
+        ]
+        raise ValueError(
+            f"{len(across)} pair(s) of scans under two people's names are the same scan: {few(named, separator='; ')}. "
+            "Remove one of each, or say --allow_duplicates to count both names as one person."
+        )
+    return dict(zip(subjects, one_person_each(subjects, duplicates), strict=True))
 
 
 def one_person_each(people: Sequence[str], duplicates: Sequence[Duplicate]) -> list[str]:

@@ -3,13 +3,52 @@
 import math
 from collections.abc import Sequence
 
+import nibabel
 import numpy as np
+
+from ..utils.wording import few, times
 
 SIDE_MULTIPLE = 16
 """Default networks halve a volume twice in the autoencoder and twice in the generator."""
 MAX_VOXELS = 350_000
 MARGIN = 2  # voxels: interpolation widens what is above 0 by up to one on either side
+SAME_SPACING = 1.05
+"""Voxel sizes count as the same up to this factor."""
+SAME_SIZE = 2.0
+"""The same for the anatomy, whose size differs from person to person."""
 COARSER = (1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10)
+
+
+def spacing_of(affine: np.ndarray) -> tuple[float, ...]:
+    """Voxel size in mm along the axes nearest to right, anterior and superior, from an affine (4, 4)."""
+    axes = nibabel.io_orientation(affine)[:, 0].argsort()
+    return tuple(float(side) for side in np.linalg.norm(affine[:3, :3], axis=0)[axes])
+
+
+def odd_spacings(names: Sequence[str], spacings: Sequence[Sequence[float]]) -> str:
+    """Sentence that names the scans whose voxel size is not the commonest; "" if there is none."""
+    rounded = [tuple(round(side, 1) for side in spacing) for spacing in spacings]
+    usual = spacings[rounded.index(max(sorted(set(rounded)), key=rounded.count))]
+    return _odd_ones(names, spacings, usual, SAME_SPACING, "voxels of another size than the commonest")
+
+
+def odd_sizes(names: Sequence[str], sizes: Sequence[Sequence[float]]) -> str:
+    """Sentence that names the scans whose anatomy is less than half or more than twice as large as usual; or ""."""
+    return _odd_ones(
+        names, sizes, np.median(sizes, axis=0), SAME_SIZE, "anatomy less than half or more than twice as large as usual"
+    )
+
+
+def _odd_ones(
+    names: Sequence[str], values: Sequence[Sequence[float]], usual: Sequence[float], factor: float, what: str
+) -> str:
+    ratios = np.abs(np.log(np.array(values) / np.array(usual))).max(1)
+    odd = [
+        f"{name} ({times(own)} mm)"
+        for name, own, ratio in zip(names, values, ratios, strict=True)
+        if ratio > math.log(factor)
+    ]
+    return f"{len(odd)} of {len(names)} scans have {what}, {times(usual)} mm: {few(odd)}." if odd else ""
 
 
 def choose_grid(

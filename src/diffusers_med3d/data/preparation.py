@@ -13,13 +13,14 @@ import numpy as np
 from ..utils.files import write_json
 from ..utils.hashing import json_hash
 from ..utils.parallel import parallel
-from .duplicates import find_duplicates, one_person_each
-from .grid import MAX_VOXELS, choose_grid
+from ..utils.wording import few
+from .duplicates import find_duplicates, people_of
+from .grid import MAX_VOXELS, choose_grid, odd_sizes, odd_spacings
 from .labels import class_of, is_missing, number_of
 from .layouts import Found, LeftOut, Options, Scan, find_scans
 from .report import MONTAGE, Section, montage, write_report
 from .settings import DATASET_FILE, INTENSITY, DataSettings, write_settings
-from .split import PARTS, load_split, make_split, save_split
+from .split import PARTS, class_of_each, load_split, make_split, save_split, say_several_classes
 from .writing import people_and_names, write_metadata, write_scan
 
 PROGRESS = ".progress"
@@ -78,8 +79,8 @@ def plan(what: Preparation) -> Found:
     return found
 
 
-def prepare_dataset(what: Preparation) -> DataSettings:
-    """Prepare a data set; one that was interrupted goes on.
+def prepare_dataset(what: Preparation) -> tuple[DataSettings, list[str]]:
+    """Prepare a data set; one that was interrupted goes on. Returned are its settings and what its user should know.
 
     The output is a niftifolder (``images/``, ``metadata.csv``) with ``dataset.json``, ``split.json``, ``report.md``,
     ``report.html`` and ``montage.png``. A scan that cannot be used is named in the report and left out.
@@ -102,29 +103,30 @@ def prepare_dataset(what: Preparation) -> DataSettings:
     for entry in written:
         value = entry.scan.columns.get(settings.label_column or "", "")
         entry.label = class_of(value, settings.class_names, settings.class_edges or []) if settings.class_names else 0
-    classes, mixed = _class_of_people(written, people)
-    split = _split(what, classes, people, max(1, len(settings.class_names or ())))
-    shape, spacing, sentence = choose_grid(
-        [entry.record["foreground"] for entry in written],
-        [entry.record["spacing"] for entry in written],
-        what.spacing,
-        what.volume_shape,
-        what.max_voxels,
-    )
+    num_classes = max(1, len(settings.class_names or ()))
+    persons, labels = [people[entry.person] for entry in written], [entry.label for entry in written]
+    classes, several = class_of_each(persons, labels, num_classes)
+    split, unsplit = _split(what, classes, people, num_classes)
+    notes = [*found.notes, *say_several_classes(several, settings.class_names or ())]
+    if unsplit:
+        notes.append(f"{len(unsplit)} people are in no part of the split and are not used: {few(unsplit)}.")
+    names = [Path(entry.file).name for entry in written]
+    boxes, sides = ([entry.record[name] for entry in written] for name in ("foreground", "spacing"))
+    shape, spacing, sentence = choose_grid(boxes, sides, what.spacing, what.volume_shape, what.max_voxels)
+    notes += [sentence, *filter(None, (odd_spacings(names, sides), odd_sizes(names, boxes)))]
     settings.volume_shape, settings.spacing = shape, spacing
-    usual = np.median([entry.record["spacing"] for entry in written], axis=0)
-    settings.antialias = bool(what.register == "none" and (np.array(spacing) > 1.25 * usual).any())
+    coarser = np.array(spacing) > 1.25 * np.median(sides, axis=0)
+    settings.antialias = bool(what.register == "none" and coarser.any())
     rows = _rows(what, written, split, shape, spacing)
     write_metadata(rows, output / "metadata.csv")
     if not (output / "split.json").is_file():
         save_split(split, output / "split.json", settings)
     _picture(written, rows, settings, output)
-    notes = [*found.notes, *(f"{name} has scans of several classes; the commonest counts." for name in mixed)]
-    sections = _sections(what, written, split, settings, sentence, doubles, left_out, notes)
+    sections = _sections(what, written, split, settings, doubles, left_out, notes)
     write_report(output, f"Data set from {what.layout}", sections)
     write_settings(settings, output)
     shutil.rmtree(output / PROGRESS)
-    return settings
+    return settings, notes
 
 
 def _convert(what: Preparation, found: Found) -> tuple[list[Entry], list[LeftOut]]:
@@ -182,23 +184,9 @@ def _duplicates(what: Preparation, written: list[Entry]) -> tuple[list[list[str]
     progress = what.output / PROGRESS
     prints = [np.load(progress / f"{Path(entry.file).name}.npy") for entry in written]
     pairs = find_duplicates(prints)
-    across = [pair for pair in pairs if written[pair.first].person != written[pair.second].person]
-    if across and not what.allow_duplicates:
-        named = "; ".join(
-            f"{written[pair.first].person} ({Path(written[pair.first].file).name}) and {written[pair.second].person} "
-            f"({Path(written[pair.second].file).name}), detail correlation {pair.score:.3f}"
-            for pair in across[:5]
-        )
-        raise ValueError(
-            f"{len(across)} pair(s) of scans under two people's names are the same scan: {named}. Remove one of each, "
-            "or say --allow_duplicates to count both names as one person."
-        )
-    names = [entry.person for entry in written]
-    rows = [
-        [Path(written[pair.first].file).name, Path(written[pair.second].file).name, f"{pair.score:.3f}"]
-        for pair in pairs
-    ]
-    return rows, dict(zip(names, one_person_each(names, pairs), strict=True))
+    names = [Path(entry.file).name for entry in written]
+    people = people_of([entry.person for entry in written], names, pairs, what.allow_duplicates)
+    return [[names[pair.first], names[pair.second], f"{pair.score:.3f}"] for pair in pairs], people
 
 
 def _settings(what: Preparation, found: Found, written: list[Entry]) -> DataSettings:
@@ -256,25 +244,30 @@ def _classes(values: Sequence[str], column: str) -> tuple[str, ...]:
     )
 
 
-def _class_of_people(written: list[Entry], people: dict[str, str]) -> tuple[dict[str, int], list[str]]:
-    """The commonest class of every person's scans, and who has several."""
-    labels = defaultdict(list)
-    for entry in written:
-        labels[people[entry.person]].append(entry.label)
-    classes = {person: Counter(sorted(own)).most_common(1)[0][0] for person, own in labels.items()}
-    return classes, [person for person, own in labels.items() if len(set(own)) > 1]
+def _split(
+    what: Preparation, classes: dict[str, int], people: dict[str, str], num_classes: int
+) -> tuple[dict[str, Any], list[str]]:
+    """The split that is there, or one with as many people of every class in test, and in validation.
 
-
-def _split(what: Preparation, classes: dict[str, int], people: dict[str, str], num_classes: int) -> dict[str, Any]:
-    """The split that is there, or one with as many people of every class in test, and in validation."""
+    Also returned are the people who are in no part of a split that was given.
+    """
     made = what.output / "split.json"
     given = what.split_file or (made if made.is_file() else None)
     if given is not None:
         known = load_split(given)
-        absent = sorted({name for part in PARTS for name in known[part]} - set(people))
+        part_of = {name: part for part in PARTS for name in known[part]}
+        absent = sorted(set(part_of) - set(people))
         if absent:
             raise ValueError(f"{len(absent)} people of the split have no scan, the first is {absent[0]!r}.")
-        return {name: known[name] for name in (*PARTS, "folds")}
+        first: dict[str, str] = {}
+        for name in sorted(part_of):
+            other = first.setdefault(people[name], name)
+            if part_of[other] != part_of[name]:
+                raise ValueError(
+                    f"{other} ({part_of[other]}) and {name} ({part_of[name]}) of {given} have the same scan, but are "
+                    "in two parts of the split."
+                )
+        return {name: known[name] for name in (*PARTS, "folds")}, sorted(set(people) - set(part_of))
     counts = Counter(classes.values())
     labelled = range(num_classes)  # who has no label only trains
     smallest = min((counts[label] for label in labelled if counts[label]), default=0)
@@ -284,17 +277,10 @@ def _split(what: Preparation, classes: dict[str, int], people: dict[str, str], n
             f"{smallest} people in the smallest class; at least {test + validation + 2} are needed for a test set, a "
             "validation set and two folds of training people."
         )
-    groups = defaultdict(list)
-    for name, group in people.items():
-        groups[group].append(name)
     number = [counts[label] > 0 for label in labelled]
-    drawn: dict[str, Any] = make_split(classes, [test * n for n in number], [validation * n for n in number], what.seed)
-
-    def everyone(names: Sequence[str]) -> list[str]:
-        return sorted(name for group in names for name in groups[group])
-
-    split: dict[str, Any] = {part: everyone(drawn[part]) for part in PARTS}
-    return split | {"folds": {fold: everyone(drawn["folds"][fold]) for fold in "ab"}}
+    of_all = {name: classes[person] for name, person in people.items()}
+    drawn = make_split(of_all, [test * n for n in number], [validation * n for n in number], what.seed, people)
+    return drawn, []
 
 
 def _rows(
@@ -347,7 +333,6 @@ def _sections(
     written: list[Entry],
     split: dict[str, Any],
     settings: DataSettings,
-    grid: str,
     doubles: list[list[str]],
     left_out: list[LeftOut],
     notes: list[str],
@@ -388,7 +373,6 @@ def _sections(
         Section(
             "Grid",
             [
-                grid,
                 f"{frame}{smoothed}",
                 f"Foreground: {_range(boxes[:, 0])} x {_range(boxes[:, 1])} x {_range(boxes[:, 2])} mm. Intensities "
                 f"reach from {low:g} to {high:g}; in training, {settings.intensity}.",

@@ -5,6 +5,8 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Nifti
 from tqdm.auto import tqdm
 
+from ..utils.wording import few
+from .grid import spacing_of
 from .labels import is_missing
 from .nifti import check_header, open_nifti, scan_name
 from .tables import read_folder
@@ -68,8 +70,11 @@ def _no_name(subject: object) -> bool:
     return not str(subject).strip() or (not isinstance(subject, str) and is_missing(subject))
 
 
-def check_scans(rows: Dataset, subjects: list[str], num_channels: int | None = None) -> int:
-    """Number of channels of a set of scans, by their headers alone.
+def check_scans(
+    rows: Dataset, subjects: list[str], num_channels: int | None = None
+) -> tuple[int, list[tuple[float, ...]]]:
+    """Number of channels of a set of scans, and the voxel size (right, anterior, superior) in mm of each, by their
+    headers alone.
 
     Args:
         rows: of ``read_scans``.
@@ -79,15 +84,16 @@ def check_scans(rows: Dataset, subjects: list[str], num_channels: int | None = N
     Raises:
         ValueError: see ``nifti.check_header``; scans with another number of channels than most, all named.
     """
-    channels, names = [], []
+    channels, spacings, names = [], [], []
     for subject, entry in zip(tqdm(subjects, desc="reading headers", unit="scan"), rows["nifti"], strict=True):
         names.append(scan_name(entry, subject))
-        channels.append(check_header(open_nifti(entry, subject), names[-1], num_channels)[0])
+        count, affine = check_header(open_nifti(entry, subject), names[-1], num_channels)
+        channels.append(count)
+        spacings.append(spacing_of(affine))
     usual = max(sorted(set(channels)), key=channels.count)
     odd = [f"{name} {count}" for name, count in zip(names, channels, strict=True) if count != usual]
     if odd:
-        more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
         raise ValueError(
-            f"{channels.count(usual)} of {len(channels)} scans have {usual} channel(s), but {'; '.join(odd[:5])}{more}."
+            f"{channels.count(usual)} of {len(channels)} scans have {usual} channel(s), but {few(odd, separator='; ')}."
         )
-    return usual
+    return usual, spacings

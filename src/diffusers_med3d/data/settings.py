@@ -22,6 +22,9 @@ INTENSITY = "0: background; 1: the scan's 99.5th percentile above 0"
 GRID = ("volume_shape", "spacing", "orientation", "antialias", "registration")
 """Settings that decide which voxels a network sees."""
 
+CLASSES = ("label_column", "class_names", "class_edges")
+"""Settings that decide which class a scan has."""
+
 
 @dataclass
 class DataSettings:
@@ -141,8 +144,10 @@ def settings_of(model: ConfigMixin) -> DataSettings:
     """
     values = dict(model.config.get("data_settings") or {})
     if isinstance(model, DiffusionPipeline):  # its own config says what it makes, its autoencoder the rest of the grid
+        if values.get("class_names", []) != (model.config["class_names"] or []):  # it knows more classes, or others
+            values = {name: value for name, value in values.items() if name not in CLASSES}
         known = settings_of(model.components["vae"]).to_dict()
-        values = {name: known[name] for name in GRID if name in known}
+        values = {name: known[name] for name in GRID if name in known} | values
         for name in ("volume_shape", "spacing", "orientation", "class_names", "channel_names"):
             value = model.config[name]
             if value is not None and not isinstance(value, dict):  # names with gaps, of MAISI, are no data set's

@@ -2,19 +2,57 @@
 
 import json
 import random
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..utils.files import write_json
+from ..utils.wording import few
 from .settings import DataSettings
 
 PARTS = ("train", "validation", "test")
 SETTINGS = "settings"
 
 
+def class_of_each(
+    subjects: Sequence[str], labels: Sequence[int], num_classes: int
+) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """The class of every subject, and the classes of those whose scans have several.
+
+    Of several classes the commonest among a subject's labelled scans counts, the lowest of equally common ones.
+
+    Args:
+        subjects: of each scan.
+        labels: class index of each scan.
+        num_classes: labels from this number on are no class.
+    """
+    own = defaultdict(list)
+    for subject, label in zip(subjects, labels, strict=True):
+        own[subject].append(label)
+    classes, several = {}, {}
+    for subject, found in own.items():
+        counts = Counter(sorted(label for label in found if label < num_classes) or found)
+        classes[subject] = counts.most_common(1)[0][0]
+        if len(counts) > 1:
+            several[subject] = sorted(counts)
+    return classes, several
+
+
+def say_several_classes(several: Mapping[str, Sequence[int]], class_names: Sequence[str]) -> list[str]:
+    """One sentence that names the subjects whose scans have several classes (``class_of_each``), or none."""
+    names = (*class_names, "no class")
+    odd = [f"{subject} ({', '.join(names[label] for label in own)})" for subject, own in sorted(several.items())]
+    said = "subject(s) have scans of several classes, of which the commonest counts in the split"
+    return [f"{len(odd)} {said}: {few(odd)}."] if odd else []
+
+
 def make_split(
-    classes: Mapping[str, int], test: Sequence[int], validation: Sequence[int], seed: int = 0
+    classes: Mapping[str, int],
+    test: Sequence[int],
+    validation: Sequence[int],
+    seed: int = 0,
+    people: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Draw a split stratified by class.
 
@@ -22,6 +60,8 @@ def make_split(
         classes: class index of every subject; subjects whose index is ``len(test)`` (no label) all train.
         test, validation: subjects per class.
         seed: of the draw.
+        people: subject -> person, where several subjects are one (``duplicates.people_of``): they are drawn together,
+            count as one, and their class is that of the first of them.
 
     Returns:
         ``{"train", "validation", "test": sorted ids, "folds": {"a", "b": halves of train, stratified}}``.
@@ -32,6 +72,10 @@ def make_split(
     """
     if len(test) != len(validation):
         raise ValueError(f"test and validation need one count per class, got {list(test)} and {list(validation)}.")
+    of_person = defaultdict(list)
+    for subject in sorted(classes):
+        of_person[people[subject] if people else subject].append(subject)
+    classes = {person: classes[own[0]] for person, own in of_person.items()}
     rng = random.Random(seed)
     split: dict[str, list[str]] = {part: [] for part in PARTS}
     folds: dict[str, list[str]] = {"a": [], "b": []}
@@ -55,7 +99,13 @@ def make_split(
             f"no subject is left for {' and '.join(empty)} ({counts} of {len(classes)} subjects); every stage "
             "validates, and the rewards need two folds. Ask for fewer test subjects, or for some to validate."
         )
-    return {part: sorted(split[part]) for part in PARTS} | {"folds": {k: sorted(v) for k, v in folds.items()}}
+
+    def subjects_of(persons: list[str]) -> list[str]:
+        return sorted(subject for person in persons for subject in of_person[person])
+
+    return {part: subjects_of(split[part]) for part in PARTS} | {
+        "folds": {name: subjects_of(fold) for name, fold in folds.items()}
+    }
 
 
 def save_split(split: Mapping, path: str | Path, settings: DataSettings | None = None) -> None:

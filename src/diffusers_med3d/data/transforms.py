@@ -16,6 +16,8 @@ from monai.transforms import (
     Spacing,
 )
 
+from ..utils.wording import few
+
 FOREGROUND_THRESHOLD = 0.02
 """Voxels of a prepared volume above this count as foreground."""
 
@@ -128,13 +130,12 @@ def refuse_cut(placements: Mapping[str, Placement], volume_shape: Sequence[int],
         grid = [round(side * step) for side, step in zip(volume_shape, spacing, strict=True)]
         odd = [
             f"{name}: anatomy of {[round(side) for side in one.size]} mm, {one.lost:.0%} would be cut off"
-            for name, one in list(cut.items())[:5]
+            for name, one in cut.items()
         ]
-        more = f"; and {len(cut) - 5} more" if len(cut) > 5 else ""
         raise ValueError(
             f"{len(cut)} of {len(placements)} scan(s) are larger than the grid of {grid} mm (volume_shape "
-            f"{list(volume_shape)} x spacing {list(spacing)}). {'; '.join(odd)}{more}. Choose a larger volume_shape or "
-            "spacing, or fit='shrink' (--fit shrink), or 'crop' to cut them."
+            f"{list(volume_shape)} x spacing {list(spacing)}). {few(odd, separator='; ')}. Choose a larger "
+            "volume_shape or spacing, or fit='shrink' (--fit shrink), or 'crop' to cut them."
         )
 
 

@@ -13,12 +13,15 @@ from monai.data import MetaTensor
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
 
+from ..utils.wording import few, times
 from .arguments import DataArguments
+from .grid import odd_sizes, odd_spacings
 from .labels import classes_of
 from .nifti import check_affine, check_voxels, decode_nifti, scan_name
 from .reading import check_columns, check_scans, read_scans
 from .settings import (
     DATASET_FILE,
+    GRID,
     DataSettings,
     combine_settings,
     read_settings,
@@ -64,7 +67,8 @@ def prepare(
 
     Args:
         scan: path of a NIfTI file, or a MetaTensor (X, Y, Z) or (C, X, Y, Z) whose affine leads to RAS millimetres.
-        like: pipeline, model or settings whose grid is taken.
+        like: pipeline, model or settings whose grid is taken. Where its training scans were registered to a frame, the
+            scan must be too (examples/prepare_dataset.py --register): it must lie on the grid and stays as it lies.
         volume_shape, spacing, antialias: the grid itself, where ``like`` does not say it.
         num_channels: see ``nifti.check_header``.
         fit: see ``volume_transform``.
@@ -78,9 +82,7 @@ def prepare(
         antialias=antialias,
     )
     theirs = DataSettings() if like is None else like if isinstance(like, DataSettings) else settings_of(like)
-    settings = combine_settings(
-        ("the arguments", given), ("like", theirs), only=("volume_shape", "spacing", "antialias")
-    )
+    settings = combine_settings(("the arguments", given), ("like", theirs), only=GRID)
     if settings.volume_shape is None or settings.spacing is None:
         raise ValueError("the grid is not known; give like=pipeline, or volume_shape= and spacing=.")
     if isinstance(scan, MetaTensor):
@@ -92,7 +94,8 @@ def prepare(
         name = path.name
         scan = to_meta_tensor(*decode_nifti({"path": str(path), "bytes": None}, name, num_channels))
     grid = settings.volume_shape, settings.spacing
-    volume, placement = _place(scan, name, *grid, bool(settings.antialias), fit, registered=False)
+    registered = settings.registration is not None
+    volume, placement = _place(scan, name, *grid, bool(settings.antialias), fit, registered)
     if fit == "refuse":
         refuse_cut({f"scan of {name}": placement}, *grid)
     return volume
@@ -119,7 +122,7 @@ class VolumeDataset(TorchDataset):
     of the source, one row per item; ``class_names`` are the classes, the last label is a scan without one. Subjects
     are text exactly as written. Rows with another number than 0 in a column ``jitter`` are changed copies of scans:
     they are left out unless asked for. ``settings`` is what all of it was read with, ``placements`` how each scan lies
-    in the grid.
+    in the grid, ``other_subjects`` who else is in the source.
 
     What is not given (None) is taken from ``dataset.json`` in the folder; else the grid is 64^3 at 3 mm, subjects stand
     in "participant_id", and the classes are young, middle and old by the column "age", or none where there is none.
@@ -140,7 +143,8 @@ class VolumeDataset(TorchDataset):
         jittered_copies: whether changed copies are read too; only what trains may.
 
     Raises:
-        ValueError: what cannot be read or used, by name; arguments that contradict ``dataset.json``.
+        ValueError: what cannot be read or used, by name; arguments that contradict ``dataset.json``; scans of several
+            voxel sizes, with the odd ones, where nothing says which spacing they are to have.
     """
 
     def __init__(
@@ -192,7 +196,16 @@ class VolumeDataset(TorchDataset):
         chosen = rows.select([i for _, i in order])
         if num_channels is None and self.settings.channel_names:
             num_channels = len(self.settings.channel_names)
-        num_channels = check_scans(chosen, [subject for subject, _ in order], num_channels)
+        num_channels, spacings = check_scans(chosen, [subject for subject, _ in order], num_channels)
+        names = [scan_name(entry, subject) for (subject, _), entry in zip(order, chosen["nifti"], strict=True)]
+        self._odd = odd_spacings(names, spacings)
+        if self._odd and settings.spacing is None:
+            raise ValueError(
+                f"{self._odd} Nothing says to which grid they are resampled; name it with volume_shape and spacing "
+                "(--volume_shape, --spacing, or dataset.json beside the metadata), or let examples/prepare_dataset.py "
+                "choose one."
+            )
+        self.other_subjects = sorted(set(found) - wanted)
         self.metadata = _typed(chosen.remove_columns("nifti"), self.settings.subject_column)
         self.items, self.placements = [], []
         grid = self.settings.volume_shape, self.settings.spacing, self.settings.antialias
@@ -202,7 +215,6 @@ class VolumeDataset(TorchDataset):
             self.items.append({"volume": volume, "class_label": labels[i], "subject": subject})
             self.placements.append(placement)
         if fit == "refuse":
-            names = [scan_name(entry, subject) for (subject, _), entry in zip(order, chosen["nifti"], strict=True)]
             refuse_cut(dict(zip(names, self.placements, strict=True)), *grid[:2])
 
     @classmethod
@@ -213,7 +225,15 @@ class VolumeDataset(TorchDataset):
         if part not in parts:
             raise ValueError(f"unknown part {part!r} of the split, expected one of {list(parts)}.")
         args.say_defaults()
-        return cls(args.data_dir, parts[part], **args.reading(), jittered_copies=jittered_copies)
+        volumes = cls(args.data_dir, parts[part], **args.reading(), jittered_copies=jittered_copies)
+        in_no_part = sorted(set(volumes.other_subjects) - {name for one in PARTS for name in split[one]})
+        if in_no_part:
+            args.notes.append(
+                f"{len(in_no_part)} subject(s) of {args.data_dir} are in no part of {args.split_file} and are not "
+                f"used: {few(in_no_part)}."
+            )
+            args.say_defaults()
+        return volumes
 
     def __len__(self) -> int:
         return len(self.items)
@@ -240,8 +260,8 @@ class VolumeDataset(TorchDataset):
         lines = [
             f"{len(self)} scan(s) of {subjects} subject(s), "
             + ", ".join(f"{names[label]}: {counts[label]}" for label in sorted(counts)),
-            f"grid {_times(shape)} voxels of {_times(spacing)} mm = {_times(grid.tolist())} mm; anatomy "
-            f"{_times(middle.tolist())} mm (median), {_times(largest.tolist())} mm (largest)",
+            f"grid {times(shape)} voxels of {times(spacing)} mm = {times(grid.tolist())} mm; anatomy "
+            f"{times(middle.tolist())} mm (median), {times(largest.tolist())} mm (largest)",
         ]
         for what, chosen in (
             ("larger than the grid and cut", [p.shrunk == 1 and p.lost > 0 for p in self.placements]),
@@ -249,8 +269,10 @@ class VolumeDataset(TorchDataset):
         ):
             odd = [item["subject"] for item, one in zip(self.items, chosen, strict=True) if one]
             if odd:
-                more = f" and {len(odd) - 5} more" if len(odd) > 5 else ""
-                lines.append(f"{len(odd)} of {len(self)} scans are {what}: {', '.join(odd[:5])}{more}")
+                lines.append(f"{len(odd)} of {len(self)} scans are {what}: {few(odd)}")
+        names = [item["subject"] for item in self.items]
+        sentences = (self._odd and f"{self._odd} All are resampled to the grid.", odd_sizes(names, sizes.tolist()))
+        lines += [sentence for sentence in sentences if sentence]
         if (largest < grid / 2).any() or (largest > grid).any():
             proposed = [max(16, 16 * math.ceil(size / step / 16)) for size, step in zip(largest, spacing, strict=True)]
             lines.append(f"at this spacing, --volume_shape {' '.join(map(str, proposed))} would hold all of it")
@@ -259,10 +281,6 @@ class VolumeDataset(TorchDataset):
             step = max(finer)
             lines.append(f"or, in this grid, --spacing {step} {step} {step} would fill it (if the scans are that fine)")
         return "\n".join(lines)
-
-
-def _times(values: Sequence[float]) -> str:
-    return " x ".join(f"{value:.4g}" for value in values)
 
 
 def _typed(metadata: Dataset, subject_column: str) -> Dataset:

@@ -147,13 +147,22 @@ def _with_affine(
 ) -> tuple[torch.Tensor | None, np.ndarray | torch.Tensor | None]:
     """One scan or a list of scans as a plain batch, with the affines that MetaTensors bring unless one is given.
 
-    A batch that torch.stack made of MetaTensors has the affine of the first scan only; it is not taken for the others.
+    Raises:
+        ValueError: a list of different shapes, or a batch of MetaTensors that does not have as many affines as scans, as
+            torch.stack makes them: it keeps the first one's alone. MONAI's DataLoader keeps all.
     """
     if isinstance(volumes, list | tuple):
         scans: list[Any] = list(volumes)
-    elif isinstance(volumes, MetaTensor) and (volumes.ndim == 4 or (volumes.ndim == 5 and len(volumes) == 1)):
-        scans = [volumes if volumes.ndim == 4 else volumes[0]]
-        scans[0].affine = volumes.affine.reshape(-1, 4, 4)[0]
+    elif isinstance(volumes, MetaTensor) and volumes.ndim in (4, 5):
+        plain = volumes.as_subclass(torch.Tensor)
+        plain = plain[None] if plain.ndim == 4 else plain
+        own = volumes.affine.cpu().numpy().reshape(-1, 4, 4)
+        if affine is None and len(own) != len(plain):
+            raise ValueError(
+                f"this batch of {len(plain)} scans brings {len(own)} affine(s); pass a list of scans (MetaTensors), "
+                "each of which has its own, or affine=, or the plain tensor."
+            )
+        return plain, affine if affine is not None else own[0] if len(own) == 1 else own
     else:
         return volumes, affine
     shapes = sorted({tuple(scan.shape) for scan in scans})
@@ -181,6 +190,8 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         class_names: one name per class, without the null class; as ``{name: index}`` where not every class has one.
         channel_names: one name per image channel, such as ("t1",).
         intensity: in words, what 0 and 1 stand for.
+        data_settings: how the volumes and classes of the training data were made, as ``data.DataSettings.to_dict()``
+            has it; the arguments above say what they say again.
 
     Raises:
         ValueError: names, sizes or spacing that do not fit the networks.
@@ -200,6 +211,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         class_names: list[str] | tuple[str, ...] | dict[str, int] | None = None,
         channel_names: list[str] | tuple[str, ...] | dict[str, int] | None = None,
         intensity: str = "[0, 1]",
+        data_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if orientation != "RAS":
@@ -231,6 +243,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             class_names=class_names,
             channel_names=channel_names,
             intensity=intensity,
+            data_settings=data_settings,
         )
         self._check_volume_shape(volume_shape)
         self._predicts_flow = predicts_flow(scheduler)

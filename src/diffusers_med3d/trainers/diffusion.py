@@ -162,6 +162,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
     ) -> None:
         self.pipeline = model
         check_same_settings(settings_of(model), train_dataset.settings, ("the pipeline", "the scans"))
+        model.register_to_config(data_settings=train_dataset.settings.to_dict())
         self.teacher = self.guide = None
         if guide is not None:
             _check_guide(model, guide)
