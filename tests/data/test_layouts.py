@@ -118,7 +118,7 @@ def test_an_analyze_header_of_an_unknown_storage_order_is_refused(tmp_path):
 # --- IXI ---
 
 
-def test_ixi_ages_come_from_the_workbook_and_people_without_one_are_left_out(tmp_path):
+def test_ixi_ages_come_from_the_workbook_of_excel_97_and_people_without_one_are_left_out(tmp_path):
     found = find_scans("ixi", trees.ixi(tmp_path, people=3))
     assert [(scan.participant_id, scan.columns["age"], scan.columns["sex"]) for scan in found.scans] == [
         ("sub-IXI001", "47.25", "F"),
@@ -131,6 +131,7 @@ def test_ixi_ages_come_from_the_workbook_and_people_without_one_are_left_out(tmp
         "IXI050-Guys-0900-T1.nii.gz": "no age in the table (kept with --keep_unlabelled)",
     }
     assert trees.spot_is_right_front_top(*load_scan(found.scans[0]))
+    assert (tmp_path / "IXI.xls").read_bytes().startswith(b"\xd0\xcf\x11\xe0")  # as it is distributed
 
 
 def test_ixi_people_with_two_ages_have_none(tmp_path):

@@ -1,6 +1,7 @@
 """Data sets in the layouts in which they are distributed, with small made-up anatomy in them."""
 
 import csv
+import datetime
 import struct
 from pathlib import Path
 
@@ -99,20 +100,28 @@ def oasis1(folder: Path, people: int = 10) -> Path:
 
 
 def ixi(folder: Path, people: int = 9) -> Path:
-    """``IXI*-T1.nii.gz`` and ``IXI.xls`` (as xlsx: nothing here writes xls)."""
-    import openpyxl
+    """``IXI*-T1.nii.gz`` and ``IXI.xls``, a workbook of Excel 97 with dates in it."""
+    import xlwt
 
-    book = openpyxl.Workbook()
-    sheet = book.active
-    sheet.append(["IXI_ID", "SEX_ID (1=m, 2=f)", "HEIGHT", "WEIGHT", "DOB", "DATE_AVAILABLE", "STUDY_DATE", "AGE"])
+    book = xlwt.Workbook()
+    sheet = book.add_sheet("Table")
+    day = xlwt.easyxf(num_format_str="YYYY-MM-DD")
+    born, scanned = datetime.date(1957, 3, 12), datetime.date(2005, 11, 2)
+    rows: list[list[object]] = [
+        ["IXI_ID", "SEX_ID (1=m, 2=f)", "HEIGHT", "WEIGHT", "DOB", "DATE_AVAILABLE", "STUDY_DATE", "AGE"]
+    ]
     for number in range(1, people + 1):
         age = (25.5, 47.25, 71.0)[number % 3]
-        sheet.append([number, 1 + number % 2, 170, 70, "1957-03-12", 1, "2005-11-02", age])
+        rows.append([number, 1 + number % 2, 170, 70, born, 1, scanned, age])
         save(folder / f"IXI{number:03d}-HH-{1200 + number}-T1.nii.gz", anatomy(number), axes="PSR")
-    sheet.append([50, 1, 170, 70, "1957-03-12", 1, "2005-11-02", None])
+    rows.append([50, 1, 170, 70, born, 1, scanned, None])
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            if value is not None:
+                sheet.write(i, j, value, *([day] if isinstance(value, datetime.date) else []))
     save(folder / "IXI050-Guys-0900-T1.nii.gz", anatomy(50), axes="PSR")
     save(folder / "IXI001-HH-1201-T2.nii.gz", anatomy(1), axes="PSR")
-    book.save(folder / "IXI.xlsx")
+    book.save(str(folder / "IXI.xls"))
     return folder
 
 
@@ -199,3 +208,14 @@ def dicom_series(
         for name, value in tags.items():
             setattr(file, name, value)
         file.save_as(folder / f"IM{array.shape[2] - k:04d}", enforce_file_format=True)
+
+
+def dicom(folder: Path, people: int = 10) -> Path:
+    """A series per patient in folders that are called after patients and dates, and ``labels.csv``."""
+    rows = [["participant_id", "finding", "born"]]
+    for number in range(people):
+        patient = f"MRN-77881{number}"
+        dicom_series(folder / f"quagmire^jane{number}" / SCANNED, patient, anatomy(number))
+        rows.append([patient, ("clear", "tumour")[number % 2], BIRTH])
+    write_csv(folder / "labels.csv", rows)
+    return folder

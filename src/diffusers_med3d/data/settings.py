@@ -222,7 +222,7 @@ def with_defaults(settings: DataSettings, columns: list[str] | None) -> tuple[Fu
                 f"Nothing says otherwise, so the default is taken: classes {values['class_names']} from the column "
                 f"{values['label_column']!r} with the edges {values['class_edges']}."
             )
-        elif values["class_names"] == DEFAULT_CLASSES["class_names"]:
+        elif values["class_names"] == DEFAULT_CLASSES["class_names"] and values["label_column"] == "age":
             values = DEFAULT_CLASSES | values
     values.setdefault("class_edges", [])
     return FullSettings(**values), notes

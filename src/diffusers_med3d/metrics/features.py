@@ -131,11 +131,11 @@ class NamedExtractor:
 
 
 class PlanarFeatures:
-    """Callable: volumes (B, 1, X, Y, Z) in [0, 1] -> (B, 3 D), one vector per volume, from a network for pictures.
+    """Callable: volumes (B, C, X, Y, Z) in [0, 1] -> (B, 3 C D), one vector per volume, from a network for pictures.
 
     Slices at evenly spaced positions in the middle three quarters of each axis are enlarged to `image_size` pixels, go
     through the network, and are averaged per plane (sagittal, coronal, axial; D each): a subject counts once, not once
-    per slice.
+    per slice. Channels go through the network one by one; their features stand side by side within a plane.
 
     Args:
         network: pictures (N, 3, H, W), three equal channels, to features (N, D).
@@ -177,9 +177,10 @@ class PlanarFeatures:
 
     @torch.no_grad()
     def __call__(self, volumes: Tensor) -> Tensor:
-        if volumes.ndim != 5 or volumes.shape[1] != 1:
-            raise ValueError(f"Slice features need volumes (B, 1, X, Y, Z), got {tuple(volumes.shape)}.")
-        volumes = volumes.detach().float().to(self.device)
+        if volumes.ndim != 5:
+            raise ValueError(f"Slice features need volumes (B, C, X, Y, Z), got {tuple(volumes.shape)}.")
+        batch = len(volumes)
+        volumes = volumes.detach().float().to(self.device).flatten(0, 1)[:, None]  # every channel a volume of its own
         planes = []
         for axis in range(3):
             chunks = []
@@ -187,14 +188,14 @@ class PlanarFeatures:
                 pictures = F.interpolate(pictures, (self.image_size, self.image_size), mode="bilinear")
                 pictures = self.gain * pictures.clamp(0, 1) + self.offset
                 chunks.append(self.network(pictures.expand(-1, 3, -1, -1)))
-            planes.append(torch.cat(chunks).unflatten(0, (len(volumes), self.num_slices)).mean(1))
+            planes.append(torch.cat(chunks).unflatten(0, (len(volumes), self.num_slices)).mean(1).reshape(batch, -1))
         size = planes[0].shape[1]
         self.blocks = {name: slice(k * size, (k + 1) * size) for k, name in enumerate(PLANES)}
         return torch.cat(planes, dim=1).cpu()
 
 
 class SliceFeatures(PlanarFeatures):
-    """`PlanarFeatures` of EfficientNet-Lite0 trained on ImageNet, from a package, so without a network: (B, 3840).
+    """`PlanarFeatures` of EfficientNet-Lite0 trained on ImageNet, from a package, so without a network: (B, 3840 C).
 
     Args:
         num_slices, image_size, device, batch_size: see `PlanarFeatures`.

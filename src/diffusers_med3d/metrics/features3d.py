@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class ScatteringFeatures:
-    """Callable: volumes (B, 1, X, Y, Z) in [0, 1] -> (B, D): how much detail of which size is where.
+    """Callable: volumes (B, C, X, Y, Z) in [0, 1] -> (B, C D): how much detail of which size is where, by channel.
 
     First-order scattering (Bruna and Mallat, IEEE PAMI 35, 2013, eq. 6, in three dimensions with Haar wavelets): at
     each scale the 7 Haar details, their moduli averaged over a grid of regions, and at the end the coarse volume itself
@@ -35,8 +35,7 @@ class ScatteringFeatures:
             raise ValueError(f"levels and regions must be at least 1, got {levels} and {regions}.")
         self.levels, self.regions = levels, regions
         self.extractor = f"haar-scattering-3d (no weights), {levels} levels, {regions}^3 regions"
-        size = regions**3 * (1 + 7 * levels)
-        self.blocks = {"3D": slice(0, size)}
+        self.blocks: dict[str, slice] = {}
         bands = []
         for signs in product((1.0, -1.0), repeat=3):
             low, high = torch.tensor([0.5, 0.5]), torch.tensor([0.5, -0.5])
@@ -45,18 +44,20 @@ class ScatteringFeatures:
 
     @torch.no_grad()
     def __call__(self, volumes: Tensor) -> Tensor:
-        if volumes.ndim != 5 or volumes.shape[1] != 1:
-            raise ValueError(f"Scattering features need volumes (B, 1, X, Y, Z), got {tuple(volumes.shape)}.")
+        if volumes.ndim != 5:
+            raise ValueError(f"Scattering features need volumes (B, C, X, Y, Z), got {tuple(volumes.shape)}.")
         if min(volumes.shape[2:]) < self.regions * 2**self.levels:
             raise ValueError(
                 f"{self.levels} levels and {self.regions} regions need {self.regions * 2**self.levels} voxels a side, "
                 f"got {tuple(volumes.shape[2:])}."
             )
-        coarse, features = volumes.detach().float(), []
+        coarse, features = volumes.detach().float().flatten(0, 1)[:, None], []  # every channel a volume of its own
         for level in range(1, self.levels + 1):
             bands = F.conv3d(coarse, self.filters.to(coarse), stride=2)
             coarse, details = bands[:, :1], bands[:, 1:].abs()
             gain = self.DETAIL_GAIN * 2.0 ** (self.levels - level)
             features.append(gain * F.adaptive_avg_pool3d(details, self.regions).flatten(1))
         features.append(self.COARSE_GAIN * F.adaptive_avg_pool3d(coarse, self.regions).flatten(1))
-        return torch.cat(features, dim=1).cpu()
+        together = torch.cat(features, dim=1).reshape(len(volumes), -1).cpu()
+        self.blocks = {"3D": slice(0, together.shape[1])}
+        return together

@@ -90,9 +90,10 @@ def _radimagenet(device: str | torch.device) -> PlanarFeatures:
 
 
 class MedicalNetFeatures:
-    """Callable: volumes (B, 1, X, Y, Z) in [0, 1] -> (B, 512), MedicalNet's ResNet-10 by MONAI, pooled.
+    """Callable: volumes (B, C, X, Y, Z) in [0, 1] -> (B, 512 C), MedicalNet's ResNet-10 by MONAI, pooled.
 
-    Each volume is brought to mean 0 and standard deviation 1 over what is above 0, as in training (Chen et al. 2019).
+    Each channel goes through the network alone, brought to mean 0 and standard deviation 1 over what is above 0, as in
+    training (Chen et al. 2019).
 
     Args:
         device: where the network runs.
@@ -118,14 +119,14 @@ class MedicalNetFeatures:
 
     @torch.no_grad()
     def __call__(self, volumes: Tensor) -> Tensor:
-        if volumes.ndim != 5 or volumes.shape[1] != 1:
-            raise ValueError(f"MedicalNet features need volumes (B, 1, X, Y, Z), got {tuple(volumes.shape)}.")
+        if volumes.ndim != 5:
+            raise ValueError(f"MedicalNet features need volumes (B, C, X, Y, Z), got {tuple(volumes.shape)}.")
         answers = []
-        for volume in volumes.detach().float().to(self.device):
+        for volume in volumes.detach().float().to(self.device).flatten(0, 1)[:, None]:
             inside = volume[volume > 0]
             if len(inside) < 2:
-                raise ValueError("MedicalNet features need something above 0 in every volume, got an empty one.")
+                raise ValueError("MedicalNet features need something above 0 in every channel, got an empty one.")
             answers.append(self.network(((volume - inside.mean()) / inside.std().clamp_min(1e-6))[None]))
-        features = torch.cat(answers).cpu()
+        features = torch.cat(answers).reshape(len(volumes), -1).cpu()
         self.blocks = {"3D": slice(0, features.shape[1])}
         return features

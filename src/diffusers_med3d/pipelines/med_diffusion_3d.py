@@ -148,8 +148,8 @@ def _with_affine(
     """One scan or a list of scans as a plain batch, with the affines that MetaTensors bring unless one is given.
 
     Raises:
-        ValueError: a list of different shapes, or a batch of MetaTensors that does not have as many affines as scans, as
-            torch.stack makes them: it keeps the first one's alone. MONAI's DataLoader keeps all.
+        ValueError: a list of different shapes, or a batch that does not have as many affines as scans, as torch.stack
+            makes of MetaTensors: it keeps the affine of the first alone. MONAI's DataLoader keeps all.
     """
     if isinstance(volumes, list | tuple):
         scans: list[Any] = list(volumes)

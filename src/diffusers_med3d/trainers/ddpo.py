@@ -63,7 +63,9 @@ from .lora import add_lora, check_no_lora, enable_lora, merged
 INITIAL, SHARED_INITIAL, STEP, EVALUATION = range(4)  # what a random stream is for; part of its seed
 REFERENCE_FILE = "reference.safetensors"
 DIVERSITY_OF = 8  # volumes; the number of pairs grows with its square
-PIPELINE_CONFIG = ("volume_shape", "spacing", "orientation", "class_names", "channel_names", "intensity")
+PIPELINE_CONFIG = (
+    "volume_shape", "spacing", "orientation", "class_names", "channel_names", "intensity", "data_settings",
+)  # fmt: skip
 
 
 class Chunk(NamedTuple):

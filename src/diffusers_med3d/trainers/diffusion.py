@@ -179,7 +179,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
                 )
             scans = eval_dataset.stack()
             extractors: dict[str, metrics.Extractor] = {"": metrics.SliceFeatures(device=args.device)}
-            if model.vae.config.out_channels == 1 and min(scans.shape[2:]) >= 32:
+            if min(scans.shape[2:]) >= 32:
                 extractors["_haar"] = metrics.ScatteringFeatures()
             self._features = {name: (extract, extract(scans)) for name, extract in extractors.items()}
         self.conditions = encode_rows(model, scan_rows(model, train_dataset))
