@@ -35,7 +35,11 @@ def odd_spacings(names: Sequence[str], spacings: Sequence[Sequence[float]]) -> s
 def odd_sizes(names: Sequence[str], sizes: Sequence[Sequence[float]]) -> str:
     """Sentence that names the scans whose anatomy is less than half or more than twice as large as usual; or ""."""
     return _odd_ones(
-        names, sizes, np.median(sizes, axis=0), SAME_SIZE, "anatomy less than half or more than twice as large as usual"
+        names,
+        sizes,
+        np.median(sizes, axis=0).tolist(),
+        SAME_SIZE,
+        "anatomy less than half or more than twice as large as usual",
     )
 
 

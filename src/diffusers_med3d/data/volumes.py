@@ -270,9 +270,9 @@ class VolumeDataset(TorchDataset):
             odd = [item["subject"] for item, one in zip(self.items, chosen, strict=True) if one]
             if odd:
                 lines.append(f"{len(odd)} of {len(self)} scans are {what}: {few(odd)}")
-        names = [item["subject"] for item in self.items]
-        sentences = (self._odd and f"{self._odd} All are resampled to the grid.", odd_sizes(names, sizes.tolist()))
-        lines += [sentence for sentence in sentences if sentence]
+        people = [item["subject"] for item in self.items]
+        odd_ones = (self._odd and f"{self._odd} All are resampled to the grid.", odd_sizes(people, sizes.tolist()))
+        lines += filter(None, odd_ones)
         if (largest < grid / 2).any() or (largest > grid).any():
             proposed = [max(16, 16 * math.ceil(size / step / 16)) for size, step in zip(largest, spacing, strict=True)]
             lines.append(f"at this spacing, --volume_shape {' '.join(map(str, proposed))} would hold all of it")
