@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_med3d import MedDiffusion3DPipeline
+from diffusers_med3d import MedDiffusion3DPipeline, viz
 from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
-from diffusers_med3d.evaluation import VolumeSet, figures
+from diffusers_med3d.evaluation import VolumeSet
 from diffusers_med3d.evaluation.downstream import (
     ARMS,
     FIGURES,
@@ -123,7 +123,7 @@ def write_report(output: Path, setting: dict, labels: torch.Tensor, logits: dict
         for count, result in results.items()
         for name in FIGURES
     }
-    figures.save(figures.intervals(panels, xlabel="difference"), output / "downstream.png")
+    viz.save(viz.intervals(panels, xlabel="difference"), output / "downstream.png")
     return text
 
 

@@ -16,9 +16,8 @@ from pathlib import Path
 import datasets
 import torch
 
-from diffusers_med3d import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
+from diffusers_med3d import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput, viz
 from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
-from diffusers_med3d.evaluation.figures import orthogonal_views, save
 from diffusers_med3d.evaluation.sampling import short_names
 from diffusers_med3d.pipelines.conditions import (
     LABEL_COLUMN,
@@ -138,14 +137,15 @@ def main() -> None:
             made = sample(pipeline, asked[name].select([index]), args, f"{named}, {name}")
             prefix = named.replace(", ", "-").replace(" ", "-").replace("/", "-")
             made.save_nifti(output / name, prefix, overwrite=args.overwrite)
-            pictures[named if len(pipelines) == 1 else f"{named}, {name}"] = made.volumes[:PICTURED, :1]
+            pictures[named if len(pipelines) == 1 else f"{named}, {name}"] = made.volumes[:PICTURED]
         if scans is not None:
             pipeline = next(iter(pipelines.values()))
             labels = labels_of_scans(pipeline, [item["class_label"] for item in scans], scans.class_names)
             same = [i for i, own in enumerate(labels) if own == label][: min(PICTURED, args.num_samples)]
             if same:
-                pictures[f"{named}, scans"] = torch.stack([scans[i]["volume"].as_tensor() for i in same])[:, :1]
-    save(orthogonal_views(pictures, next(iter(pipelines.values())).config.spacing), output / "samples.png")
+                pictures[f"{named}, scans"] = torch.stack([scans[i]["volume"].as_tensor() for i in same])
+    figure = viz.volume_rows(pictures, spacing=next(iter(pipelines.values())).config.spacing)
+    viz.save(figure, output / "samples.png")
     print(f"wrote samples.png and {len(first) * args.num_samples * len(pipelines)} volume(s) to {output}")
 
 

@@ -4,7 +4,7 @@
         --reward_funcs brain-t1-reward-3d brain-t1-reward-2d --output_dir outputs/reward-report
 
 Prints a table, and whether the rewards prefer the scans that they were trained on; writes report.json, report.md,
-scores.png and spectrum.png. --part test is for the final proof only.
+spectrum.png and damage.png. --part test is for the final proof only.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import torch
 
+from diffusers_med3d import viz
 from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
 from diffusers_med3d.data.training_subjects import read_training_subjects, refuse_seen_subjects
-from diffusers_med3d.evaluation import figures
 from diffusers_med3d.metrics import training_above_unseen
 from diffusers_med3d.pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from diffusers_med3d.rewards.damage import DAMAGE_NAMES, damage
 from diffusers_med3d.rewards.learned import SliceReward, VolumeReward
 from diffusers_med3d.rewards.loading import DEFAULT_REWARDS, load_rewards
 from diffusers_med3d.rewards.scoring import check_signature, reward_names, score
-from diffusers_med3d.rewards.spectrum import STRENGTHS
+from diffusers_med3d.rewards.spectrum import REAL, STRENGTHS
 from diffusers_med3d.rewards.spectrum_dataset import SpectrumDataset, build_spectrum
 from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, summarise
 from diffusers_med3d.trainers.base import use_all_cores
@@ -152,19 +152,18 @@ def main() -> None:
             "training_above_unseen": {name: interval and asdict(interval) for name, interval in memory.items()},
         },
     )
-    series = {
-        name: (args.strengths, [report[f"score/{level_name(strength)}"] for strength in args.strengths])
-        for name, report in reports.items()
-    }
-    curves = figures.curves(series, xlabel="noise level (0: round-trip, 1: full sample)", ylabel="mean score")
-    figures.save(curves, output / "scores.png")
     item, other = dataset[0], dataset[len(dataset) - 1]["real"]
-    views = {"real": item["real"][None, :1]}
-    for strength, version in zip(item["strengths"].tolist(), item["versions"], strict=True):
-        views[level_name(round(strength, 4))] = version[None, :1]
-    for kind in DAMAGE_NAMES:
-        views[kind] = damage(item["real"], kind, args.severities[-1], seeded("picture", kind), other)[None, :1]
-    figures.save(figures.orthogonal_views(views, spacing=data.spacing), output / "spectrum.png")
+    levels = [level_name(round(strength, 4)) for strength in (REAL, *item["strengths"].tolist())]
+    versions = dict(zip(levels, (item["real"], *item["versions"]), strict=True))
+    scores = {name: [report[f"score/{level}"] for level in levels] for name, report in reports.items()}
+    title = "One scan and its versions, and the mean score of all scans"
+    viz.save(viz.spectrum_strip(versions, scores, spacing=data.spacing, title=title), output / "spectrum.png")
+    damaged = {"real": item["real"]}
+    damaged |= {
+        kind: damage(item["real"], kind, args.severities[-1], seeded("picture", kind), other) for kind in DAMAGE_NAMES
+    }
+    rows = {name: volume[None] for name, volume in damaged.items()}
+    viz.save(viz.volume_rows(rows, spacing=data.spacing), output / "damage.png")
 
 
 if __name__ == "__main__":

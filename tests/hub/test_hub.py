@@ -36,7 +36,6 @@ from diffusers_med3d import (
 )
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.training_subjects import read_training_subjects
-from diffusers_med3d.evaluation.figures import curves
 from diffusers_med3d.evaluation.sampling import check_unseen
 from diffusers_med3d.hub.cards import NOT_FOR_CLINICAL_USE, missing, of_folder, sections
 from diffusers_med3d.hub.origin import public_name

@@ -23,7 +23,7 @@ from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
 from conftest import REPOSITORY
-from diffusers_med3d.evaluation import figures
+from diffusers_med3d import viz
 from diffusers_med3d.trainers.base import (
     COMPLETE_MARKER,
     Med3DConfig,
@@ -255,11 +255,11 @@ def test_accumulated_small_batches_train_like_one_large_batch(tmp_path):
 def test_tensorboard_starts_on_a_diffusers_model_and_receives_figures(tmp_path):
     class Drawing(LineTrainer):
         def training_step(self, *args, **kwargs):
-            self.log_figure("curve", figures.curves({"x": ([0, 1], [0.0, 1.0])}))
+            self.log_figure("curve", viz.curves({"x": ([0, 1], [0.0, 1.0])}))
             return super().training_step(*args, **kwargs)
 
     trainer = make(tmp_path, Drawing, report_to="tensorboard", max_steps=2)
-    trainer.log_figure("before", figures.curves({"x": ([0, 1], [0.0, 1.0])}))  # no writer yet: the file alone
+    trainer.log_figure("before", viz.curves({"x": ([0, 1], [0.0, 1.0])}))  # no writer yet: the file alone
     trainer.train()
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["before.png", "curve.png"]
     assert imread(tmp_path / "figures" / "curve.png").ndim == 3

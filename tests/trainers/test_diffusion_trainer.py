@@ -363,7 +363,7 @@ def test_evaluation_draws_samples_and_reports_their_distance_to_scans(tiny_pipel
     results = trainer.evaluate()
     assert {"eval_kid", "eval_kid_stderr", "eval_sharpness_ratio"} <= set(results)
     assert np.isfinite(results["eval_kid"])
-    assert (tmp_path / "figures" / "samples-0.png").is_file()
+    assert (tmp_path / "figures" / "eval_samples.png").is_file()
     sizes = []
     trainer.pipeline.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     trainer.args.per_device_eval_batch_size = 2

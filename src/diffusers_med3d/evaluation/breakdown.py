@@ -30,7 +30,7 @@ from ..rewards.spectrum import ROUND_TRIP
 from ..utils.files import write_json, write_whole
 from ..utils.hashing import pipeline_hash, tensor_hash
 from ..utils.seeding import seeded
-from . import figures
+from ..viz import save, stage_distances
 from .evaluate import kid_draws
 from .report import FLOOR, REFERENCE, Draws, Figure, json_ready, markdown_table
 from .sampling import (
@@ -538,7 +538,7 @@ def write_breakdown(found: Breakdown, folder: str | Path, settings: Mapping[str,
     """
     folder = Path(folder)
     distances = [one for one in found.figures if one.baseline == FLOOR]
-    picture = figures.stage_distances(
+    picture = stage_distances(
         {
             f"{one.name}\n{one.extractor}": {
                 name: (one.excess[name].value, one.excess[name].stderr) for name in found.stages
@@ -564,7 +564,7 @@ def write_breakdown(found: Breakdown, folder: str | Path, settings: Mapping[str,
             "",
         ]
     )
-    figures.save(picture, folder / "breakdown.png")
+    save(picture, folder / "breakdown.png")
     write_json(folder / "breakdown.json", {"settings": dict(settings), **found.to_dict()})
     write_whole(folder / "breakdown.md", text)
     return text

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import viz
 from ..metrics.bootstrap import Interval
 from ..utils.files import write_json, write_whole
-from . import figures
 from .volume_set import VolumeSet
 
 REFERENCE, FLOOR = "reference", "floor"
@@ -145,11 +145,11 @@ def write_report(
     """
     folder = Path(folder)
     pictures = {
-        "views": figures.orthogonal_views(
-            {set_name: one.volumes[_spread(one.labels, VIEWS_PER_SET)][:, :1] for set_name, one in sets.items()},
-            spacing,
+        "views": viz.volume_rows(
+            {set_name: one.volumes[_spread(one.labels, VIEWS_PER_SET)] for set_name, one in sets.items()},
+            spacing=spacing,
         ),
-        "distances": figures.intervals(
+        "distances": viz.intervals(
             {
                 f"{figure.name}\n{figure.extractor.split(',')[0]}, excess": {
                     model: (own.value, own.low, own.high) for model, own in figure.excess.items()
@@ -158,7 +158,7 @@ def write_report(
                 if figure.name.startswith("KID") and figure.excess
             }
         ),
-        "spectra": figures.bands(
+        "spectra": viz.bands(
             {
                 set_name: (own["frequency"], own["decibel"], own["low"], own["high"])
                 for set_name, own in report.spectra.items()
@@ -166,12 +166,12 @@ def write_report(
             xlabel="cycles per voxel",
             ylabel="power inside the anatomy, dB",
         ),
-        "nearest": figures.histogram(
+        "nearest": viz.histogram(
             report.per_volume["nearest over second nearest"], "distance to the nearest training scan / second nearest"
         ),
     }
     for kind, picture in pictures.items():
-        figures.save(picture, folder / f"report-{kind}.png")
+        viz.save(picture, folder / f"report-{kind}.png")
     counted = [
         f"- {set_name}: {own['volumes']} volumes of {own['subjects']} subjects or seeds, by class {own['classes']}"
         for set_name, own in report.counts.items()

@@ -12,9 +12,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import Dataset as TorchDataset
 
-from .. import metrics
+from .. import metrics, viz
 from ..data import FOREGROUND_THRESHOLD, VolumeDataset
-from ..evaluation import figures
 from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
 from .base import Med3DConfig, Med3DTrainer, describe_volumes
@@ -284,8 +283,8 @@ class AutoencoderTrainer(Med3DTrainer):
         results = {f"{metric_key_prefix}_{name}": value.mean().item() for name, value in values.items()}
         if isinstance(self.autoencoder, VQModel3D):
             results[f"{metric_key_prefix}_codes_used"] = self.codes_used(volumes)
-        picture = {"scan": volumes[:4, :1], "round trip": reconstructions[:4, :1]}
-        self.log_figure("reconstructions", figures.orthogonal_views(picture))
+        picture = {"scan": volumes[:4], "round trip": reconstructions[:4]}
+        self.log_figure("reconstructions", viz.volume_rows(picture, spacing=dataset[0]["volume"].pixdim.tolist()))
         return self.conclude_evaluation(results)
 
     def reconstruct(self, volumes: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
+from .. import viz
 from ..data import VolumeDataset
-from ..evaluation import figures
 from ..hub import cards
 from ..hub.publish import model_files, publish
 
@@ -404,7 +404,7 @@ class Med3DTrainer(_BaseTrainer):
         """Write a picture to ``output_dir/figures/<name>.png`` and to TensorBoard, on the main process."""
         if not self.is_world_process_zero():
             return
-        figures.save(figure, Path(self.args.output_dir) / "figures" / f"{name}.png")
+        viz.save(figure, Path(self.args.output_dir) / "figures" / f"{name}.png")
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, _TensorBoardCallback) and callback.tb_writer is not None:
                 callback.tb_writer.add_figure(name, figure, self.state.global_step)

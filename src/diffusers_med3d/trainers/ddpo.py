@@ -30,8 +30,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_utils import set_seed
 
+from .. import viz
 from ..data import check_same_settings, settings_of
-from ..evaluation.figures import orthogonal_views
 from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
 from ..pipelines.conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
@@ -568,9 +568,8 @@ class DDPOTrainer(Med3DTrainer):
             metrics["quality/diversity"] = diversity(scored.volumes[:DIVERSITY_OF]).mean
         metrics["runtime"] = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        if scored.volumes.shape[1] == 1:
-            picture = orthogonal_views({"samples": scored.volumes[:4]}, self.pipeline.config.spacing)
-            self.log_figure(f"{metric_key_prefix}_samples", picture)
+        picture = viz.volume_rows({"samples": scored.volumes[:4]}, spacing=self.pipeline.config.spacing)
+        self.log_figure(f"{metric_key_prefix}_samples", picture)
         return self.conclude_evaluation(metrics)
 
     # Saving

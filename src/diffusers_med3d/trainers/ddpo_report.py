@@ -9,7 +9,7 @@ import torch
 from scipy.stats import t as student_t
 from transformers import ProgressCallback
 
-from ..evaluation.figures import curves, orthogonal_views
+from .. import viz
 from ..metrics import diversity, noise_level, sharpness
 from ..pipelines.conditions import names_by_index
 from .ddpo import DDPOTrainer, Scored
@@ -131,13 +131,13 @@ def log_pictures(trainer: DDPOTrainer, before: Scored, after: Scored) -> None:
         if all(f"rewards/{name}/mean" in e for e in history)
     }
     if history and series:
-        trainer.log_figure("reward_curve", curves(series, "optimizer step", "mean reward of the rollout"))
+        trainer.log_figure("reward_curve", viz.curves(series, "optimizer step", "mean reward of the rollout"))
     config = trainer.pipeline.config
     names = names_by_index(trainer.pipeline)
     labels = torch.zeros(len(before.volumes)) if before.labels is None else before.labels
-    rows = {}
+    sides: tuple[dict[str, torch.Tensor], ...] = ({}, {})
     for c in labels.unique().tolist():
         name = "sample" if before.labels is None else names.get(c, f"class {c}")
-        for state, scored in (("before", before), ("after", after)):
-            rows[f"{name}, {state}"] = scored.volumes[labels == c][:PICTURED_PER_CLASS, :1]
-    trainer.log_figure("before_after", orthogonal_views(rows, config.spacing))
+        for rows, scored in zip(sides, (before, after), strict=True):
+            rows[name] = scored.volumes[labels == c][:PICTURED_PER_CLASS]
+    trainer.log_figure("before_after", viz.before_after(*sides, spacing=config.spacing))

@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from .. import metrics
+from .. import metrics, viz
 from ..data import VolumeDataset, check_same_settings, settings_of
 from ..data.latents import LatentDataset
 from ..data.training_subjects import TRAINING_SUBJECTS
-from ..evaluation import figures
 from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
 from ..pipelines.conditions import call_arguments, encode_rows, scan_rows
@@ -355,9 +354,9 @@ class LatentDiffusionTrainer(Med3DTrainer):
                 distance = metrics.kid(extract(samples), reference)
                 results |= {f"{prefix}_kid{name}": distance.value, f"{prefix}_kid{name}_stderr": distance.stderr}
         shown = min(count, 6)
-        picture = {"scans": scans[:shown, :1], "samples": samples[:shown, :1]}
+        picture = {"scans": scans[:shown], "samples": samples[:shown]}
         spacing = self.pipeline.config.spacing
-        self.log_figure(f"samples-{self.state.global_step}", figures.orthogonal_views(picture, spacing=spacing))
+        self.log_figure("eval_samples", viz.volume_rows(picture, spacing=spacing))
         ratio = (metrics.sharpness(samples).mean() / metrics.sharpness(scans).mean()).item()
         return results | {f"{prefix}_sharpness_ratio": ratio}
 
@@ -391,7 +390,7 @@ def progress_figure(rows: Sequence[dict[str, float]]) -> Figure:
         points = [(row["volumes_seen"], row[key]) for row in rows if key in row]
         if points:
             series[name] = ([seen for seen, _ in points], [value for _, value in points])
-    return figures.curves(series, xlabel="volumes seen")
+    return viz.curves(series, xlabel="volumes seen")
 
 
 def _check_guide(pipeline: MedDiffusion3DPipeline, guide: MedDiffusion3DPipeline) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ..evaluation import figures
+from .. import viz
 from ..hub.origin import inherited_license
 from ..models.reward import SliceRewardModel, VolumeRewardModel
 from ..rewards.damage import (
@@ -299,22 +299,18 @@ class RewardModelTrainer(Med3DTrainer):
         return self.conclude_evaluation(results)
 
     def _log_pictures(self, summary: dict[str, float], dataset: SpectrumDataset) -> None:
+        """The first scan's versions with the mean scores of all scans, and once that scan with every damage."""
         item = dataset[0]
-        strengths = [round(strength, 4) for strength in item["strengths"].tolist()]
-        scores = [summary[f"score/{level_name(strength)}"] for strength in strengths]
-        self.log_figure(
-            "score_by_noise_level",
-            figures.curves({"mean validation score": (strengths, scores)}, xlabel="noise level", ylabel="score"),
-        )
+        levels = [level_name(strength) for strength in (REAL, *(round(s, 4) for s in item["strengths"].tolist()))]
+        versions = dict(zip(levels, (item["real"], *item["versions"]), strict=True))
+        scores = {"mean validation score": [summary[f"score/{level}"] for level in levels]}
+        self.log_figure("spectrum", viz.spectrum_strip(versions, scores))
         if self._versions_shown:
             return
         self._versions_shown = True
-        rows = {"real": item["real"][None, :1]}
-        rows |= {level_name(s): version[None, :1] for s, version in zip(strengths, item["versions"], strict=True)}
         other = dataset[len(dataset) - 1]["real"]
         damaged = {kind: damage(item["real"], kind, 0.5, seeded("picture", kind), other) for kind in DAMAGE_NAMES}
-        self.log_figure("spectrum", figures.orthogonal_views(rows))
-        self.log_figure("damage", figures.orthogonal_views({kind: v[None, :1] for kind, v in damaged.items()}))
+        self.log_figure("damage", viz.volume_rows({kind: volume[None] for kind, volume in damaged.items()}))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the reward model in half precision (fp16: bfloat16 would round small differences away)."""

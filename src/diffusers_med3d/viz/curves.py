@@ -1,76 +1,14 @@
-"""Pictures of volumes and curves. Figures are made without pyplot, so nothing is global and no display is needed."""
+"""Curves of rewards and measures, distances with their intervals, histograms."""
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..utils.files import whole_file
+from .style import new_figure, styled
 
 
-def _draw_views(axes: Axes, volume: torch.Tensor, spacing: Sequence[float]) -> None:
-    """Draws axial, coronal and sagittal mid-slices of one RAS volume (X, Y, Z) side by side, in millimetres.
-
-    Axes of a RAS array grow towards right, anterior, superior. The pictures follow the radiological convention: the
-    patient's right is on the left side of axial and coronal pictures, anterior is on the left of the sagittal one.
-    """
-    x, y, z = (size // 2 for size in volume.shape)
-    size_mm = [size * step for size, step in zip(volume.shape, spacing, strict=True)]
-    # Each: picture as (column, row upwards), width and height in mm, letters at (left, right, top).
-    views = (
-        (volume[:, :, z].flip(0), size_mm[0], size_mm[1], "RLA"),  # axial
-        (volume[:, y, :].flip(0), size_mm[0], size_mm[2], "RLS"),  # coronal
-        (volume[x, :, :].flip(0), size_mm[1], size_mm[2], "APS"),  # sagittal
-    )
-    height = max(view[2] for view in views)
-    offset = 0.0
-    for picture, width, view_height, letters in views:
-        low = (height - view_height) / 2
-        extent = (offset, offset + width, low, low + view_height)
-        axes.imshow(picture.T.numpy(), cmap="gray", vmin=0, vmax=1, origin="lower", extent=extent)
-        style: dict[str, Any] = {"color": "#ffb000", "fontsize": 6, "va": "center", "ha": "center"}
-        axes.text(offset + 0.03 * width, height / 2, letters[0], **style)
-        axes.text(offset + 0.97 * width, height / 2, letters[1], **style)
-        axes.text(offset + 0.5 * width, low + 0.97 * view_height, letters[2], **style)
-        offset += width
-    axes.set(xlim=(0, offset), ylim=(0, height), facecolor="black", xticks=[], yticks=[], aspect="equal")
-
-
-def orthogonal_views(rows: Mapping[str, torch.Tensor], spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> Figure:
-    """Mid-slices of volumes: one named row per entry, one cell (axial | coronal | sagittal) per volume.
-
-    Args:
-        rows: name -> (B, 1, X, Y, Z) in [0, 1], RAS axes. B may differ from row to row.
-        spacing: voxel size in mm, so that anisotropic voxels keep their shape.
-
-    Raises:
-        ValueError: if there is no row, or a row is not (B, 1, X, Y, Z).
-    """
-    if not rows:
-        raise ValueError("orthogonal_views needs at least one row of volumes, got none.")
-    for name, volumes in rows.items():
-        if volumes.ndim != 5 or volumes.shape[1] != 1 or volumes.shape[0] == 0:
-            raise ValueError(f"Row {name!r} must be (B, 1, X, Y, Z) with B >= 1, got {tuple(volumes.shape)}.")
-    columns = max(volumes.shape[0] for volumes in rows.values())
-    figure = Figure(figsize=(3.6 * columns + 0.3, 1.45 * len(rows) + 0.1), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for row, (name, volumes) in zip(grid, rows.items(), strict=True):
-        row[0].set_ylabel(name, fontsize=8)
-        cpu = volumes.detach().float().cpu()
-        for index, axes in enumerate(row):
-            if index < len(cpu):
-                _draw_views(axes, cpu[index, 0], spacing)
-            else:
-                axes.set_axis_off()
-    return figure
-
-
+@styled
 def curves(
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]], xlabel: str = "step", ylabel: str = ""
 ) -> Figure:
@@ -81,19 +19,19 @@ def curves(
     """
     if not series:
         raise ValueError("curves needs at least one series, got none.")
-    figure = Figure(figsize=(6, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 3.6)
     axes = figure.subplots()
     for name, (x, y) in series.items():
         if len(x) != len(y):
             raise ValueError(f"Series {name!r} has {len(x)} x values and {len(y)} y values.")
         axes.plot(x, y, label=name, marker="o" if len(x) < 30 else None, markersize=3)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.grid()
+    axes.legend()
     return figure
 
 
+@styled
 def intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], xlabel: str = "") -> Figure:
     """Figures with their intervals: one panel per entry with a scale of its own, one row per set, a line at 0.
 
@@ -109,24 +47,23 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], xl
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     sets = max(len(panel) for panel in panels.values())
-    figure = Figure(figsize=(3.3 * columns, rows * (1.1 + 0.28 * sets)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(3.3 * columns, rows * (1.1 + 0.28 * sets))
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (title, panel) in zip(grid, panels.items(), strict=False):
         for row, (value, low, high) in enumerate(panel.values()):
             axes.plot([low, high], [row, row], color="#666666", linewidth=1.5)
             axes.plot(value, row, "o", markersize=4)
         axes.axvline(0, color="#bbbbbb", linewidth=0.8)
-        axes.set_yticks(range(len(panel)), list(panel), fontsize=7)
-        axes.set_title(title, fontsize=7)
-        axes.set_xlabel(xlabel, fontsize=7)
-        axes.tick_params(axis="x", labelsize=7)
+        axes.set_yticks(range(len(panel)), list(panel))
+        axes.set_title(title)
+        axes.set_xlabel(xlabel)
         axes.invert_yaxis()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     return figure
 
 
+@styled
 def stage_distances(
     panels: Mapping[str, Mapping[str, tuple[float, float]]], floor_errors: Sequence[float], title: str = ""
 ) -> Figure:
@@ -144,8 +81,7 @@ def stage_distances(
         raise ValueError(f"stage_distances needs a floor for each panel, got {len(panels)} and {len(floor_errors)}.")
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.5 * columns, 3.4 * rows + 0.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.5 * columns, 3.4 * rows + 0.4)
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, (name, panel), floor_error in zip(grid, panels.items(), floor_errors, strict=False):
         places = range(len(panel))
@@ -153,18 +89,18 @@ def stage_distances(
         axes.axhspan(-floor_error, floor_error, color="#999999", alpha=0.25, linewidth=0)
         axes.axhline(0, color="#666666", linewidth=0.8, label="floor: training scans, ± standard error")
         axes.errorbar(places, values, errors, fmt="o", markersize=4, capsize=2, label="± standard error")
-        axes.set_xticks(places, list(panel), rotation=35, ha="right", fontsize=7)
-        axes.set_title(name, fontsize=8)
-        axes.set_ylabel("excess over the floor", fontsize=7)
-        axes.tick_params(axis="y", labelsize=7)
-        axes.grid(axis="y", alpha=0.3)
-        axes.legend(fontsize=6)
+        axes.set_xticks(places, list(panel), rotation=35, ha="right")
+        axes.set_title(name)
+        axes.set_ylabel("excess over the floor")
+        axes.grid(axis="y")
+        axes.legend()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    figure.suptitle(title, fontsize=8, wrap=True)
+    figure.suptitle(title, wrap=True)
     return figure
 
 
+@styled
 def bands(
     series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
     xlabel: str = "",
@@ -177,8 +113,7 @@ def bands(
     """
     if not series:
         raise ValueError("bands needs at least one series, got none.")
-    figure = Figure(figsize=(6, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 3.6)
     axes = figure.subplots()
     for name, values in series.items():
         if len({len(one) for one in values}) != 1:
@@ -187,11 +122,12 @@ def bands(
         (line,) = axes.plot(x, y, label=name)
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    axes.grid()
+    axes.legend()
     return figure
 
 
+@styled
 def histogram(series: Mapping[str, Sequence[float]], xlabel: str, bins: int = 20) -> Figure:
     """Shares of each series in common bins, as outlines; values that are not finite are left out.
 
@@ -202,8 +138,7 @@ def histogram(series: Mapping[str, Sequence[float]], xlabel: str, bins: int = 20
     together = [value for values in finite.values() for value in values]
     if not together:
         raise ValueError(f"histogram needs at least one finite value, got none in {list(series)}.")
-    figure = Figure(figsize=(6, 3.6), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6, 3.6)
     axes = figure.subplots()
     low, high = min(together), max(together)
     span = (high - low) or 1.0
@@ -214,17 +149,6 @@ def histogram(series: Mapping[str, Sequence[float]], xlabel: str, bins: int = 20
                 values, edges, weights=[1 / len(values)] * len(values), histtype="step", label=f"{name} ({len(values)})"
             )
     axes.set(xlabel=xlabel, ylabel="share of volumes")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper left")
+    axes.grid()
+    axes.legend(loc="upper left")
     return figure
-
-
-def save(figure: Figure, path: str | Path) -> Path:
-    """Writes `figure` to `path` (format from the suffix), making its folder.
-
-    A reader, or an interrupted run, never sees half a file: the picture is written beside it and then moved.
-    """
-    path = Path(path)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix(".") or None)
-    return path
