@@ -13,6 +13,7 @@ from monai.networks.nets import resnet50
 from scipy.spatial.distance import cdist
 
 from diffusers_med3d import metrics
+from diffusers_med3d.metrics.features import PlanarFeatures
 from diffusers_med3d.metrics.pretrained import radimagenet_network
 from test_metrics import blob, blur, generator
 
@@ -451,6 +452,28 @@ def test_medicalnet_features_do_not_depend_on_brightness_and_contrast_inside():
     assert torch.allclose(features[0], features[1], atol=1e-4)
     with pytest.raises(ValueError, match="above 0"):
         extract(torch.zeros(1, 1, 12, 12, 12))
+
+
+@pytest.mark.parametrize(
+    "extract",
+    [
+        metrics.ScatteringFeatures(levels=1, regions=2),
+        PlanarFeatures(lambda pictures: pictures[:, 0, ::4, ::4].flatten(1), "pixels", num_slices=2, image_size=8),
+        metrics.MedicalNetFeatures(
+            network=torch.nn.Sequential(torch.nn.Conv3d(1, 3, 3), torch.nn.AdaptiveAvgPool3d(1), torch.nn.Flatten())
+        ),
+    ],
+    ids=lambda extract: extract.extractor.split()[0],
+)
+def test_features_of_two_channels_are_those_of_each_side_by_side_within_every_part(extract):
+    first, second = (torch.rand(3, 1, 8, 8, 8, generator=generator(seed)) for seed in (1, 2))
+    alone = [extract(first), extract(second)]
+    parts = dict(extract.blocks)
+    together = extract(torch.cat([first, second], dim=1))
+    assert together.shape == (3, 2 * alone[0].shape[1]) and list(extract.blocks) == list(parts)
+    for name, part in extract.blocks.items():
+        side_by_side = torch.cat([features[:, parts[name]] for features in alone], dim=1)
+        torch.testing.assert_close(together[:, part], side_by_side, atol=1e-5, rtol=1e-5)
 
 
 def test_any_function_becomes_an_extractor_under_a_name():
