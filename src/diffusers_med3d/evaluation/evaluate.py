@@ -167,6 +167,18 @@ def _spectrum_figures(sets: Sets, bins: int) -> tuple[Figure, dict[str, dict[str
     return sets.figure("power spectrum, mean distance in dB", "lower", FLOOR, distance), spectra
 
 
+def _seen_scans(reference: VolumeSet, train: VolumeSet) -> list[str]:
+    """Sentences about reference scans that are training scans under another name."""
+    found = find_duplicates([*reference.volumes, *train.volumes], progress=False)
+    return [
+        f"The reference scan of {reference.subjects[pair.first]} is the training scan of "
+        f"{train.subjects[pair.second - len(reference)]} under another name (detail correlation {pair.score:.3f}): the "
+        "models have seen it, so it cannot judge them. Leave one of the two out and make the split anew."
+        for pair in found
+        if pair.first < len(reference) <= pair.second
+    ]
+
+
 def evaluate(
     models: Mapping[str, VolumeSet],
     reference: VolumeSet,
@@ -206,6 +218,7 @@ def evaluate(
         ValueError: sets that cannot be compared (other shapes, another class mix, subjects in reference and training).
     """
     sets = Sets(models, reference, train, num_resamples, seed)
+    sets.notes += _seen_scans(reference, train)
     figures: list[Figure] = []
     per_volume: dict[str, dict[str, list[float]]] = {}
     with tqdm(total=len(extractors) + 3 + (segmenter is not None), desc="measuring", unit="step") as progress:

@@ -85,6 +85,7 @@ def save(figure: Figure, path: str | Path) -> Path:
         the path.
     """
     path = Path(path)
+    kind = path.suffix.removeprefix(".") or "png"
     with whole_file(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix(".") or None)
+        figure.savefig(temporary, format=kind, metadata={"Software": None} if kind == "png" else None)
     return path
