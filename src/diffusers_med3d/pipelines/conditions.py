@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data import VolumeDataset
 from ..models import DiffusionUNetMaisi3D
+from ..utils.wrappers import unwrapped
 from .med_diffusion_3d import MedDiffusion3DPipeline
 
 LABEL_COLUMN = "class_label"
@@ -61,12 +62,14 @@ def as_conditions(rows: Any, name: str) -> datasets.Dataset:
 
 def takes_spacing(pipeline: MedDiffusion3DPipeline) -> bool:
     """Whether the voxel size is a condition of the network; it is the pipeline's for all samples."""
-    return isinstance(pipeline.unet, DiffusionUNetMaisi3D) and "spacing" in pipeline.unet.condition_names
+    unet = unwrapped(pipeline.unet)
+    return isinstance(unet, DiffusionUNetMaisi3D) and "spacing" in unet.condition_names
 
 
 def condition_names(pipeline: MedDiffusion3DPipeline) -> list[str]:
     """What the network takes besides class and spacing."""
-    names = pipeline.unet.condition_names if isinstance(pipeline.unet, DiffusionUNetMaisi3D) else ()
+    unet = unwrapped(pipeline.unet)
+    names = unet.condition_names if isinstance(unet, DiffusionUNetMaisi3D) else ()
     return [name for name in names if name != "spacing"]
 
 
@@ -162,7 +165,7 @@ def labels_of_scans(
     """
     if pipeline.unet.null_class is None:
         return [None] * len(labels)
-    named = isinstance(pipeline.unet, DiffusionUNetMaisi3D) or pipeline.config.class_names is not None
+    named = isinstance(unwrapped(pipeline.unet), DiffusionUNetMaisi3D) or pipeline.config.class_names is not None
     return [None if i == len(class_names) else class_names[i] if named else i for i in labels]
 
 

@@ -42,6 +42,7 @@ from ..evaluation import figures
 from ..hub import cards
 from ..hub.publish import model_files, publish
 from ..utils.stopping import SignalWatch, TrainingStopped
+from ..utils.wrappers import unwrapped
 from .checkpoints import COMPLETE_MARKER, damage, keep_newest, last_checkpoint, mark_whole
 
 _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
@@ -274,6 +275,7 @@ class Med3DTrainer(_BaseTrainer):
     _tag_names = ["diffusers-med3d"]
 
     def __init__(self, model: nn.Module, args: Med3DConfig, **kwargs) -> None:
+        model = unwrapped(model)  # a compiled one: whose checkpoints no other could load; `torch_compile` compiles
         if args.gradient_checkpointing:
             for module in model.modules():
                 if isinstance(module, ModelMixin):

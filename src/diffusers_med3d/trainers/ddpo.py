@@ -58,6 +58,7 @@ from ..rl import (
 from ..schedulers.flow import set_timesteps
 from ..utils.seeding import derive_seed, generators_for
 from ..utils.stopping import TrainingStopped
+from ..utils.wrappers import unwrapped
 from .base import Med3DTrainer, keep_small_convolutions_exact
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
@@ -181,7 +182,7 @@ class DDPOTrainer(Med3DTrainer):
         self._window(args, 0)  # refuses a window that does not fit
 
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
-        unet = pipeline.unet.float()
+        unet = unwrapped(pipeline.unet).float()
         pipeline.vae.requires_grad_(False).eval()
         self.reference: nn.Module | None = None
         if peft_config is not None:
