@@ -252,7 +252,10 @@ def main() -> None:
         (name,) = names.values()
         scores = torch.empty(len(all_labels), 0)
         if rewards:
-            conditions = {column: list(values) * len(args.seeds) for column, values in asked.to_dict().items()}
+            skipped = {one.row for one in samples[name].left_out}
+            kept = [row for row in range(len(all_labels)) if row not in skipped]
+            columns = {column: list(values) * len(args.seeds) for column, values in asked.to_dict().items()}
+            conditions = {column: [values[row] for row in kept] for column, values in columns.items()}
             scores = score(rewards, called, samples[name].volumes, conditions)
         found = breakdown(
             versions,

@@ -34,9 +34,9 @@ def test_a_sample_that_one_of_two_rewards_could_not_score_gets_zero():
         assert values[1] == 0 and values.isfinite().all() and values.abs().sum() > 0
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(4, 1), [1.0, 2.0, 3.0], torch.tensor(1.0)])
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 4), [1.0, 2.0, 3.0], torch.tensor(1.0)])
 def test_a_reward_of_the_wrong_shape_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"Reward 'sharp' gave shape .* expected \(4,\)"):
+    with pytest.raises(ValueError, match=r"Reward 'sharp' gave shape .*for 4 volumes; expected 4 numbers"):
         as_reward_tensor(wrong, 4, "sharp")
 
 

@@ -33,6 +33,7 @@ from diffusers_med3d.trainers.base import (
     use_all_cores,
 )
 from diffusers_med3d.trainers.ddpo_config import DDPOConfig
+from diffusers_med3d.utils.stopping import TrainingStopped
 
 
 class Line(ModelMixin, ConfigMixin):
@@ -103,7 +104,8 @@ def test_trls_private_base_is_imported_at_one_place_only_and_within_a_version_ra
 def test_trls_private_base_still_is_what_we_override():
     assert issubclass(_BaseTrainer, transformers.Trainer)
     assert issubclass(_BaseConfig, transformers.TrainingArguments)
-    for name in ("_send_telemetry", "_save", "_save_checkpoint", "_load_from_checkpoint", "_load_best_model"):
+    for name in ("_send_telemetry", "_save", "_save_checkpoint", "_load_from_checkpoint", "_load_best_model",
+                 "_get_grad_norm", "_init_training_state"):  # fmt: skip
         assert name in vars(Med3DTrainer)
         assert any(name in vars(base) for base in _BaseTrainer.__mro__), f"{name} is gone: our override is never called"
     assert "loss_is_scaled_for_ga" in vars(_BaseTrainer)
@@ -217,6 +219,7 @@ def test_every_field_is_a_flag_with_a_help_text():
         ({"save_total_limit": 1}, "save_total_limit must be at least 2, got 1"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"max_minutes": 0.0}, "max_minutes must be positive, got 0.0"),
+        ({"max_skipped_steps": -1}, "max_skipped_steps must be at least 0, got -1"),
     ],
 )
 def test_settings_that_would_lose_or_leak_work_are_refused(tmp_path, settings, message):
@@ -394,13 +397,52 @@ def test_a_finished_run_that_is_resumed_has_its_best_weights_where_it_ended_with
     assert all(torch.equal(a, b) for a, b in zip(again.ema.shadow_params, finished.ema.shadow_params, strict=True))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    class Exploding(LineTrainer):
-        def compute_loss(self, *args, **kwargs):
-            return super().compute_loss(*args, **kwargs) * (1.0 if self.state.global_step < 2 else torch.nan)
+class Exploding(LineTrainer):
+    """Loss times `factor` from step 2 to `until`; with `gradient_only` the gradient alone is not finite."""
 
-    with pytest.raises(FloatingPointError, match="The loss is nan after 2 optimizer steps"):
-        make(tmp_path, Exploding).train()
+    factor, until, gradient_only = torch.nan, 4, False
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        if not 2 <= self.state.global_step < self.until:
+            return loss
+        if self.gradient_only:
+            return loss + (0.0 * self.model.linear.weight.sum()).sqrt()  # 0, of slope infinity times 0
+        return loss * self.factor
+
+
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf, "gradient"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_whose_loss_or_gradient_is_not_finite_changes_nothing_and_is_counted(tmp_path, factor, accumulation):
+    seen = []
+
+    class Watched(Exploding):
+        gradient_only = factor == "gradient"
+
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == len(seen):
+                moments = [state["exp_avg"].clone() for state in self.optimizer.state.values()]
+                seen.append(torch.cat([weights(self), *(m.flatten() for m in moments), *self.average()]))
+            return super().training_step(*args, **kwargs)
+
+        def average(self):
+            return [p.flatten().clone() for p in self.ema.shadow_params]
+
+    Watched.factor = 1.0 if factor == "gradient" else factor
+    trainer = make(tmp_path, Watched, max_steps=6, ema_decay=0.5, gradient_accumulation_steps=accumulation)
+    trainer.train()
+    assert torch.equal(seen[2], seen[3]) and torch.equal(seen[2], seen[4])  # steps 2 and 3 were skipped
+    assert not torch.equal(seen[4], seen[5]) and weights(trainer).isfinite().all()
+    skipped = {row["step"]: row["skipped_steps"] for row in trainer.state.log_history if "skipped_steps" in row}
+    assert skipped == {3: 1, 4: 1} and trainer.state.global_step == 6
+
+
+def test_a_run_whose_losses_stay_not_finite_stops_in_one_sentence(tmp_path):
+    trainer = make(tmp_path, Exploding, max_steps=9, max_skipped_steps=1)
+    message = "not finite 2 times in a row after 3 optimizer steps .max_skipped_steps=1.*or lower learning_rate"
+    with pytest.raises(TrainingStopped, match=message):
+        trainer.train()
+    assert weights(trainer).isfinite().all()
 
 
 def test_a_checkpoint_that_was_cut_off_is_passed_over_and_refused(tmp_path):

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..utils.wrappers import without_prefixes
+
 WRAPPERS = ("unet_state_dict", "autoencoder_state_dict", "state_dict", "model")
 NEVER_APPLIED = re.compile(r"\.proj_attn\.(weight|bias)$|\.attn1?\.out_proj\.(weight|bias)$")
 COMBINED = re.compile(r"(.*)\.qkv\.(weight|bias)")
@@ -47,9 +49,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], float | None]:
             break
     if not isinstance(content, Mapping) or not content or not all(torch.is_tensor(v) for v in content.values()):
         raise ValueError(f"{path.name} holds no state dict: expected tensors by name, at the top or under {WRAPPERS}.")
-    if all(key.startswith("module.") for key in content):  # DistributedDataParallel
-        content = {key.removeprefix("module."): value for key, value in content.items()}
-    return dict(content), None if scale_factor is None else float(scale_factor)
+    return without_prefixes(content), None if scale_factor is None else float(scale_factor)
 
 
 def attention_without_fc(state: Mapping[str, Tensor]) -> bool:

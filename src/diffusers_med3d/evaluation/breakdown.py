@@ -168,7 +168,9 @@ def scan_versions(
     versions = {}
     for level in levels:
         read = read_volumes(names, scans.labels, folder / noised_name(level), data, background)
-        versions[noised_name(level)] = VolumeSet(read.volumes, read.labels, scans.subjects)
+        skipped = {one.row for one in read.left_out}
+        subjects = [subject for row, subject in enumerate(scans.subjects) if row not in skipped]
+        versions[noised_name(level)] = VolumeSet(read.volumes, read.labels, subjects, read.left_out)
     return versions
 
 

@@ -1,8 +1,10 @@
 """Sets of volumes to be judged: scans, and samples with the scans' class mix, all through one loader."""
 
 import json
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data import FOREGROUND_THRESHOLD, DataArguments, VolumeDataset, to_meta_tensor, volume_transform
+from ..data.nifti import decode_nifti
 from ..data.training_subjects import read_training_subjects, refuse_seen_subjects
 from ..pipelines.conditions import (
     LABEL_COLUMN,
@@ -29,7 +32,7 @@ from ..utils.files import write_json
 from ..utils.hashing import pipeline_hash
 from ..utils.seeding import seeded
 from .report import FLOOR, REFERENCE
-from .volume_set import VolumeSet
+from .volume_set import LeftOut, VolumeSet
 
 SETTINGS = "settings.json"
 
@@ -91,13 +94,42 @@ def save_volume(volume: Tensor, name: str, folder: Path, affine: np.ndarray | No
 def read_volumes(
     names: Sequence[str], labels: Sequence[int], folder: Path, data: DataArguments, background: float
 ) -> VolumeSet:
-    """Volumes that were saved, through the loader of the scans, in the order of their names."""
+    """Volumes that were saved, through the loader of the scans, in the order of their names.
+
+    What cannot be judged (NaN, empty, a damaged file) is left out with a warning.
+
+    Raises:
+        ValueError: none can be judged.
+    """
+    reasons = [_unusable(volume_file(folder, name), name) for name in names]
+    left_out = [
+        LeftOut(row, name, label, reason)
+        for row, (name, label, reason) in enumerate(zip(names, labels, reasons, strict=True))
+        if reason is not None
+    ]
+    if left_out:
+        if len(left_out) == len(names):
+            raise ValueError(f"none of {len(names)} volumes can be judged, the first because {left_out[0].reason}")
+        labels = [label for label, reason in zip(labels, reasons, strict=True) if reason is None]
+        names = [name for name, reason in zip(names, reasons, strict=True) if reason is None]
     classes = [None if label == len(data.class_names) else data.class_names[label] for label in labels]
     rows = Dataset.from_dict({"nifti": [str(volume_file(folder, name)) for name in names], "name": list(names)})
     rows = rows.add_column("class", classes).cast_column("nifti", Nifti(decode=False))
     own = {"class_edges": [], "label_column": "class", "subject_column": "name"}
     dataset = VolumeDataset(rows, names, **data.reading() | own)
-    return as_set(dataset, dataset.stack(), background)
+    found = replace(as_set(dataset, dataset.stack(), background), left_out=tuple(left_out))
+    if left_out:
+        warnings.warn(found.note(f"the folder {folder.name}"), stacklevel=2)
+    return found
+
+
+def _unusable(path: Path, name: str) -> str | None:
+    """Why a saved volume cannot be judged; None where it can."""
+    try:
+        decode_nifti({"path": str(path), "bytes": None}, name)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], file: str = SETTINGS) -> None:

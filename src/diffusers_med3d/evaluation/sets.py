@@ -68,11 +68,13 @@ class Sets:
         self.all = {REFERENCE: reference, FLOOR: train, **models}
         self.notes: list[str] = []
         self._check(models, reference, train)
+        self.notes += [note for name, one in models.items() if (note := one.note(name))]
         self.counts = {
             name: {
                 "volumes": len(one),
                 "subjects": len(set(one.subjects)),
                 "classes": {str(c): one.labels.count(c) for c in sorted(set(one.labels))},
+                **({"left_out": len(one.left_out)} if one.left_out else {}),
             }
             for name, one in self.all.items()
         }
@@ -131,7 +133,10 @@ class Sets:
                 )
             if len(set(one.subjects)) < 2:
                 raise ValueError(f"{name!r} has one volume; averages over pairs need at least two.")
-            check_mix(name, one.labels, reference.labels)
+            check_mix(name, [*one.labels, *(lost.label for lost in one.left_out)], reference.labels)
+            gone = sorted(set(reference.labels) - set(one.labels))
+            if gone:
+                raise ValueError(f"no volume of class {gone} is left: {one.note(name)}")
 
     def matched_rows(self, name: str) -> NDArray[np.int64]:
         """The first volumes of each class of a model, as many as every model and the training scans have."""

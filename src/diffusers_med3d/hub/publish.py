@@ -1,6 +1,7 @@
 """Publishing: what goes to the Hub, with which card, and what never leaves the machine."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -11,10 +12,12 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import CommitInfo, HfApi
 from safetensors import safe_open
+from safetensors.torch import load_file
 
+from ..utils.wrappers import without_prefixes
 from . import cards
 from .origin import inherited_license, source_folder, without_local_path
 from .resolve import check_class, did_you_mean, resolve
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 else:
     _DiffusersModel = object
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PUBLISHED_SUFFIXES = (".json", ".safetensors", ".md", ".png", ".py", ".txt")
 """Kinds of files that may be published; a pickle, a scan or a log is none of them."""
@@ -153,6 +157,11 @@ def _same_weights(first: Path, second: Path) -> bool:
     return True
 
 
+def _weight_files(folder: str) -> list[Path]:
+    """The one file of a model's weights or the index of several, where they are in a folder."""
+    return [path for name in (WEIGHTS, f"{WEIGHTS}.index.json") if (path := Path(folder, name)).is_file()]
+
+
 class PublishMixin(_DiffusersModel):
     """``push_to_hub`` of diffusers with our card, of the files that ``from_pretrained`` reads and of no others; and
     ``from_pretrained`` of bundled checkpoints by their bare names.
@@ -181,11 +190,50 @@ class PublishMixin(_DiffusersModel):
         source = resolve(pretrained_model_name_or_path)
         check_class(cls, source, kwargs)
         try:
-            return super().from_pretrained(source, **kwargs)
+            return cls._whole(source, kwargs)
         except OSError as error:
             if os.path.exists(source) or not (hint := did_you_mean(source)):
                 raise
             raise OSError(f"{error}{hint}") from error  # "outputs/generater" might have been a Hub id
+
+    @classmethod
+    def _whole(cls, source: str, options: dict[str, Any]) -> Self:
+        """``from_pretrained`` of diffusers, which fills weights that it does not find with random numbers; a network
+        whose weights bear the prefixes of ``torch.compile`` or DistributedDataParallel is read all the same."""
+        if not issubclass(cls, ModelMixin) or options.get("output_loading_info"):
+            return super().from_pretrained(source, **options)
+        logger = logging.getLogger("diffusers.models.modeling_utils")
+        quiet = logger.disabled
+        logger.disabled = True  # its warning of weights that are missing, which is an error here
+        try:
+            model, info = super().from_pretrained(source, **options, output_loading_info=True)
+        finally:
+            logger.disabled = quiet
+        missing, unexpected = info["missing_keys"], info["unexpected_keys"]
+        if not missing:
+            return model
+        if set(without_prefixes(dict.fromkeys(unexpected))) == set(model.state_dict()) and os.path.isdir(source):
+            folder = Path(source, options.get("subfolder") or "")
+            state = {}
+            for path in folder.glob("diffusion_pytorch_model*.safetensors"):
+                state |= load_file(path)
+            plain = {key: tensor.to(model.dtype) for key, tensor in without_prefixes(state).items()}
+            model.load_state_dict(plain, assign=True)  # diffusers leaves what it did not find without values
+            return model
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the weights of {cls.__name__}, such as {missing[0]}"
+            + (f", and holds others, such as {unexpected[0]}." if unexpected else ".")
+        )
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in diffusers; weights of an earlier save in one file or in several do not stay beside the new ones."""
+        folder = os.fspath(save_directory)
+        before = {path: path.stat().st_mtime_ns for path in _weight_files(folder)}
+        super().save_pretrained(folder, *args, **kwargs)
+        written = [path for path in _weight_files(folder) if before.get(path) != path.stat().st_mtime_ns]
+        if written:  # else a pipeline, or weights of another variant (fp16)
+            for path in set(before) - set(written):
+                path.unlink()
 
     def to_json_string(self) -> str:
         """As in diffusers, without the local folder that this was loaded from."""

@@ -13,6 +13,7 @@ from monai.networks.nets import AutoencoderKL
 
 from .latents import NormalizedLatentsMixin
 from .sizes import check_divisible, check_volumes
+from .slabs import decode_in_slabs
 
 
 class DiagonalGaussianDistribution3D(DiagonalGaussianDistribution):
@@ -70,8 +71,11 @@ class KLCodecMixin(NormalizedLatentsMixin):
         Returns:
             ``sample``, volumes (B, C, x*f, y*f, z*f), not clamped.
         """
-        decoded = self._run(self.decoder.blocks, self.post_quant_conv(z))
+        decoded = self._decode_blocks(self.post_quant_conv(z))
         return DecoderOutput(sample=decoded) if return_dict else (decoded,)
+
+    def _decode_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._run(self.decoder.blocks, hidden)
 
     def forward(
         self,
@@ -175,4 +179,18 @@ class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
         )
         self.downsample_factor = 2 ** (len(channels) - 1)
         self.latent_channels = latent_channels
+        self.num_splits = 1
         self._add_atlas(atlas_shape)
+
+    def set_num_splits(self, num_splits: int) -> None:
+        """Decode in this many slabs along the first axis wherever no gradient is needed: less memory, the same volumes
+        up to rounding. 1 switches it off.
+        """
+        if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 1:
+            raise ValueError(f"num_splits must be a whole number of at least 1, got {num_splits!r}.")
+        self.num_splits = num_splits
+
+    def _decode_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.num_splits == 1 or torch.is_grad_enabled():
+            return super()._decode_blocks(hidden)
+        return decode_in_slabs(self.decoder.blocks, hidden, self.num_splits)

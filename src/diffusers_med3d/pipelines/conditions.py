@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data import VolumeDataset
 from ..models import DiffusionUNetMaisi3D
+from ..utils.wrappers import unwrapped
 from .med_diffusion_3d import MedDiffusion3DPipeline
 
 LABEL_COLUMN = "class_label"
@@ -29,14 +30,46 @@ class Conditions(NamedTuple):
         return Conditions(labels, others)
 
 
+def as_conditions(rows: Any, name: str) -> datasets.Dataset:
+    """Return a table of conditions, one row per sample, from a `datasets.Dataset` or a list of dicts.
+
+    Args:
+        rows: what a user gave.
+        name: of the argument, for messages.
+
+    Raises:
+        ValueError: something else, or no row.
+    """
+    example = "e.g. Dataset.from_dict({'class_label': [0]})"
+    if isinstance(rows, list | tuple) and rows and all(isinstance(row, dict) for row in rows):
+        names = [sorted(row) for row in rows]
+        if any(one != names[0] for one in names):
+            raise ValueError(f"the rows of {name} must have the same keys, got {names[0]} and others.")
+        rows = datasets.Dataset.from_list(list(rows))
+    if isinstance(rows, datasets.IterableDataset):
+        raise ValueError(
+            f"{name} is a stream, whose rows cannot be drawn; give {name}=Dataset.from_list(list(stream))."
+        )
+    if rows is not None and not isinstance(rows, datasets.Dataset):
+        raise ValueError(
+            f"{name} must be a datasets.Dataset or a list of dicts, one per condition, got a {type(rows).__name__}; "
+            f"{example}."
+        )
+    if rows is None or len(rows) == 0:
+        raise ValueError(f"{name} must hold at least one condition, {example}.")
+    return rows
+
+
 def takes_spacing(pipeline: MedDiffusion3DPipeline) -> bool:
     """Whether the voxel size is a condition of the network; it is the pipeline's for all samples."""
-    return isinstance(pipeline.unet, DiffusionUNetMaisi3D) and "spacing" in pipeline.unet.condition_names
+    unet = unwrapped(pipeline.unet)
+    return isinstance(unet, DiffusionUNetMaisi3D) and "spacing" in unet.condition_names
 
 
 def condition_names(pipeline: MedDiffusion3DPipeline) -> list[str]:
     """What the network takes besides class and spacing."""
-    names = pipeline.unet.condition_names if isinstance(pipeline.unet, DiffusionUNetMaisi3D) else ()
+    unet = unwrapped(pipeline.unet)
+    names = unet.condition_names if isinstance(unet, DiffusionUNetMaisi3D) else ()
     return [name for name in names if name != "spacing"]
 
 
@@ -132,7 +165,7 @@ def labels_of_scans(
     """
     if pipeline.unet.null_class is None:
         return [None] * len(labels)
-    named = isinstance(pipeline.unet, DiffusionUNetMaisi3D) or pipeline.config.class_names is not None
+    named = isinstance(unwrapped(pipeline.unet), DiffusionUNetMaisi3D) or pipeline.config.class_names is not None
     return [None if i == len(class_names) else class_names[i] if named else i for i in labels]
 
 

@@ -6,6 +6,8 @@ JSON in the metadata.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import nn
 from ..hub.publish import LORA_FILE
 from ..hub.resolve import resolve
 from ..utils.files import whole_file
+from ..utils.wrappers import unwrapped
 
 PREFIX = "unet."
 FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -77,7 +80,7 @@ class UNetLoraMixin(LoraBaseMixin):
     """`load_lora_weights`, `save_lora_weights`, `fuse_lora`, `unload_lora_weights`, ... of a pipeline with a `unet`.
 
     `set_adapters`, `disable_lora`, `enable_lora`, `delete_adapters`, `get_active_adapters`, `get_list_adapters` and
-    `unload_lora_weights` are diffusers' own.
+    `unload_lora_weights` are diffusers' own, which do nothing to a compiled UNet; here they see the one inside.
     """
 
     _lora_loadable_modules = ["unet"]
@@ -124,12 +127,13 @@ class UNetLoraMixin(LoraBaseMixin):
                 f"{len(state)} tensors, among them {foreign[:3]}."
             )
         tensors = {key.removeprefix(PREFIX): value for key, value in state.items()}
-        misfits = _misfits(self.unet, tensors)
+        unet = unwrapped(self.unet)
+        misfits = _misfits(unet, tensors)
         if misfits:
             raise ValueError(f"The LoRA file does not fit this UNet: {len(misfits)} layers, such as: {misfits[0]}.")
         if hotswap:
             self._check_hotswap(tensors, metadata, adapter_name)
-        self.unet.load_lora_adapter(
+        unet.load_lora_adapter(
             dict(sorted(state.items())),  # diffusers tells the format by the first key, which must be a lora_A
             prefix=self.unet_name,
             adapter_name=adapter_name,
@@ -139,16 +143,17 @@ class UNetLoraMixin(LoraBaseMixin):
         )
         if hotswap and metadata is not None:  # PEFT swaps weights and scaling, but not what would be saved with them
             config = {key.removeprefix(PREFIX): value for key, value in metadata.items()}
-            self.unet.peft_config[adapter_name] = LoraConfig(**config)
+            unet.peft_config[adapter_name] = LoraConfig(**config)
 
     def _check_hotswap(
         self, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None, adapter_name: str | None
     ) -> None:
         if metadata is None:
             raise ValueError("A hot swap needs the LoraConfig of the new adapter, as save_lora_weights writes it.")
-        if adapter_name not in adapter_names(self.unet):
-            raise ValueError(f"No adapter {adapter_name!r} to swap; loaded are {adapter_names(self.unet)}.")
-        present = {k: v.shape for k, v in get_peft_model_state_dict(self.unet, adapter_name=adapter_name).items()}
+        unet = unwrapped(self.unet)
+        if adapter_name not in adapter_names(unet):
+            raise ValueError(f"No adapter {adapter_name!r} to swap; loaded are {adapter_names(unet)}.")
+        present = {k: v.shape for k, v in get_peft_model_state_dict(unet, adapter_name=adapter_name).items()}
         given = {k: v.shape for k, v in tensors.items()}
         if present != given:  # PEFT would zero layers that are missing, and stop half-way at a smaller rank
             unequal = sorted(k for k in present.keys() | given.keys() if present.get(k) != given.get(k))
@@ -170,12 +175,12 @@ class UNetLoraMixin(LoraBaseMixin):
         Raises:
             ValueError: no adapter of that name, or several and no name.
         """
-        names = adapter_names(self.unet)
+        names = adapter_names(unwrapped(self.unet))
         if adapter_name is None and len(names) == 1:
             adapter_name = names[0]
         if adapter_name not in names:
             raise ValueError(f"adapter_name must be one of the loaded adapters, {names}; got {adapter_name!r}.")
-        return write_lora(self.unet, save_directory, adapter_name)
+        return write_lora(unwrapped(self.unet), save_directory, adapter_name)
 
     def fuse_lora(
         self,
@@ -186,16 +191,65 @@ class UNetLoraMixin(LoraBaseMixin):
         **kwargs: Any,
     ) -> None:
         """Add the active adapters to the weights, as diffusers does; `unload_lora_weights` then leaves a plain UNet."""
-        super().fuse_lora(components or self._lora_loadable_modules, lora_scale, safe_fusing, adapter_names, **kwargs)
+        with self._plain_unet():
+            parts = components or self._lora_loadable_modules
+            super().fuse_lora(parts, lora_scale, safe_fusing, adapter_names, **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
         """Take fused adapters out of the weights again (to rounding)."""
-        super().unfuse_lora(components or self._lora_loadable_modules, **kwargs)
+        with self._plain_unet():
+            super().unfuse_lora(components or self._lora_loadable_modules, **kwargs)
+
+    def set_adapters(self, *args: Any, **kwargs: Any) -> None:
+        """Choose and weigh the active adapters, as diffusers does."""
+        with self._plain_unet():
+            super().set_adapters(*args, **kwargs)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        """Take adapters away, as diffusers does."""
+        with self._plain_unet():
+            super().delete_adapters(adapter_names)
+
+    def disable_lora(self) -> None:
+        """Switch all adapters off, as diffusers does."""
+        with self._plain_unet():
+            super().disable_lora()
+
+    def enable_lora(self) -> None:
+        """Switch the adapters on again, as diffusers does."""
+        with self._plain_unet():
+            super().enable_lora()
+
+    def unload_lora_weights(self) -> None:
+        """Take all adapters away, as diffusers does."""
+        with self._plain_unet():
+            super().unload_lora_weights()
+
+    def get_active_adapters(self) -> list[str]:
+        """Return the names of the active adapters, as diffusers does."""
+        with self._plain_unet():
+            return super().get_active_adapters()
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Return component -> names of its adapters, as diffusers does."""
+        with self._plain_unet():
+            return super().get_list_adapters()
+
+    @contextmanager
+    def _plain_unet(self) -> Iterator[None]:
+        """Inside, `self.unet` is the network without its wrappers."""
+        wrapped = self.unet
+        self.unet = unwrapped(wrapped)
+        try:
+            yield
+        finally:
+            self.unet = wrapped
 
     def _check_without_adapters(self) -> None:
-        if lora_layers(self.unet):
+        names = adapter_names(unwrapped(self.unet))
+        if names:
             raise ValueError(
-                f"The UNet carries LoRA adapters {adapter_names(self.unet)}, and from_pretrained reads plain networks. "
+                f"The UNet carries LoRA adapters {names}, and from_pretrained reads plain networks. "
                 "Write them with save_lora_weights, or make them part of the network: fuse_lora(), then "
                 "unload_lora_weights()."
             )

@@ -13,7 +13,6 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
@@ -25,6 +24,7 @@ from ..hub.publish import PublishMixin
 from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from ..models.sizes import check_divisible, check_volumes
 from ..schedulers.flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
+from ..utils.wrappers import unwrapped
 from .lora import UNetLoraMixin
 
 ClassLabels = int | str | None | Sequence[int | str | None] | torch.Tensor
@@ -65,11 +65,11 @@ def guided_prediction(
     model_input = sample.to(next(unet.parameters()).dtype)
     extra = {} if conditions is None else {"conditions": conditions}
     if guidance_scale == 1 or class_labels is None:
-        if guidance_scale != 1 and extract_model_from_parallel(unet).null_class is None:
+        if guidance_scale != 1 and unwrapped(unet).null_class is None:
             raise ValueError(f"guidance_scale={guidance_scale} needs a network with classes; this one has none.")
         return unet(model_input, timestep, class_labels, **extra).sample.to(sample.dtype)
     timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
-    null_labels = torch.full_like(class_labels, extract_model_from_parallel(unet).null_class)
+    null_labels = torch.full_like(class_labels, unwrapped(unet).null_class)
     if conditions is not None:
         extra = {"conditions": {name: torch.cat([value] * 2) for name, value in conditions.items()}}
     labels = torch.cat([null_labels, class_labels])
@@ -139,6 +139,18 @@ def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | dict[
         ordered = sorted(names, key=names.__getitem__)
         return ordered if [names[name] for name in ordered] == list(range(len(ordered))) else dict(names)
     return None if names is None else list(names)
+
+
+def _plain_labels(labels: ClassLabels) -> Any:
+    """Tensors and arrays of labels as Python's numbers or lists; the rest as it is."""
+    if isinstance(labels, torch.Tensor | np.ndarray | np.generic):
+        return labels.tolist()
+    if isinstance(labels, list | tuple):
+        return [
+            label.item() if isinstance(label, torch.Tensor | np.ndarray) and label.ndim == 0 else label
+            for label in labels
+        ]
+    return labels
 
 
 def _with_affine(
@@ -318,8 +330,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             ValueError: unknown name, index out of range, wrong number of labels, or labels for a network without
                 classes.
         """
-        if torch.is_tensor(labels) or isinstance(labels, np.ndarray):
-            labels = labels.tolist()
+        labels = _plain_labels(labels)
         if labels is None or isinstance(labels, int | str | np.integer):
             labels = [labels] * batch
         if len(labels) != batch:
@@ -363,10 +374,11 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         Raises:
             ValueError: a condition that is missing or unknown, or any for a network that takes none.
         """
-        if not isinstance(self.unet, DiffusionUNetMaisi3D) or "spacing" not in self.unet.condition_names:
+        unet = unwrapped(self.unet)
+        if not isinstance(unet, DiffusionUNetMaisi3D) or "spacing" not in unet.condition_names:
             if spacing is not None:
                 raise ValueError(f"this network knows one spacing, {tuple(self.config.spacing)} mm; got {spacing}.")
-        if not isinstance(self.unet, DiffusionUNetMaisi3D):
+        if not isinstance(unet, DiffusionUNetMaisi3D):
             if conditions is not None:
                 raise ValueError(f"this network takes no conditions besides class_labels, got {sorted(conditions)}.")
             return None
@@ -404,6 +416,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             if isinstance(num_samples, bool) or not isinstance(num_samples, int | np.integer) or num_samples < 1:
                 raise ValueError(f"num_samples must be a whole number of at least 1, got {num_samples!r}.")
             counts["num_samples"] = num_samples
+        class_labels = _plain_labels(class_labels)
         if class_labels is not None and not isinstance(class_labels, int | str | np.integer):
             counts["class_labels"] = len(class_labels)
         if isinstance(generator, list):

@@ -5,6 +5,7 @@ from typing import Any, Self
 import torch
 
 from ..models.reward import SliceRewardModel, VolumeRewardModel
+from ..utils.wrappers import unwrapped
 
 
 class _LearnedReward:
@@ -18,7 +19,7 @@ class _LearnedReward:
     model_class: type[VolumeRewardModel] | type[SliceRewardModel]
 
     def __init__(self, model: VolumeRewardModel | SliceRewardModel, batch_size: int = 8) -> None:
-        if not isinstance(model, self.model_class):
+        if not isinstance(unwrapped(model), self.model_class):
             raise TypeError(f"{type(self).__name__} needs a {self.model_class.__name__}, got {type(model).__name__}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

@@ -5,9 +5,12 @@ from inspect import isclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..hub.resolve import resolve
 from ..models.reward import SliceRewardModel, VolumeRewardModel
 from ..utils.importing import load_function
+from ..utils.wrappers import unwrapped
 from .learned import SliceReward, VolumeReward
 from .scoring import RewardFunc
 
@@ -36,10 +39,12 @@ def load_reward(reward: Reward) -> RewardFunc:
     Raises:
         ValueError, OSError, ImportError: something else, with what was found and what is wanted.
     """
-    if isinstance(reward, VolumeRewardModel):
-        return VolumeReward(reward)
-    if isinstance(reward, SliceRewardModel):
-        return SliceReward(reward)
+    if isinstance(reward, nn.Module):
+        kind = unwrapped(reward)
+        if isinstance(kind, VolumeRewardModel):
+            return VolumeReward(reward)  # type: ignore[arg-type]  # compiled, it is one all the same
+        if isinstance(kind, SliceRewardModel):
+            return SliceReward(reward)  # type: ignore[arg-type]
     if isinstance(reward, str | Path):
         name = str(reward)
         return load_function(name) if ":" in name else _load_model(name)

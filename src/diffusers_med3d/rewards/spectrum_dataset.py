@@ -123,6 +123,11 @@ def build_spectrum(
                     **call_arguments(pipeline, asked.select(scans)),
                 )
                 for i, volume in zip(rows, made, strict=True):
+                    if not volume.isfinite().all():
+                        raise ValueError(
+                            f"the generator makes NaN or infinite voxels of the scan {chunk[i][1]} at strength "
+                            f"{strength}; nothing can be learned from them."
+                        )
                     versions[i][strength] = volume
                 progress.update(len(rows))
             for (path, _, scan, levels, metadata), own_versions in zip(chunk, versions, strict=True):

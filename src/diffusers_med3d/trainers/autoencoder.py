@@ -16,6 +16,7 @@ from .. import metrics, viz
 from ..data import FOREGROUND_THRESHOLD, VolumeDataset
 from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
+from ..utils.wrappers import unwrapped
 from .base import Med3DConfig, Med3DTrainer, describe_volumes
 from .losses import gradient_l1, spectral_l1
 
@@ -238,7 +239,7 @@ class AutoencoderTrainer(Med3DTrainer):
         eval_dataset: VolumeDataset | None = None,
         **kwargs,
     ) -> None:
-        self.autoencoder = model
+        model = self.autoencoder = unwrapped(model)
         self.train_volumes = train_dataset
         model.latent_shape(train_dataset[0]["volume"].shape[1:])  # crops would fit, whole volumes not
         self.crops = CropDataset(train_dataset, args.crop_size, model.downsample_factor)

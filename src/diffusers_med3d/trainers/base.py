@@ -9,6 +9,9 @@ reads instead of a pickle of the training arguments.
 import dataclasses
 import math
 import os
+import shutil
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -17,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
@@ -25,6 +28,7 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from huggingface_hub import CommitInfo
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -37,9 +41,9 @@ from .. import viz
 from ..data import VolumeDataset
 from ..hub import cards
 from ..hub.publish import model_files, publish
-
-COMPLETE_MARKER = "complete"
-"""Last file written into a checkpoint: without it the run was killed while saving."""
+from ..utils.stopping import SignalWatch, TrainingStopped
+from ..utils.wrappers import unwrapped
+from .checkpoints import COMPLETE_MARKER, damage, keep_newest, last_checkpoint, mark_whole
 
 _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
     f.name for f in dataclasses.fields(_BaseConfig)
@@ -123,6 +127,13 @@ class Med3DConfig(_BaseConfig):
         },
     )
 
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Optimizer steps in a row that are skipped because loss or gradient is NaN or infinite, before the "
+            "run stops. A skipped step changes no weight and is counted in the logs as skipped_steps."
+        },
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
@@ -157,6 +168,8 @@ class Med3DConfig(_BaseConfig):
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, got {self.max_minutes}.")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps must be at least 0, got {self.max_skipped_steps}.")
         if self.hub_strategy != "end":
             raise ValueError(f"hub_strategy must be 'end' (checkpoints hold local state), got {self.hub_strategy!r}.")
         if self.save_total_limit is not None and self.save_total_limit < 2:
@@ -169,16 +182,30 @@ class Med3DConfig(_BaseConfig):
 
 
 class _EMACallback(TrainerCallback):
-    """Moves the average after every optimizer step."""
+    """Moves the average after every optimizer step that was not skipped."""
 
-    def __init__(self, ema: EMAModel, parameters: list[nn.Parameter]) -> None:
-        self.ema, self.parameters = ema, parameters
+    def __init__(self, trainer: "Med3DTrainer", ema: EMAModel, parameters: list[nn.Parameter]) -> None:
+        self.trainer, self.ema, self.parameters = trainer, ema, parameters
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.ema.to(args.device)  # DeepSpeed places the weights only now
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        self.ema.step(self.parameters)
+        if not self.trainer.step_is_skipped:
+            self.ema.step(self.parameters)
+
+
+class _SignalCallback(TrainerCallback):
+    """Stops training with a checkpoint after a signal to any of the processes."""
+
+    def __init__(self, trainer: "Med3DTrainer") -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % self.trainer.round_steps:
+            return
+        if self.trainer.in_any_process(self.trainer.signals.received is not None):
+            control.should_training_stop = control.should_save = True
 
 
 class _TimeLimitCallback(TrainerCallback):
@@ -248,6 +275,7 @@ class Med3DTrainer(_BaseTrainer):
     _tag_names = ["diffusers-med3d"]
 
     def __init__(self, model: nn.Module, args: Med3DConfig, **kwargs) -> None:
+        model = unwrapped(model)  # a compiled one: whose checkpoints no other could load; `torch_compile` compiles
         if args.gradient_checkpointing:
             for module in model.modules():
                 if isinstance(module, ModelMixin):
@@ -266,14 +294,19 @@ class Med3DTrainer(_BaseTrainer):
             self.remove_callback(TensorBoardCallback)
             self.add_callback(_TensorBoardCallback())
         self.add_callback(_SeedCallback())
+        self.add_callback(_SignalCallback(self))
         if args.max_minutes is not None:
             self.add_callback(_TimeLimitCallback(self))
         self._parts: dict[str, list[Tensor]] = {}
+        self.signals = SignalWatch()
+        self.step_is_skipped = False
+        self._loss_is_finite = True
+        self._skipped_in_a_row = self._skipped_since_log = 0
         self.ema: EMAModel | None = None
         self.ema_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if args.ema_decay > 0:
             self.ema = EMAModel(self.ema_parameters, decay=args.ema_decay)
-            self.add_callback(_EMACallback(self.ema, self.ema_parameters))
+            self.add_callback(_EMACallback(self, self.ema, self.ema_parameters))
 
     def _send_telemetry(self) -> None:
         """Nothing about anybody's scans leaves the machine."""
@@ -292,17 +325,46 @@ class Med3DTrainer(_BaseTrainer):
             self.ema.restore(self.ema_parameters)
 
     def training_step(self, *args, **kwargs) -> Tensor:
-        """As in transformers, whose logs hide a loss that is not finite; here it stops the run."""
-        return self.finite(super().training_step(*args, **kwargs))
-
-    def finite(self, loss: Tensor) -> Tensor:
-        """``loss``, or FloatingPointError."""
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"The loss is {loss.item()} after {self.state.global_step} optimizer steps. The logs of grad_norm and "
-                "of the parts of the loss show when it began: resume from before that, or lower learning_rate."
-            )
+        """As in transformers, whose logs hide a loss that is not finite; here its optimizer step is skipped."""
+        loss = super().training_step(*args, **kwargs)
+        self.note_loss(loss)
         return loss
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Remember whether the losses of this optimizer step are finite."""
+        self._loss_is_finite &= bool(loss.isfinite())
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """As in transformers, which calls it right before the optimizer's step; drops gradients that are not finite.
+
+        Optimizers leave parameters without a gradient as they are, and their moments too.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = self.accelerator.scaler is not None  # fp16: its scaler skips steps by itself, and often at the start
+        finite = scaled or norm is None or math.isfinite(norm)
+        self.step_is_skipped = self.in_any_process(not (finite and self._loss_is_finite))
+        self._loss_is_finite = True
+        if not self.step_is_skipped:
+            self._skipped_in_a_row = 0
+            return norm
+        self._skipped_in_a_row += 1
+        self._skipped_since_log += 1
+        if self._skipped_in_a_row > self.args.max_skipped_steps or self.is_deepspeed_enabled:
+            raise TrainingStopped(
+                f"Loss or gradient was not finite {self._skipped_in_a_row} times in a row after "
+                f"{self.state.global_step} optimizer steps (max_skipped_steps={self.args.max_skipped_steps}). The logs "
+                "of skipped_steps, grad_norm and of the parts of the loss show when it began: resume from before that, "
+                "or lower learning_rate."
+            )
+        for parameter in model.parameters():
+            parameter.grad = None
+        return norm
+
+    def in_any_process(self, flag: bool) -> bool:
+        """Return whether ``flag`` is true in any process; the same in all of them."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what ``from_pretrained`` reads, with the averaged weights."""
@@ -388,8 +450,11 @@ class Med3DTrainer(_BaseTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts of the loss since the last log."""
         if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
+            logs |= {name: torch.stack(values).nanmean().item() for name, values in self._parts.items()}
             self._parts.clear()
+            if self._skipped_since_log:
+                logs["skipped_steps"] = self._skipped_since_log
+                self._skipped_since_log = 0
         super().log(logs, start_time)
 
     def conclude_evaluation(self, results: dict[str, float]) -> dict[str, float]:
@@ -426,22 +491,43 @@ class Med3DTrainer(_BaseTrainer):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        if not self.args.should_save:
-            return
+        """As in transformers, but older checkpoints are deleted only when this one is whole."""
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / COMPLETE_MARKER).unlink(missing_ok=True)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._save_extras(folder)
+            self.accelerator.wait_for_everyone()  # every process writes the state of its random numbers
+            if self.args.should_save:
+                mark_whole(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            free = shutil.disk_usage(folder.parent).free / 1e6
+            raise TrainingStopped(
+                f"{folder} could not be written ({error}); {free:.0f} MB are free there. Older checkpoints are as they "
+                "were: make room and go on with --resume_from_checkpoint latest."
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            keep_newest(folder.parent, limit, self.state.best_model_checkpoint, folder)
+
+    def _save_extras(self, folder: Path) -> None:
+        """Write what a checkpoint holds besides what transformers writes."""
         if self.ema is not None:
             shadow = {str(i): tensor.contiguous() for i, tensor in enumerate(self.ema.shadow_params)}
             shadow["optimization_step"] = torch.tensor(self.ema.optimization_step)
             save_file(shadow, folder / "ema.safetensors")
-        (folder / COMPLETE_MARKER).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        if not (folder / COMPLETE_MARKER).is_file():
-            raise ValueError(
-                f"{folder} is no whole checkpoint (no file {COMPLETE_MARKER!r}): the run was killed while it saved."
-            )
+        reason = damage(folder)
+        if reason is not None:
+            raise ValueError(f"{folder} is no whole checkpoint: {reason}.")
         model = self.model if model is None else model
         model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
         if self.ema is not None:
@@ -468,17 +554,52 @@ class Med3DTrainer(_BaseTrainer):
                 raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
             resume_from_checkpoint = found
         if isinstance(resume_from_checkpoint, str):
+            reason = damage(resume_from_checkpoint)
+            if reason is not None:
+                raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: {reason}.")
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
                 self.state = state
-                best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                self._load_from_checkpoint(best or resume_from_checkpoint)
+                best = _beside(resume_from_checkpoint, state.best_model_checkpoint)
+                self._load_from_checkpoint(
+                    best if self.args.load_best_model_at_end and best else resume_from_checkpoint
+                )
                 return None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with self.signals:
+            result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.in_any_process(self.signals.received is not None):
+            self._exit_after_signal()
+        return result
+
+    def _exit_after_signal(self) -> NoReturn:
+        """End the process as a shell expects it, 128 plus the number of the signal, with what to do next."""
+        received = self.signals.received or signal.SIGTERM
+        if self.is_world_process_zero():
+            print(
+                f"Stopped by {received.name} after step {self.state.global_step} of {self.state.max_steps}, saved as "
+                f"checkpoint-{self.state.global_step} in {self.args.output_dir}; go on with --resume_from_checkpoint "
+                "latest.",
+                file=sys.stderr,
+            )
+        raise SystemExit(128 + received)
+
+    def _init_training_state(self, max_steps, update_steps, num_epochs, resume_from_checkpoint, trial):
+        """As in transformers, and the best checkpoint of a run that was moved is found where it is now."""
+        found = super()._init_training_state(max_steps, update_steps, num_epochs, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            self.state.best_model_checkpoint = _beside(resume_from_checkpoint, state.best_model_checkpoint)
+        return found
 
     def _load_best_model(self) -> None:
         """With ``load_best_model_at_end``: raw weights and their average, from the best checkpoint."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _beside(checkpoint: str, other: str | None) -> str | None:
+    """A checkpoint that was known by its path at that time, as it lies beside ``checkpoint`` now; None if it is not."""
+    found = None if other is None else Path(checkpoint).parent / Path(other).name
+    return str(found) if found is not None and found.is_dir() else None
 
 
 def _for_snippet(folder: Path) -> str:
@@ -521,9 +642,3 @@ def use_all_cores() -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
     if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.cuda.is_available():
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-
-
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole checkpoint in ``output_dir``, None when there is none."""
-    found = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{COMPLETE_MARKER}")]
-    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None

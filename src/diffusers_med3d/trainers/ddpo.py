@@ -12,7 +12,9 @@ arXiv 2402.03300). The KL to the pre-trained policy is a penalty of its own, in 
 Gaussian of known variance.
 """
 
+import math
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -34,7 +36,7 @@ from .. import viz
 from ..data import check_same_settings, settings_of
 from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
-from ..pipelines.conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
+from ..pipelines.conditions import LABEL_COLUMN, Conditions, as_conditions, call_arguments, encode_rows
 from ..pipelines.lora import lora_layers, write_lora
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline, guided_prediction
 from ..rewards.learned import SliceReward, VolumeReward
@@ -55,6 +57,8 @@ from ..rl import (
 )
 from ..schedulers.flow import set_timesteps
 from ..utils.seeding import derive_seed, generators_for
+from ..utils.stopping import TrainingStopped
+from ..utils.wrappers import unwrapped
 from .base import Med3DTrainer, keep_small_convolutions_exact
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
@@ -116,9 +120,10 @@ class DDPOTrainer(Med3DTrainer):
             `volumes` is float32 (B, C, X, Y, Z) in [0, 1]; `conditions` are the dataset's columns as lists of B. None
             or NaN means "could not score": that sample gets zero advantage.
         args: see `DDPOConfig`.
-        train_dataset: conditions, one per row. Column `class_label` (index, name or None) conditions the generator, and
-            so do the columns named in `unet.condition_names` of a `DiffusionUNetMaisi3D` (but spacing: the pipeline's);
-            all columns go to the reward functions. Three rows are enough: rows are used again.
+        train_dataset: conditions, one per row, as a `datasets.Dataset` or a list of dicts. Column `class_label` (index,
+            name or None) conditions the generator, and so do the columns named in `unet.condition_names` of a
+            `DiffusionUNetMaisi3D` (but spacing: the pipeline's); all columns go to the reward functions. Three rows are
+            enough: rows are used again.
         eval_dataset: conditions of the evaluation, default `train_dataset`.
         peft_config: LoRA instead of full fine-tuning; with `target_modules=None` all linear layers and convolutions but
             the 1x1x1 ones. The reference policy is then the UNet with the adapters off.
@@ -141,8 +146,8 @@ class DDPOTrainer(Med3DTrainer):
         model: MedDiffusion3DPipeline | str,
         reward_funcs: Reward | Sequence[Reward],
         args: DDPOConfig | None = None,
-        train_dataset: datasets.Dataset | None = None,
-        eval_dataset: datasets.Dataset | None = None,
+        train_dataset: datasets.Dataset | Sequence[dict[str, Any]] | None = None,
+        eval_dataset: datasets.Dataset | Sequence[dict[str, Any]] | None = None,
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
@@ -158,10 +163,8 @@ class DDPOTrainer(Med3DTrainer):
                 check_same_settings(settings_of(pipeline), known, ("the generator", f"the reward {name}"))
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"Found {len(args.reward_weights)} reward_weights for rewards {self.reward_names}.")
-        if train_dataset is None or len(train_dataset) == 0:
-            raise ValueError(
-                "train_dataset must hold at least one condition, e.g. Dataset.from_dict({'class_label': [0]})."
-            )
+        train_dataset = as_conditions(train_dataset, "train_dataset")
+        eval_dataset = None if eval_dataset is None else as_conditions(eval_dataset, "eval_dataset")
 
         for rows in (train_dataset, eval_dataset):
             if rows is None:
@@ -181,7 +184,7 @@ class DDPOTrainer(Med3DTrainer):
         self._window(args, 0)  # refuses a window that does not fit
 
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
-        unet = pipeline.unet.float()
+        unet = unwrapped(pipeline.unet).float()
         pipeline.vae.requires_grad_(False).eval()
         self.reference: nn.Module | None = None
         if peft_config is not None:
@@ -242,6 +245,7 @@ class DDPOTrainer(Med3DTrainer):
         self._chunks: list[Chunk] = []
         self._rollout_index = -1
         self._record = Recorder()
+        self._failed_rollouts: list[int | None] = [None] * len(self.reward_funcs)  # None: has never scored anything
         self._watch = Watch(args.epsilon)
         self.card_notes = f"Rewards: {', '.join(self.reward_names)}."
         self.card_base_model = public_name(pipeline)
@@ -337,8 +341,11 @@ class DDPOTrainer(Med3DTrainer):
             volumes = torch.cat([self.decode(t.final).to(storage or t.final.device) for t in trajectories])
         with self._record.timed("reward"):
             columns = {name: list(conditions[name]) for name in conditions.column_names}
-            own_rewards = score(self.reward_funcs, self.reward_names, volumes, columns)
+            own_rewards = self._score(volumes, columns)
+            broken = ~volumes.isfinite().flatten(1).all(1).cpu()
+            own_rewards[broken] = torch.nan  # whatever a reward made of them
         rewards = self.accelerator.gather(own_rewards.to(self.accelerator.device)).cpu()  # (G * P, R), by sample index
+        self._count_failures(rewards, int(self.accelerator.gather(broken.to(self.accelerator.device)).sum()))
 
         by_condition = rewards.view(args.num_generations, len(rows), -1).transpose(0, 1).reshape(rewards.shape)
         advantages = group_advantages(
@@ -354,6 +361,35 @@ class DDPOTrainer(Med3DTrainer):
             self._record_rollout(rewards, advantages.frac_zero_std, volumes, rows, samples)
         values = values.to(self.accelerator.device).split(args.per_device_train_batch_size)
         return [Chunk(*parts) for parts in zip(trajectories, chunk_conditions, values, strict=True)]
+
+    def _score(self, volumes: torch.Tensor, columns: dict[str, list[Any]]) -> torch.Tensor:
+        limit = self.args.reward_timeout
+        return score(
+            self.reward_funcs,
+            self.reward_names,
+            volumes,
+            columns,
+            timeout=limit if math.isfinite(limit) else None,
+            keep_going=True,
+        )
+
+    def _count_failures(self, rewards: torch.Tensor, broken: int) -> None:
+        """Stop, in all processes alike, where a reward scores nothing in too many rollouts or never did."""
+        for r, name in enumerate(self.reward_names):
+            if not rewards[:, r].isnan().all():
+                self._failed_rollouts[r] = 0
+                continue
+            never, count = self._failed_rollouts[r] is None, (self._failed_rollouts[r] or 0) + 1
+            if never or count >= self.args.max_failed_rollouts:
+                so_far = "any sample yet" if never else f"a sample in {count} rollouts in a row"
+                raise TrainingStopped(
+                    f"Reward {name!r} has not scored {so_far}; {broken} of {len(rewards)} samples are not finite, and "
+                    "the warnings above say where the reward itself failed. The weights are as before this rollout."
+                )
+            warnings.warn(
+                f"Reward {name!r} scored none of the samples of a rollout, which has no influence.", stacklevel=2
+            )
+            self._failed_rollouts[r] = count
 
     def _until_window(self, model: nn.Module, index: int, rows: list[int], window: range) -> torch.Tensor:
         """States (P, c, x, y, z) at which the samples of each condition part; what comes before is shared."""
@@ -382,6 +418,7 @@ class DDPOTrainer(Med3DTrainer):
                 self._record(f"rewards/{name}/mean", scored.mean().item())
                 self._record(f"rewards/{name}/std", scored.std(correction=0).item())
             self._record(f"rewards/{name}/frac_zero_std", frac_zero_std[r].item())
+            self._record(f"rewards/{name}/unscored", rewards[:, r].isnan().float().mean().item())
         self._record("rewards/unscored", rewards.isnan().any(dim=1).float().mean().item())
         # Never rewards: if these fall while rewards rise, the rewards are being cheated
         self._record("quality/sharpness", sharpness(volumes).nanmean().item())
@@ -432,7 +469,8 @@ class DDPOTrainer(Med3DTrainer):
                     loss = self.compute_loss(model, transition_inputs) / (len(trajectory.steps) * accumulation)
                     self.accelerator.backward(loss, **self._backward_options())
                 total += loss.detach()
-        return self.finite(total)
+        self.note_loss(total)
+        return total
 
     def _backward_options(self) -> dict[str, bool]:
         return {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
@@ -544,7 +582,7 @@ class DDPOTrainer(Med3DTrainer):
                 bar.update(len(chunk))
         columns = {name: list(rows[name]) for name in rows.column_names}
         device = self.accelerator.device
-        rewards = score(self.reward_funcs, self.reward_names, torch.cat(own_volumes).to(device), columns)
+        rewards = self._score(torch.cat(own_volumes).to(device), columns)
         rewards = self.accelerator.gather(rewards.to(device)).cpu()[:total]
         # every batch (1, b, ...) becomes (processes, b, ...): not all volumes are on the device at once
         volumes = torch.cat([self.accelerator.gather(batch[None].to(device)).cpu() for batch in own_volumes], dim=1)
@@ -597,12 +635,10 @@ class DDPOTrainer(Med3DTrainer):
 
     # The reference is the starting point, which a resumed run loads anyway, unless it has been refreshed.
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.reference is not None and self.args.sync_ref_model and self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
+    def _save_extras(self, folder: Path) -> None:
+        super()._save_extras(folder)
+        if self.reference is not None and self.args.sync_ref_model:
             save_file(self.reference.state_dict(), folder / REFERENCE_FILE)
-        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -119,6 +119,17 @@ class DDPOConfig(Med3DConfig):
         default="batch",
         metadata={"help": "Divide centred rewards by the std of the whole 'batch', of the own 'group', or by 'none'."},
     )
+    reward_timeout: float = field(
+        default=1800.0,
+        metadata={"help": "Seconds that one reward may take for the volumes of a process; inf: any time."},
+    )
+    max_failed_rollouts: int = field(
+        default=3,
+        metadata={
+            "help": "Rollouts in a row for which one reward fails, or scores nothing, before the run stops. Samples "
+            "without a score have no influence. A reward that never worked stops the run at once."
+        },
+    )
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clipped to plus and minus this."})
     sync_ref_model: bool = field(
         default=False,
@@ -149,13 +160,14 @@ class DDPOConfig(Med3DConfig):
             "num_generations_eval": 1,
             "decode_batch_size": 1,
             "ref_model_sync_steps": 1,
+            "max_failed_rollouts": 1,
             "sde_window_size": 0,
             "beta": 0.0,
         }
         for name, minimum in least.items():
             if vars(self)[name] < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {vars(self)[name]}.")
-        for name in ("epsilon", "advantage_clip"):
+        for name in ("epsilon", "advantage_clip", "reward_timeout"):
             if vars(self)[name] <= 0:
                 raise ValueError(f"{name} must be positive, got {vars(self)[name]}.")
         if not 0 < self.timestep_fraction <= 1:

@@ -1,6 +1,7 @@
 """Stage 2: pre-train the latent diffusion model."""
 
 import copy
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from ..pipelines.conditions import call_arguments, encode_rows, scan_rows
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from ..schedulers.flow import flow_batch, flow_scheduler, is_flow, logit_normal_times
 from ..utils.files import write_json
+from ..utils.wrappers import unwrapped
 from .autoencoder import latent_statistics
 from .base import Med3DConfig, Med3DTrainer, describe_volumes
 from .muon import Muon
@@ -166,7 +168,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
         if guide is not None:
             _check_guide(model, guide)
             self.teacher, self.guide = (
-                unet.to(args.device).eval().requires_grad_(False) for unet in (copy.deepcopy(model.unet), guide.unet)
+                unet.to(args.device).eval().requires_grad_(False)
+                for unet in (copy.deepcopy(unwrapped(model.unet)), guide.unet)
             )
         self.training_subjects = {item["subject"] for item in train_dataset} | set(earlier_subjects)
         self.pipeline.vae.requires_grad_(False).to(args.device)  # transformers moves the UNet alone
@@ -202,7 +205,9 @@ class LatentDiffusionTrainer(Med3DTrainer):
         if args.image_weighting:
             gain = decoder_gain(model.vae, self.latents.mean[:1, 0].float())
             self.channel_weights = gain / gain.mean()
-        super().__init__(model=model.unet, args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs)
+        super().__init__(
+            model=unwrapped(model.unet), args=args, train_dataset=self.latents, eval_dataset=eval_dataset, **kwargs
+        )
         self.card_data = describe_volumes(train_dataset, eval_dataset)
         self.inherited_license = inherited_license(model, model.unet, model.vae)
         if args.patience:
@@ -348,12 +353,19 @@ class LatentDiffusionTrainer(Med3DTrainer):
             ]
         )
         scans = self.eval_dataset.stack()
-        results: dict[str, float] = {}
+        usable = samples.isfinite().flatten(1).all(1)
+        samples = samples[usable]
+        results: dict[str, float] = {} if usable.all() else {f"{prefix}_unjudged": float((~usable).sum())}
+        if len(samples) < 3:  # of which a KID could be taken
+            warnings.warn(
+                f"{count - len(samples)} of {count} samples are NaN or infinite: none is judged.", stacklevel=2
+            )
+            return results
         with torch.autocast(self.args.device.type, enabled=False):  # as precise as those of the scans
             for name, (extract, reference) in self._features.items():
                 distance = metrics.kid(extract(samples), reference)
                 results |= {f"{prefix}_kid{name}": distance.value, f"{prefix}_kid{name}_stderr": distance.stderr}
-        shown = min(count, 6)
+        shown = min(len(samples), 6)
         picture = {"scans": scans[:shown], "samples": samples[:shown]}
         spacing = self.pipeline.config.spacing
         self.log_figure("eval_samples", viz.volume_rows(picture, spacing=spacing))

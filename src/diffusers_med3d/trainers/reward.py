@@ -38,6 +38,7 @@ from ..rewards.spectrum import REAL, ROUND_TRIP, clean_label, damaged_label, dom
 from ..rewards.spectrum_dataset import SpectrumDataset
 from ..rewards.spectrum_scores import level_name, score_spectrum, summarise
 from ..utils.seeding import seeded
+from ..utils.wrappers import unwrapped
 from .base import Med3DConfig, Med3DTrainer
 
 
@@ -241,7 +242,7 @@ class RewardModelTrainer(Med3DTrainer):
                 f"{len(train_dataset)} scans cannot fill a step of {wanted} ({args.world_size} process(es) with "
                 f"{args.per_device_train_batch_size} each)."
             )
-        self.reward_model = model
+        model = self.reward_model = unwrapped(model)
         kwargs.setdefault("data_collator", default_collate)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         volume = train_dataset[0]["real"]

@@ -9,6 +9,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from .wrappers import unwrapped
+
 
 def json_hash(value: Any) -> str:
     """SHA-256 of a JSON-able value, whatever the order of its keys; other objects enter by their text."""
@@ -25,5 +27,6 @@ def tensor_hash(tensors: Iterable[tuple[str, Tensor]], first: Any = None) -> str
 
 def pipeline_hash(pipeline: DiffusionPipeline) -> str:
     """Hash of a generator's weights and scheduler: tells generators apart without a path."""
-    weights = chain(pipeline.vae.state_dict().items(), pipeline.unet.state_dict().items())
+    parts = (unwrapped(pipeline.vae), unwrapped(pipeline.unet))
+    weights = chain.from_iterable(part.state_dict().items() for part in parts)
     return tensor_hash(weights, dict(pipeline.scheduler.config))

@@ -1,0 +1,110 @@
+"""Checkpoints on disk: which are whole, which is the newest, which are kept."""
+
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+from ..utils.files import write_json
+
+COMPLETE_MARKER = "complete"
+"""Last file written into a checkpoint, with size and SHA-256 of all others; without it the run was killed while it
+saved."""
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def mark_whole(folder: str | Path) -> None:
+    """Write down size and SHA-256 of every file of a checkpoint, which makes it a whole one."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE_MARKER)
+    found = {path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
+    write_json(folder / COMPLETE_MARKER, found)
+
+
+def damage(folder: str | Path) -> str | None:
+    """Say in a few words why a checkpoint cannot be used; None for a whole one.
+
+    Checkpoints of earlier versions, whose marker is empty, are taken for whole.
+    """
+    folder = Path(folder)
+    marker = folder / COMPLETE_MARKER
+    if not marker.is_file():
+        return f"it has no file {COMPLETE_MARKER!r}: the run was killed while it saved, or it is no checkpoint"
+    text = marker.read_text(errors="replace")
+    if not text:
+        return None
+    try:
+        files = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        return f"its file {COMPLETE_MARKER!r} cannot be read"
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"its file {name} is missing"
+        if path.stat().st_size != size:
+            return f"its file {name} has {path.stat().st_size} bytes instead of {size}"
+        if _sha256(path) != digest:
+            return f"its file {name} is not what was saved (SHA-256)"
+    return None
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """Return the folders ``checkpoint-<step>`` of a run, whole or not, the newest first; others are left alone."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """Return the newest whole checkpoint in ``output_dir``, None where none was ever finished.
+
+    Those that are passed over are named in a warning.
+
+    Raises:
+        ValueError: no whole one, and at least one that was whole once and is damaged now.
+    """
+    damaged = []
+    for folder in checkpoints(output_dir):
+        reason = damage(folder)
+        if reason is None:
+            return str(folder)
+        warnings.warn(f"{folder} is passed over: {reason}.", stacklevel=2)
+        if (folder / COMPLETE_MARKER).exists():
+            damaged.append(f"{folder.name} ({reason})")
+    if damaged:
+        raise ValueError(
+            f"{output_dir} holds no checkpoint to resume from: {', '.join(damaged)}. Delete it to start anew."
+        )
+    return None
+
+
+def keep_newest(output_dir: str | Path, limit: int | None, best: str | None, saved: Path) -> None:
+    """Delete what is left of saves that were cut off, then the oldest checkpoints beyond ``limit``.
+
+    Args:
+        output_dir: where they are.
+        limit: how many stay; None for all.
+        best: the best checkpoint, which stays.
+        saved: the one that was just written, which stays.
+    """
+    if limit is None:
+        return
+    kept = {saved.name} | ({Path(best).name} if best else set())
+    whole = [folder for folder in checkpoints(output_dir) if (folder / COMPLETE_MARKER).is_file()]
+    cut_off = [folder for folder in checkpoints(output_dir) if folder not in whole]
+    others = [folder for folder in whole if folder.name not in kept]
+    surplus = others[max(0, limit - len(kept)) :]
+    for folder in [*cut_off, *surplus]:
+        (folder / COMPLETE_MARKER).unlink(missing_ok=True)  # first: half a folder must not pass for a checkpoint
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
