@@ -597,3 +597,14 @@ def test_two_processes_train_and_save_without_waiting_for_each_other_forever(tmp
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
     trained = torch.load(tmp_path / "run" / "weights.pt", weights_only=True)
     assert not torch.equal(trained, weights(make(tmp_path / "alone")))
+
+
+def test_a_checkpoint_of_another_network_is_refused_before_training_with_both_shapes(tmp_path):
+    make(tmp_path, save_strategy="steps", save_steps=4).train()
+    other = make(tmp_path, save_strategy="no")
+    other.model.add_module("wider", torch.nn.Linear(3, 5))
+    with pytest.raises(ValueError, match="checkpoint-4 is of another network: wider.bias has shape None there"):
+        other.checkpoint_to_resume("latest")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is no whole checkpoint: it has no file 'complete'"):
+        make(tmp_path).checkpoint_to_resume(str(tmp_path / "empty"))

@@ -28,7 +28,7 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from huggingface_hub import CommitInfo
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -536,6 +536,39 @@ class Med3DTrainer(_BaseTrainer):
             for i, tensor in enumerate(self.ema.shadow_params):
                 tensor.copy_(shadow[str(i)])
 
+    def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The folder of the checkpoint that ``train`` would go on from, None for a fresh start.
+
+        Args:
+            resume_from_checkpoint: as ``train`` takes it.
+
+        Raises:
+            ValueError: True, and there is no whole checkpoint; a folder that is none, or one of another network.
+        """
+        if resume_from_checkpoint in ("latest", True):
+            found = last_checkpoint(self.args.output_dir)
+            if found is None and resume_from_checkpoint is True:
+                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
+            resume_from_checkpoint = found
+        if not isinstance(resume_from_checkpoint, str):
+            return None
+        reason = damage(resume_from_checkpoint)
+        if reason is not None:
+            raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: {reason}.")
+        weights = Path(resume_from_checkpoint) / "model.safetensors"
+        if weights.is_file():
+            with safe_open(weights, "pt") as file:
+                there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            here = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+            for name in sorted(there.keys() | here.keys()):
+                if there.get(name) != here.get(name):
+                    raise ValueError(
+                        f"{resume_from_checkpoint} is of another network: {name} has shape {there.get(name)} there and "
+                        f"{here.get(name)} here. Give the flags of the network that it was begun with, or another "
+                        "--output_dir."
+                    )
+        return resume_from_checkpoint
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As ``transformers.Trainer.train``; a finished run that is resumed only loads what it ended with.
 
@@ -545,18 +578,11 @@ class Med3DTrainer(_BaseTrainer):
             kwargs: as in transformers.
 
         Raises:
-            ValueError: True, and there is no whole checkpoint.
+            ValueError: see ``checkpoint_to_resume``.
         """
         use_all_cores()
-        if resume_from_checkpoint in ("latest", True):
-            found = last_checkpoint(self.args.output_dir)
-            if found is None and resume_from_checkpoint is True:
-                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
-            resume_from_checkpoint = found
-        if isinstance(resume_from_checkpoint, str):
-            reason = damage(resume_from_checkpoint)
-            if reason is not None:
-                raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: {reason}.")
+        resume_from_checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
                 self.state = state
