@@ -12,7 +12,6 @@ not type in others. Uploads are deleted once they are read, volumes when their p
 
 from dataclasses import dataclass, field
 
-from diffusers_med3d.app.server import serve
 from diffusers_med3d.app.work import bundled_generators, load_rewards
 from diffusers_med3d.rewards.loading import DEFAULT_REWARDS
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
@@ -24,7 +23,9 @@ class AppArguments:
 
     model_name_or_path: list[str] = field(
         default_factory=bundled_generators,
-        metadata={"help": "Generators to choose from: bundled names, folders or Hub ids; the page opens with the first."},
+        metadata={
+            "help": "Generators to choose from: bundled names, folders or Hub ids; the page opens with the first."
+        },
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: list(DEFAULT_REWARDS),
@@ -44,6 +45,10 @@ def main() -> None:
     """Load the first generator and the rewards, serve the page."""
     (args,) = ScriptParser(AppArguments, description=__doc__).parse()
     with refused_in_one_line():
+        try:
+            from diffusers_med3d.app.server import serve
+        except ModuleNotFoundError as error:
+            raise ImportError(f'{error}; the page needs: pip install -e ".[app]" -c constraints.txt') from error
         rewards = load_rewards(args.reward_funcs)
         serve(args.model_name_or_path, rewards, args.server_name, args.server_port, args.max_queue)
 

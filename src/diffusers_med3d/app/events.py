@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 from monai.data import MetaTensor
 
+from ..evaluation.sampling import short_names
 from ..pipelines import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
 from .store import VolumeStore
 from .work import (
@@ -43,20 +44,21 @@ class Events:
     """The functions behind the page's controls; what they share between users is read only.
 
     Args:
-        models: generators that can be chosen.
+        models: generators that can be chosen; the page shows their names without the folders that they lie in.
         rewards: what volumes are scored with.
         store: where volumes go that the browser shows.
         any_model: whether folders of this machine and Hub ids may be typed in besides.
     """
 
     def __init__(self, models: Sequence[str], rewards: Sequence[Reward], store: VolumeStore, any_model: bool) -> None:
-        self.models, self.rewards, self.store, self.any_model = list(models), list(rewards), store, any_model
+        self.models = {name: model for model, name in short_names(models).items()}
+        self.rewards, self.store, self.any_model = list(rewards), store, any_model
 
     def pipeline(self, model: str) -> MedDiffusion3DPipeline:
-        """The generator of a name, if this page may load it."""
+        """The generator of a name of the page, or of what was typed in if this page may load it."""
         if not self.any_model and model not in self.models:
             raise ValueError(f"{model!r} is none of the checkpoints of this page: {', '.join(self.models)}.")
-        return load_pipeline(model)
+        return load_pipeline(self.models.get(model, model or ""))
 
     def choose(self, model: str) -> tuple[Any, Any, Any, str]:
         """Choices of class, further conditions and sampler of a generator, and a sentence about it."""
@@ -95,7 +97,7 @@ class Events:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 - how Gradio hands it over
     ) -> tuple[dict[str, Any], str]:
-        """One volume: what the viewer is told of it, and its scores as a table."""
+        """One volume: its address and scores for the viewer, and the scores as a table."""
         with shown_in_one_sentence():
             settings = _settings(class_label, conditions, seed, steps, guidance, sampler, strength)
             pipeline = self.pipeline(model)
@@ -139,9 +141,7 @@ class Events:
         )
         return left, right, table(dict(zip(names, scores, strict=True)))
 
-    def score(
-        self, model: str, scan: MetaTensor | None, fit: str, request: gr.Request
-    ) -> tuple[dict[str, Any], str]:
+    def score(self, model: str, scan: MetaTensor | None, fit: str, request: gr.Request) -> tuple[dict[str, Any], str]:
         """The uploaded scan on the grid of a generator, and its scores."""
         with shown_in_one_sentence():
             if scan is None:
@@ -201,9 +201,7 @@ def _settings(
 ) -> Settings:
     if seed is None or int(seed) != seed:
         raise ValueError(f"the seed must be a whole number, got {seed}.")
-    return Settings(
-        class_label, parse_conditions(conditions or ""), int(seed), int(steps), guidance, sampler, strength
-    )
+    return Settings(class_label, parse_conditions(conditions or ""), int(seed), int(steps), guidance, sampler, strength)
 
 
 def _titles(models: Sequence[str]) -> list[str]:

@@ -22,7 +22,9 @@ def niivue_module() -> str:
     found = _MODULE.search(_text_of("static/widget.js"))
     module = unquote(found.group(1)) if found else ""
     if "Niivue" not in module.rpartition("export{")[2]:
-        raise FileNotFoundError(f"this version of {PACKAGE} holds no NiiVue module; install the one in constraints.txt.")
+        raise FileNotFoundError(
+            f"this version of {PACKAGE} holds no NiiVue module; install the one in constraints.txt."
+        )
     return module
 
 

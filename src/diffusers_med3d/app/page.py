@@ -11,7 +11,6 @@ from .work import (
     Reward,
     class_choices,
     further_conditions,
-    load_pipeline,
     sampler_choices,
 )
 
@@ -20,9 +19,11 @@ INTRODUCTION = f"""# {TITLE}
 Generate 3D volumes, turn them, compare two checkpoints, score a scan.
 **Never for clinical use**: generated volumes show no real person, and scores are no diagnosis."""
 CONDITIONS_HELP = "The network's further conditions, as a JSON object."
+VIEWER_HELP = """Drag a rendering to turn it, click in a plane to move the crosshair, scroll to go through the slices.
+L, R, A, P, S and I are left, right, anterior, posterior, superior and inferior. The ruler is 10 cm long."""
 SCORES_HELP = """A higher reward means that the reward model takes the volume for more real. The bundled rewards know
-only brain-extracted T1 scans like those that `brain-t1` was trained on. Sharpness is no reward: real scans of `brain-t1`
-have about 2.1."""
+only brain-extracted T1 scans like those that `brain-t1` was trained on. Sharpness is no reward: it is about 2.1 for
+those scans."""
 SHOW = "(result) => window.med3d.show(result)"  # in viewer.js
 MODEL_QUEUE = {"concurrency_limit": 1, "concurrency_id": "model"}  # the networks are shared, and so is the processor
 
@@ -41,7 +42,9 @@ def build_page(
     Raises:
         ValueError, OSError: a first generator that cannot be loaded.
     """
-    events, first = Events(models, rewards, store, any_model), load_pipeline(models[0])
+    events = Events(models, rewards, store, any_model)
+    names = list(events.models)
+    first = events.pipeline(names[0])
     typed_in = "A bundled name, a folder or a Hub id." if any_model else "One of this page's checkpoints."
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
@@ -49,7 +52,7 @@ def build_page(
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 model = gr.Dropdown(
-                    list(models), value=models[0], label="Checkpoint", info=typed_in, allow_custom_value=any_model
+                    names, value=names[0], label="Checkpoint", info=typed_in, allow_custom_value=any_model
                 )
                 facts = gr.Markdown(about(first), elem_classes="med3d-note")
                 classes = class_choices(first)
@@ -65,7 +68,12 @@ def build_page(
                     sampler = gr.Dropdown(samplers, value=samplers[0], label="Sampler", min_width=120)
                 steps = gr.Slider(1, 200, 20, step=1, label="Denoising steps")
                 guidance = gr.Slider(0, 10, 1, step=0.1, label="Guidance", info="1 is off.")
-                upload = gr.File(label="Start from a scan (NIfTI, optional)", file_types=[".nii", ".gz"], height=150)
+                upload = gr.File(
+                    label="Start from a scan (NIfTI, optional)",
+                    file_types=[".nii", ".gz"],
+                    height=150,
+                    elem_classes="med3d-upload",
+                )
                 scan_facts = gr.Markdown(elem_classes="med3d-note")
                 with gr.Group(visible=False) as with_scan:
                     strength = gr.Slider(
@@ -82,8 +90,8 @@ def build_page(
                 with gr.Tab("Compare"):
                     with gr.Row(equal_height=True):
                         other = gr.Dropdown(
-                            list(models),
-                            value=models[1] if len(models) > 1 else None,
+                            names,
+                            value=names[1] if len(names) > 1 else None,
                             label="Checkpoint to compare with",
                             info="Both start from the same noise.",
                             allow_custom_value=any_model,
@@ -99,11 +107,9 @@ def build_page(
                 with gr.Tab("Score a scan"):
                     make_scores = gr.Button("Score the uploaded scan", variant="primary")
                     scored, scored_view, scan_scores = _result("score")
-                gr.Markdown(SCORES_HELP, elem_classes="med3d-note")
+                gr.Markdown(f"{VIEWER_HELP}\n\n{SCORES_HELP}", elem_classes="med3d-note")
 
-        model.change(
-            events.choose, model, [label, conditions, sampler, facts], api_name="checkpoint", **MODEL_QUEUE
-        )
+        model.change(events.choose, model, [label, conditions, sampler, facts], api_name="checkpoint", **MODEL_QUEUE)
         gr.on(
             [upload.upload, upload.clear],
             events.take_scan,
@@ -143,7 +149,7 @@ def build_page(
 
 
 def _viewer(slot: str) -> tuple[gr.JSON, gr.HTML]:
-    """What viewer.js is told of a volume, and the place where it shows it."""
+    """A hidden component with what viewer.js needs to know of a volume, and the place where it shows it."""
     return gr.JSON(visible="hidden"), gr.HTML(f'<div class="med3d-viewer" data-slot="{slot}"></div>')
 
 

@@ -90,7 +90,7 @@ def serve(
     Raises:
         OSError: the address cannot be used, such as a port that another program has.
     """
-    with _bound(server_name, server_port) as listener:
+    with bound(server_name, server_port) as listener:
         port = listener.getsockname()[1]
         with app_of(models, rewards, server_name, port, max_queue) as app:
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=CLOSING_SECONDS)
@@ -101,7 +101,7 @@ def serve(
                 uvicorn.Server(config).run(sockets=[listener])
 
 
-def _bound(server_name: str, server_port: int) -> socket.socket:
+def bound(server_name: str, server_port: int) -> socket.socket:
     try:
         return socket.create_server((server_name, server_port))
     except OSError as error:

@@ -1,7 +1,7 @@
 // Shows volumes of the page with NiiVue: three planes and a rendering that turns, window and level, the download.
 // The page calls window.med3d.show({slot, url, file_name, title}) for a place <div class="med3d-viewer" data-slot=...>.
 
-const VIEWS = { "Planes and 3D": "sliceTypeMultiplanar", Axial: "sliceTypeAxial", Coronal: "sliceTypeCoronal", Sagittal: "sliceTypeSagittal", "3D": "sliceTypeRender" };
+const VIEWS = { All: "sliceTypeMultiplanar", Axial: "sliceTypeAxial", Coronal: "sliceTypeCoronal", Sagittal: "sliceTypeSagittal", "3D": "sliceTypeRender" };
 const DEGREES_PER_SECOND = 30;
 const LINKED = { left: "right", right: "left" }; // viewers that turn together and share a crosshair
 const viewers = {};
@@ -29,9 +29,10 @@ class Viewer {
       crosshairWidth: 0.3,
       dragAndDropEnabled: false,
       fontColor: [1, 0.85, 0.4, 1],
-      isCornerOrientationText: true,
       isResizeCanvas: true,
       isRuler: true,
+      rulerColor: [1, 0.85, 0.4, 1],
+      showAllOrientationMarkers: true,
       loadingText: "",
       multiplanarLayout: MULTIPLANAR_TYPE.GRID,
       multiplanarShowRender: SHOW_RENDER.ALWAYS,
@@ -42,10 +43,11 @@ class Viewer {
     this.title = element("span", { className: "title" });
     this.download = element("a", { className: "download", textContent: "Download NIfTI" });
     this.position = element("div", { className: "position" });
-    this.window = range("Window", () => this.applyWindow());
-    this.level = range("Level", () => this.applyWindow());
-    this.views = Object.entries(VIEWS).map(([name, type]) =>
-      element("button", { type: "button", textContent: name, onclick: () => this.view(name, type) }),
+    const changed = () => this.both((one) => one.applyWindow(this.window.input.value, this.level.input.value));
+    this.window = range("Window", changed);
+    this.level = range("Level", changed);
+    this.views = Object.keys(VIEWS).map((name) =>
+      element("button", { type: "button", textContent: name, onclick: () => this.both((one) => one.view(name)) }),
     );
     this.turning = element("button", { type: "button", textContent: "Turn", onclick: () => this.turn() });
     this.press(this.turning, false);
@@ -56,13 +58,14 @@ class Viewer {
     const box = element("div", { className: "canvas-box" }, this.canvas);
     this.place.replaceChildren(
       element("div", { className: "bar" }, this.title, this.download),
-      element("div", { className: "bar" }, ...this.views, this.turning, this.window.label, this.level.label),
+      element("div", { className: "bar" }, ...this.views, this.turning),
+      element("div", { className: "bar" }, this.window.label, this.level.label),
       box,
       this.position,
     );
     await this.nv.attachToCanvas(this.canvas);
     if (!this.nv.gl) throw new Error("no WebGL 2");
-    this.view("Planes and 3D", VIEWS["Planes and 3D"]);
+    this.view("All");
   }
 
   async load({ url, file_name, title }) {
@@ -72,16 +75,22 @@ class Viewer {
     const { renderAzimuth, renderElevation } = this.nv.scene; // a new volume is seen as the one before it was
     await this.nv.loadVolumes([{ url, name: file_name, colormap: "gray" }]);
     this.nv.setRenderAzimuthElevation(renderAzimuth, renderElevation);
-    this.window.input.value = 1;
-    this.level.input.value = 0.5;
-    this.applyWindow();
+    this.applyWindow(1, 0.5);
+    this.nv.createOnLocationChange();
     this.place.dataset.shown = url;
   }
 
-  applyWindow() {
-    const width = Math.max(0.01, Number(this.window.input.value)), centre = Number(this.level.input.value);
-    this.window.value.value = width.toFixed(2);
-    this.level.value.value = centre.toFixed(2);
+  // Does something in this viewer and in the one beside it.
+  both(action) {
+    [this, viewers[LINKED[this.place.dataset.slot]]].filter(Boolean).forEach(action);
+  }
+
+  applyWindow(window, level) {
+    const width = Math.max(0.01, Number(window)), centre = Number(level);
+    for (const [control, number] of [[this.window, width], [this.level, centre]]) {
+      control.input.value = number;
+      control.value.value = number.toFixed(2);
+    }
     const [volume] = this.nv.volumes;
     if (!volume) return;
     volume.cal_min = centre - width / 2;
@@ -89,8 +98,8 @@ class Viewer {
     this.nv.updateGLVolume();
   }
 
-  view(name, type) {
-    this.nv.setSliceType(this.nv[type]);
+  view(name) {
+    this.nv.setSliceType(this.nv[VIEWS[name]]);
     this.views.forEach((button) => this.press(button, button.textContent === name));
   }
 
@@ -101,7 +110,7 @@ class Viewer {
       if (this.turning.ariaPressed !== "true" || !this.canvas.isConnected) return;
       const { renderAzimuth, renderElevation } = this.nv.scene;
       const degrees = (DEGREES_PER_SECOND * (now - before)) / 1000;
-      this.nv.setRenderAzimuthElevation((renderAzimuth + degrees) % 360, renderElevation);
+      this.both((one) => one.nv.setRenderAzimuthElevation((renderAzimuth + degrees) % 360, renderElevation));
       const rest = Math.min(1000, now - asked); // without a GPU a frame takes long: the page's buttons get as long
       before = now;
       setTimeout(() => {

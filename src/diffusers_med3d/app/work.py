@@ -292,5 +292,3 @@ def _with_sampler(pipeline: MedDiffusion3DPipeline, sampler: str) -> MedDiffusio
         raise ValueError(f"{sampler!r} is no sampler of this checkpoint; it has {sampler_choices(pipeline)}.")
     scheduler_class = type(pipeline.scheduler) if sampler == SAVED_SAMPLER else SAMPLERS[sampler]
     return MedDiffusion3DPipeline.from_pipe(pipeline, scheduler=scheduler_class.from_config(pipeline.scheduler.config))
-
-
