@@ -37,11 +37,16 @@ REWARDS = [Reward("brightness", brightness), Reward("refuses", refuses)]
 
 
 @contextmanager
-def served(models: Sequence[str], server_name: str = "127.0.0.1", max_queue: int = 100) -> Iterator[str]:
+def served(
+    models: Sequence[str],
+    server_name: str = "127.0.0.1",
+    max_queue: int = 100,
+    rewards: Sequence[Reward] = REWARDS,
+) -> Iterator[str]:
     """Address of the running page; it is stopped, and its files are deleted, on leaving."""
     with bound("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        with app_of(models, REWARDS, server_name, port, max_queue) as app:
+        with app_of(models, rewards, server_name, port, max_queue) as app:
             server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
             thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
             thread.start()
