@@ -19,7 +19,18 @@ def test_two_modalities_of_brats_train_an_autoencoder_that_knows_their_grid(tmp_
         "train_autoencoder.py",
         *("--data_dir", data, "--split_file", data / "split.json", "--output_dir", tmp_path / "vae"),
         *("--channels", 8, 8, "--latent_channels", 2, "--crop_size", 16, "--max_steps", 2, "--save_steps", 2),
-        *("--per_device_train_batch_size", 2, "--report_to", "none", "--bf16", "false", "--adversarial_weight", 0),
+        *(
+            "--per_device_train_batch_size",
+            2,
+            "--report_to",
+            "none",
+            "--bf16",
+            "false",
+            "--picture_steps",
+            0,
+            "--adversarial_weight",
+            0,
+        ),
     )
     config = json.loads((tmp_path / "vae" / "config.json").read_text())
     prepared = json.loads((data / "dataset.json").read_text())

@@ -148,6 +148,7 @@ def test_a_reward_from_a_file_named_on_the_command_line_moves(tiny_pipeline_fold
         "max_steps": 12, "learning_rate": 3e-3, "beta": 0.0, "num_generations": 8, "per_device_train_batch_size": 8,
         "num_inference_steps": 4, "eval_num_inference_steps": 4, "eval_volumes": 2, "ema_decay": 0.0, "bf16": False,
         "epsilon": 1.0e-4, "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none",
+        "picture_steps": 0,
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     moved = []

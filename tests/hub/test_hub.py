@@ -33,6 +33,7 @@ from diffusers_med3d import (
     VolumeReward,
     VolumeRewardModel,
     VQModel3D,
+    viz,
 )
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.training_subjects import read_training_subjects
@@ -194,7 +195,7 @@ def test_a_trainer_pushes_its_last_card_with_table_and_pictures(hub, tiny_pipeli
     pipeline = MedDiffusion3DPipeline.from_pretrained(tiny_pipeline_folder)
     trainer = stage_4.make_trainer(pipeline, tmp_path / "tuned", push_to_hub=True)
     trainer.save_model()  # pushes too, with the card of now
-    trainer.log_figure("before_after", curves({"reward": ([1, 2], [0.1, 0.2])}))
+    trainer.log_figure("before_after", viz.curves({"reward": ([1, 2], [0.1, 0.2])}))
     trainer.card_notes += "\n\n| reward | 0.1 | 0.2 |\n\n![before and after](figures/before_after.png)"
     trainer.push_to_hub()
     assert hub.files("tester/tuned") == PIPELINE_FILES | {"figures/before_after.png"}
