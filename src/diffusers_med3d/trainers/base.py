@@ -480,6 +480,7 @@ class Med3DTrainer(_BaseTrainer):
         if folder.resolve() == Path(self.args.output_dir).resolve():
             with self.ema_weights():
                 self.save_pretrained(folder)
+            self.state.save_to_json(str(folder / "trainer_state.json"))  # the log, for `evaluate.py --report`
             self.create_model_card()
             return
         state_dict = self.model.state_dict() if state_dict is None else state_dict
