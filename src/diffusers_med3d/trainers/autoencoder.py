@@ -295,7 +295,11 @@ class AutoencoderTrainer(Med3DTrainer):
         scans = torch.stack([dataset[i]["volume"].as_tensor() for i in range(min(FILMED, len(dataset)))])
         made = torch.cat([self.reconstruct(scan.to(self.args.device)).cpu() for scan in scans.split(1)])
         spacing = dataset[0]["volume"].pixdim.tolist()
-        return {"reconstructions": viz.volume_rows({"scan": scans, "round trip": made}, spacing=spacing)}
+        return {
+            "reconstructions": viz.volume_rows(
+                {"scan": scans, "round trip": made}, spacing=spacing, title=self.film_title
+            )
+        }
 
     def reconstruct(self, volumes: Tensor) -> Tensor:
         """Round trip through the posterior mean (VQ: the quantised code), clamped to [0, 1]."""

@@ -438,6 +438,11 @@ class Med3DTrainer(_BaseTrainer):
         """
         return {}
 
+    @property
+    def film_title(self) -> str:
+        """What stands over a picture of the film."""
+        return f"step {self.state.global_step}"
+
     @torch.no_grad()
     def log_film(self) -> None:
         """Log ``film_figures`` and keep each as ``output_dir/film/<name>-<step>.png``, for `write_film`."""

@@ -573,7 +573,7 @@ class DDPOTrainer(Med3DTrainer):
         for label, pair in zip(labels, samples.split(2), strict=True):
             name = "samples" if label is None else names.get(label, str(label))
             pictured.setdefault(name, []).extend(pair)
-        return {"samples": viz.volume_rows(pictured, spacing=self.pipeline.config.spacing)}
+        return {"samples": viz.volume_rows(pictured, spacing=self.pipeline.config.spacing, title=self.film_title)}
 
     def evaluate(
         self,

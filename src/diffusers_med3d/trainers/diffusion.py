@@ -355,7 +355,11 @@ class LatentDiffusionTrainer(Med3DTrainer):
     def film_figures(self) -> dict[str, Figure]:
         """Samples of the first conditions, from the same noise every time."""
         samples = self._sample(self.film_rows, torch.Generator().manual_seed(self.args.seed))
-        return {"samples": viz.volume_rows({"samples": samples}, spacing=self.pipeline.config.spacing)}
+        return {
+            "samples": viz.volume_rows(
+                {"samples": samples}, spacing=self.pipeline.config.spacing, title=self.film_title
+            )
+        }
 
     def _judge_samples(self, generator: torch.Generator, prefix: str) -> dict[str, float]:
         count = self.args.eval_samples

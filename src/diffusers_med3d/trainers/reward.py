@@ -318,7 +318,7 @@ class RewardModelTrainer(Med3DTrainer):
         versions = _named_versions(item)
         batch = torch.stack(list(versions.values())).split(self.args.per_device_eval_batch_size)
         scores = torch.cat([self.reward_model(volumes.to(self.args.device)).float().cpu() for volumes in batch])
-        return {"spectrum_of_one_scan": viz.spectrum_strip(versions, {"score": scores.tolist()})}
+        return {"spectrum_of_one_scan": viz.spectrum_strip(versions, {"score": scores.tolist()}, title=self.film_title)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the reward model in half precision (fp16: bfloat16 would round small differences away)."""
