@@ -69,6 +69,10 @@ class TenMinutesConfig(DDPOConfig):
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     eval_num_inference_steps: int = field(default=6, metadata={"help": "Denoising steps in evaluation."})
+    picture_steps: int = field(
+        default=3,
+        metadata={"help": "Optimizer steps between two pictures of the same samples: the film's frames."},
+    )
     save_steps: float = field(default=18, metadata={"help": "Optimizer steps between two checkpoints."})
 
 

@@ -277,16 +277,19 @@ def evaluate(
             f"A volume is flagged as a copy when its nearest over second nearest is under {threshold:.3f}, the 5 % "
             "quantile of the training scans among themselves: unseen scans are flagged at about that rate."
         )
-        for pair in doubles:
-            first, second = train.subjects[pair.first], train.subjects[pair.second]
-            if first != second:
-                sets.notes.append(
-                    f"Training scans of {first} and {second} are the same scan; both names count as one person when "
-                    "copies are sought."
-                )
+        pairs = [(train.subjects[pair.first], train.subjects[pair.second]) for pair in doubles]
         progress.update()
     if sets.derived:
         sets.notes.append(
             f"Made from the reference scans, so without Fréchet and nearest-neighbour measures: {sorted(sets.derived)}."
         )
-    return Report(figures, sets.counts, sets.notes, per_volume, spectra, sets.models)
+    return Report(
+        figures,
+        sets.counts,
+        sets.notes,
+        per_volume,
+        spectra,
+        sets.models,
+        {name: own.scan.tolist() for name, own in nearest.items()},
+        [pair for pair in pairs if pair[0] != pair[1]],
+    )

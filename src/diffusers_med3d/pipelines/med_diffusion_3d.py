@@ -19,6 +19,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from monai.data import MetaTensor
 
+from .. import viz
 from ..hub.origin import forget_local_path
 from ..hub.publish import PublishMixin
 from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
@@ -129,6 +130,22 @@ class MedDiffusion3DPipelineOutput(BaseOutput):
                 nibabel.save(image, Path(temporary) / path.name)
                 os.replace(Path(temporary) / path.name, path)
         return paths
+
+    def show(self, viewer: str = "auto", channel: int = 0) -> Any:
+        """What a notebook displays of the volumes, with their true affine: see `viz.show`.
+
+        Args:
+            viewer: "niivue" turns them in the browser (extra ``notebook``); "static" is a matplotlib figure; "auto" is
+                NiiVue where it is installed, else the figure.
+            channel: which one is drawn.
+
+        Raises:
+            ValueError: the output holds latents; no such viewer.
+            ImportError: NiiVue was asked for and is not installed.
+        """
+        if self.affine is None:
+            raise ValueError('latents cannot be shown; call the pipeline with output_type="pt" or "np".')
+        return viz.show(self.volumes, self.affine, viewer, channel=channel)
 
 
 def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | dict[str, int] | None:

@@ -7,6 +7,7 @@ reads instead of a pickle of the training arguments.
 """
 
 import dataclasses
+import importlib
 import math
 import os
 import shutil
@@ -32,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
@@ -107,7 +108,17 @@ class Med3DConfig(_BaseConfig):
         default=False, metadata={"help": "Recompute activations in the backward pass, block by block, to save memory."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: batches are our own."})
-    report_to: str = field(default="tensorboard", metadata={"help": "Where logs go: tensorboard, wandb, none, ..."})
+    report_to: str = field(
+        default="tensorboard",
+        metadata={"help": "Where logs and pictures go: tensorboard, wandb, trackio, none. Others get the logs alone."},
+    )
+    picture_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Optimizer steps between two pictures of the same samples or scans, by which a run can be watched "
+            "like a film: they go to report_to and, one file each, to output_dir/film. 0 makes none."
+        },
+    )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints that are kept; the oldest are deleted. At least 2."}
     )
@@ -166,6 +177,8 @@ class Med3DConfig(_BaseConfig):
             raise ValueError("remove_unused_columns must be False: batches are our own, no columns of a dataset.")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.picture_steps < 0:
+            raise ValueError(f"picture_steps must be at least 0, got {self.picture_steps}.")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, got {self.max_minutes}.")
         if self.max_skipped_steps < 0:
@@ -238,6 +251,21 @@ class _SeedCallback(TrainerCallback):
             set_seed(args.seed, device_specific=True)
 
 
+class _PictureCallback(TrainerCallback):
+    """Has pictures made at the start of training and every ``picture_steps`` optimizer steps."""
+
+    def __init__(self, trainer: "Med3DTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 0:
+            self.trainer.log_film()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % args.picture_steps == 0:
+            self.trainer.log_film()
+
+
 class _TensorBoardCallback(TensorBoardCallback):
     """diffusers configs have no ``to_json_string``: the writer is started without the model."""
 
@@ -295,6 +323,8 @@ class Med3DTrainer(_BaseTrainer):
             self.add_callback(_TensorBoardCallback())
         self.add_callback(_SeedCallback())
         self.add_callback(_SignalCallback(self))
+        if args.picture_steps > 0:
+            self.add_callback(_PictureCallback(self))
         if args.max_minutes is not None:
             self.add_callback(_TimeLimitCallback(self))
         self._parts: dict[str, list[Tensor]] = {}
@@ -465,14 +495,50 @@ class Med3DTrainer(_BaseTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
+    def film_figures(self) -> dict[str, Figure]:
+        """Name -> picture of what the model does now with the same noise or the same scans every time.
+
+        Called in all processes with the averaged weights, without gradients. It draws no random numbers but from
+        generators of its own, so that a run with pictures repeats one without them. Subclasses override it.
+        """
+        return {}
+
+    @property
+    def film_title(self) -> str:
+        """What stands over a picture of the film."""
+        return f"step {self.state.global_step}"
+
+    @torch.no_grad()
+    def log_film(self) -> None:
+        """Log ``film_figures`` and keep each as ``output_dir/film/<name>-<step>.png``, for `write_film`."""
+        self.model.eval()
+        with self.ema_weights(), self.accelerator.autocast():
+            drawn = self.film_figures()
+        for name, figure in drawn.items():
+            if self.is_world_process_zero():
+                frame = f"{name}-{self.state.global_step:06d}.png"
+                viz.save(figure, Path(self.args.output_dir) / "film" / frame)
+            self.log_figure(name, figure)
+
     def log_figure(self, name: str, figure: Figure) -> None:
-        """Write a picture to ``output_dir/figures/<name>.png`` and to TensorBoard, on the main process."""
+        """Write a picture to ``output_dir/figures/<name>.png`` and log it at the current step, on the main process.
+
+        TensorBoard, Weights & Biases and trackio keep every step of a name, so that it can be looked through. They get
+        pictures while their run is open: from the start of training.
+        """
         if not self.is_world_process_zero():
             return
-        viz.save(figure, Path(self.args.output_dir) / "figures" / f"{name}.png")
+        path = viz.save(figure, Path(self.args.output_dir) / "figures" / f"{name}.png")
+        step = self.state.global_step
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, _TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_figure(name, figure, self.state.global_step)
+                callback.tb_writer.add_figure(name, figure, step)
+                callback.tb_writer.flush()
+            elif isinstance(callback, WandbCallback | TrackioCallback):
+                tracker = importlib.import_module("wandb" if isinstance(callback, WandbCallback) else "trackio")
+                run = tracker.run if isinstance(callback, WandbCallback) else tracker.context_vars.current_run.get()
+                if run is not None:
+                    tracker.log({name: tracker.Image(str(path)), "train/global_step": step})
 
     # Saving and resuming. Raw weights go into checkpoints, components into output_dir.
 
@@ -484,6 +550,7 @@ class Med3DTrainer(_BaseTrainer):
         if folder.resolve() == Path(self.args.output_dir).resolve():
             with self.ema_weights():
                 self.save_pretrained(folder)
+            self.state.save_to_json(str(folder / "trainer_state.json"))  # the log, for `evaluate.py --report`
             self.create_model_card()
             return
         state_dict = self.model.state_dict() if state_dict is None else state_dict

@@ -34,6 +34,13 @@ class DDPOConfig(Med3DConfig):
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    picture_steps: int = field(
+        default=15,
+        metadata={
+            "help": "Optimizer steps between two pictures of the same samples, by which a run can be watched like a "
+            "film: they go to report_to and, one file each, to output_dir/film. 0 makes none."
+        },
+    )
     save_steps: float = field(default=60, metadata={"help": "Optimizer steps between two checkpoints."})
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two log entries."})
     per_device_train_batch_size: int = field(
