@@ -9,12 +9,13 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from glob import escape
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import CommitInfo, HfApi
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..utils.wrappers import without_prefixes
@@ -191,6 +192,11 @@ class PublishMixin(_DiffusersModel):
         check_class(cls, source, kwargs)
         try:
             return cls._whole(source, kwargs)
+        except (RuntimeError, AttributeError, KeyError, IndexError, SafetensorError, JSONDecodeError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"{source} cannot be loaded as {cls.__name__} ({type(error).__name__}: {said:.300})."
+            ) from error
         except OSError as error:
             if os.path.exists(source) or not (hint := did_you_mean(source)):
                 raise
