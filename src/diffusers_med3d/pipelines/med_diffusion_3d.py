@@ -411,7 +411,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         """Refuse, with a ValueError, a scheduler that this pipeline's network cannot belong to."""
         check_fits(self.scheduler, self._predicts_flow)
 
-    def decode_latents(self, latents: torch.Tensor, chunk_size: int = 4) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, chunk_size: int = 1) -> torch.Tensor:
         """Normalised latents (B, c, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1], ``chunk_size`` at a time."""
         return torch.cat([self.vae.decode_latents(chunk) for chunk in latents.split(chunk_size)])
 
