@@ -228,7 +228,7 @@ def draw_views(
         low, high = volume.edges(PLANES[plane].across)
         draw_slice(axes, volume, plane, window=window, colours=colours, left=offset)
         if letters:
-            write_letters(axes, plane, (offset / width, 0.0, (offset + high - low) / width, 1.0))
+            write_letters(axes, plane, (offset / width, 0.0, (offset + high - low) / width, 1.0), size=6)
         offset += high - low
     if letters:
         _scale_bar(axes, width / len(planes), 0.98 * width, -height / 2 + 0.06 * height)
