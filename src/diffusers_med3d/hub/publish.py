@@ -220,7 +220,7 @@ class PublishMixin(_DiffusersModel):
             return model
         if set(without_prefixes(dict.fromkeys(unexpected))) == set(model.state_dict()) and os.path.isdir(source):
             folder = Path(source, options.get("subfolder") or "")
-            state = {}
+            state: dict[str, Any] = {}
             for path in folder.glob("diffusion_pytorch_model*.safetensors"):
                 state |= load_file(path)
             plain = {key: tensor.to(model.dtype) for key, tensor in without_prefixes(state).items()}

@@ -19,7 +19,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int,
 
 def use_onednn(x: Tensor) -> bool:
     """Whether oneDNN takes this input; under autocast and in compiled code torch chooses."""
-    return (
+    return bool(
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
@@ -33,7 +33,9 @@ class SmallConv3d(nn.Conv3d):
     """``nn.Conv3d`` of stride 1 that computes with `convolve`."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return convolve(input, weight, bias, self.padding)
+        assert not isinstance(self.padding, str)  # see quicken_small_convolutions
+        x, y, z = self.padding
+        return convolve(input, weight, bias, (int(x), int(y), int(z)))
 
 
 def quicken_small_convolutions(network: nn.Module) -> None:

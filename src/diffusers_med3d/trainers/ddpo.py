@@ -172,12 +172,12 @@ class DDPOTrainer(Med3DTrainer):
                 check_same_settings(settings_of(pipeline), known, ("the generator", f"the reward {name}"))
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"Found {len(args.reward_weights)} reward_weights for rewards {self.reward_names}.")
-        train_dataset = as_conditions(train_dataset, "train_dataset")
-        eval_dataset = None if eval_dataset is None else as_conditions(eval_dataset, "eval_dataset")
+        tables = [as_conditions(train_dataset, "train_dataset")]
+        if eval_dataset is not None:
+            tables.append(as_conditions(eval_dataset, "eval_dataset"))
+        train_dataset, eval_dataset = tables[0], tables[1] if eval_dataset is not None else None
 
-        for rows in (train_dataset, eval_dataset):
-            if rows is None:
-                continue
+        for rows in tables:
             if pipeline.unet.null_class is not None and LABEL_COLUMN not in rows.column_names:
                 raise ValueError(
                     f"there is no column {LABEL_COLUMN!r}, only {rows.column_names}, and this generator has classes; "
