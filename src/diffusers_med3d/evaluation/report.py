@@ -159,7 +159,7 @@ def report_figures(
         ),
         "distances": viz.intervals(
             {
-                f"{figure.name}\n{figure.extractor.split(',')[0]}, excess": {
+                f"{figure.name}\n{figure.extractor.split(',')[0].split('/')[0]}, excess": {
                     model: (own.value, own.low, own.high) for model, own in figure.excess.items()
                 }
                 for figure in report.figures

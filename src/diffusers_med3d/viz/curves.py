@@ -86,7 +86,7 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], xl
             axes.plot(value, row, "o", markersize=4)
         axes.axvline(0, color="#bbbbbb", linewidth=0.8)
         axes.set_yticks(range(len(panel)), list(panel))
-        axes.set_title(title)
+        axes.set_title(title, fontsize=8)
         axes.set_xlabel(xlabel)
         axes.invert_yaxis()
     for axes in grid[len(panels) :]:
