@@ -67,12 +67,15 @@ def test_a_file_that_was_cut_off_is_refused_by_name(tmp_path, name, kept):
 
 
 @pytest.mark.parametrize("position", [0.3, 0.5, 0.7, 0.9])
-def test_a_flipped_bit_in_an_archive_is_refused(tmp_path, position):
+def test_a_flipped_bit_in_an_archive_is_refused_or_changes_nothing(tmp_path, position):
     path = nifti(tmp_path)
-    content = bytearray(path.read_bytes())
+    sound, content = prepare(path, **GRID), bytearray(path.read_bytes())
     content[int(position * len(content))] ^= 16
     path.write_bytes(content)
-    assert "a.nii.gz" in refused(prepare, path, **GRID)
+    try:
+        assert torch.equal(prepare(path, **GRID), sound)
+    except ValueError as error:
+        assert "a.nii.gz" in str(error) and "\n" not in str(error)
 
 
 @pytest.mark.parametrize("kept", [348, 352, 5000, -1])

@@ -8,6 +8,7 @@ reads instead of a pickle of the training arguments.
 
 import dataclasses
 import importlib
+import json
 import math
 import os
 import shutil
@@ -34,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import default_logdir
 from transformers.trainer_callback import TrainerControl, TrainerState
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
@@ -267,11 +269,16 @@ class _PictureCallback(TrainerCallback):
 
 
 class _TensorBoardCallback(TensorBoardCallback):
-    """diffusers configs have no ``to_json_string``: the writer is started without the model."""
+    """Writes of the arguments what a model card lists, no paths and no secrets, and nothing of the model."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        kwargs.pop("model", None)
-        super().on_train_begin(args, state, control, **kwargs)
+        if not state.is_world_process_zero:
+            return
+        if self.logging_dir is None:
+            self.logging_dir = os.path.join(args.output_dir, default_logdir())
+        if self.tb_writer is None:
+            self._init_summary_writer(args)
+        self.tb_writer.add_text("args", json.dumps(card_arguments(args), indent=1, default=str))
 
 
 class Med3DTrainer(_BaseTrainer):
