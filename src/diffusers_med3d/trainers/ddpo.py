@@ -34,6 +34,7 @@ from ..data import check_same_settings, settings_of
 from ..evaluation.figures import orthogonal_views
 from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
+from ..models import VQModel3D
 from ..pipelines.conditions import LABEL_COLUMN, Conditions, call_arguments, encode_rows
 from ..pipelines.lora import lora_layers, write_lora
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline, guided_prediction
@@ -181,6 +182,10 @@ class DDPOTrainer(Med3DTrainer):
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
         unet = pipeline.unet.float()
         pipeline.vae.requires_grad_(False).eval()
+        if args.decode_num_splits > 1:
+            if isinstance(pipeline.vae, VQModel3D):
+                raise ValueError(f"decode_num_splits must be 1 for a VQModel3D, got {args.decode_num_splits}.")
+            pipeline.vae.set_num_splits(args.decode_num_splits)
         self.reference: nn.Module | None = None
         if peft_config is not None:
             if args.sync_ref_model:
