@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from measure import Row, Settings, machine, table, write
 
 from diffusers_med3d.utils.arguments import ScriptParser
 
-SUITES = ("start", "memory", "sampling", "rl", "scaling", "data")
+sys.path.insert(0, str(Path(__file__).parent))  # where this is run by its path and not as a script
+
+from measure import Row, Settings, machine, table, write  # noqa: E402
+
+SUITES = ("start", "memory", "sampling", "rl", "scaling", "data", "presets")
 
 
 @dataclass

@@ -38,7 +38,9 @@ def make_pipeline(settings: Settings, volume_side: int | None = None) -> MedDiff
         norm_num_groups=4,
         num_class_embeds=None,
     )
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, **SCHEDULE)
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="linspace", **SCHEDULE
+    )  # MONAI's timesteps
     shape = [volume_side or side(settings)] * 3
     pipeline = MedDiffusion3DPipeline(vae.eval(), unet.eval(), scheduler, volume_shape=shape)
     pipeline.set_progress_bar_config(disable=True)

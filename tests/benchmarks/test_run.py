@@ -20,7 +20,7 @@ def run(monkeypatch, folder: Path, *suites: str) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["sampling", "rl", "memory", "scaling", "data", "start"])
+@pytest.mark.parametrize("suite", ["sampling", "rl", "memory", "scaling", "data", "start", "presets"])
 def test_a_suite_measures_something(monkeypatch, tmp_path, suite):
     rows = run(monkeypatch, tmp_path, suite)
     assert rows and all(row["suite"] == suite and row["ours"] >= 0 for row in rows)

@@ -11,6 +11,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from monai.networks.nets import AutoencoderKL
 
+from .convolution import quicken_small_convolutions
 from .latents import NormalizedLatentsMixin
 from .sizes import check_divisible, check_volumes
 from .slabs import decode_in_slabs
@@ -183,6 +184,7 @@ class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
         self.latent_channels = latent_channels
         self.num_splits = 1
         self._add_atlas(atlas_shape)
+        quicken_small_convolutions(self)
 
     def set_num_splits(self, num_splits: int) -> None:
         """Decode in this many slabs along the first axis wherever no gradient is needed: less memory, the same volumes

@@ -37,6 +37,7 @@ from .. import viz
 from ..data import check_same_settings, settings_of
 from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
+from ..models import VQModel3D
 from ..pipelines.conditions import (
     LABEL_COLUMN,
     Conditions,
@@ -195,6 +196,10 @@ class DDPOTrainer(Med3DTrainer):
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
         unet = unwrapped(pipeline.unet).float()
         pipeline.vae.requires_grad_(False).eval()
+        if args.decode_num_splits > 1:
+            if isinstance(pipeline.vae, VQModel3D):
+                raise ValueError(f"decode_num_splits must be 1 for a VQModel3D, got {args.decode_num_splits}.")
+            pipeline.vae.set_num_splits(args.decode_num_splits)
         self.reference: nn.Module | None = None
         if peft_config is not None:
             if args.sync_ref_model:

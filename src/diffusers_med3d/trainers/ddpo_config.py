@@ -102,6 +102,13 @@ class DDPOConfig(Med3DConfig):
         default=False, metadata={"help": "Keep trajectories and volumes in CPU memory until they are needed."}
     )
     decode_batch_size: int = field(default=4, metadata={"help": "Latents decoded at once."})
+    decode_num_splits: int = field(
+        default=1,
+        metadata={
+            "help": "Slabs in which a volume is decoded (AutoencoderKL3D, AutoencoderKLMaisi3D): less memory, the same "
+            "volumes."
+        },
+    )
 
     # Objective
     num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout."})
@@ -166,6 +173,7 @@ class DDPOConfig(Med3DConfig):
             "eval_num_inference_steps": 1,
             "num_generations_eval": 1,
             "decode_batch_size": 1,
+            "decode_num_splits": 1,
             "ref_model_sync_steps": 1,
             "max_failed_rollouts": 1,
             "sde_window_size": 0,
