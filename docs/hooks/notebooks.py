@@ -42,7 +42,8 @@ def page(path: Path) -> str:
         "".join(title["source"]),
         '!!! note "A notebook"\n'
         f"    This page is the notebook [{path.name}]({path.name}). The build of this site does not run it: the "
-        "pictures are from one earlier run, and yours will look a little different. [Tutorials](index.md) says how to run it.",
+        "pictures are from one earlier run, and yours will look a little different. "
+        "[Tutorials](index.md) says how to run it.",
     ]
     for cell in rest:
         source = "".join(cell["source"])
