@@ -14,6 +14,7 @@ import base64
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -37,19 +38,31 @@ def read(path: Path) -> dict[str, Any]:
 def page(path: Path) -> str:
     """The Markdown page of a notebook: a note, its texts, its code and its pictures."""
     title, *rest = read(path)["cells"]
-    url = f"{path.name}"
     parts = [
         "".join(title["source"]),
-        f'!!! note "A notebook"\n    This page is the notebook [`docs/tutorials/{url}`]({url}). The build of this site '
-        "does not run it: the pictures are from one earlier run, and yours will look a little different. "
+        '!!! note "A notebook"\n'
+        f"    This page is the notebook [{path.name}]({path.name}). The build of this site does not run it: the "
+        "pictures are from one earlier run, and yours will look a little different. "
         "[Tutorials](index.md) says how to run it.",
     ]
     for cell in rest:
         source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            source = to_pages(source)
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
         if picture := cell["metadata"].get("picture"):
             parts.append(f"![{picture['caption']}](../images/tutorials/{picture['file']})\n\n*{picture['caption']}*")
     return "\n\n".join(parts) + "\n"
+
+
+def to_pages(markdown: str) -> str:
+    """Markdown whose links to notebooks lead to their pages."""
+    return re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", markdown)
+
+
+def on_page_markdown(markdown, page, **kwargs):
+    """Let the links of the overview lead to pages; in the repository they lead to notebooks."""
+    return to_pages(markdown) if page.file.src_uri == "tutorials/index.md" else markdown
 
 
 def on_files(files, config):
