@@ -19,7 +19,7 @@ from diffusers_med3d.utils.arguments import ScriptParser
 
 sys.path.insert(0, str(Path(__file__).parent))  # where this is run by its path and not as a script
 
-from measure import Row, Settings, machine, table, write  # noqa: E402
+from measure import Row, Settings, machine, table, write
 
 SUITES = ("start", "memory", "sampling", "rl", "scaling", "data", "presets")
 
