@@ -46,7 +46,7 @@ class FewStepsArguments:
     samplers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Schedulers with their steps, as dpm++:12; the first is the baseline. Known: ddim, dpm++ (order 2), "
+            "help": "Schedulers with their steps, as dpm++:12; the first is the baseline. Known: ddim, dpm++, "
             "unipc, euler. Not set: 50 and 12 steps of the generator's own kind, and 12 of dpm++ and unipc."
         },
     )

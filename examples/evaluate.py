@@ -9,11 +9,13 @@
 Every generator is sampled from the same seeds with the class mix of the reference, and samples go through the loader of
 the scans. What a network takes besides class and spacing (MAISI) comes from columns of that name in the reference's
 metadata. Prints one table; writes report.json, report.md and pictures to --output_dir, where samples are kept, so a
-killed run goes on. With --breakdown one generator's distance to the scans is broken down instead, into breakdown.json,
-breakdown.md and breakdown.png: what of it comes from the autoencoder, what from the generator, and do its rewards tell
-its better samples from its worse ones? Test subjects are read only with --reference_part test. See docs/evaluation.md.
+killed run goes on. --report FOLDER also writes report.html, one page to send to a colleague. With --breakdown one
+generator's distance to the scans is broken down instead, into breakdown.json, breakdown.md and breakdown.png: what of
+it comes from the autoencoder, what from the generator, and do its rewards tell its better samples from its worse ones?
+Test subjects are read only with --reference_part test. See docs/evaluation.md.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from diffusers_med3d.evaluation.breakdown import (
     spaces_seen,
     write_breakdown,
 )
+from diffusers_med3d.evaluation.page import shareable_command, write_page
 from diffusers_med3d.metrics import (
     EXTRACTORS,
     Extractor,
@@ -124,6 +127,13 @@ class EvaluationArguments:
         default_factory=lambda: TISSUES, metadata={"help": "Names of the segmenter's labels 1, 2, ..."}
     )
     num_resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap."})
+    report: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for report.html, one page with all pictures inside, to send to a colleague: it holds no "
+            "local paths and no names of subjects."
+        },
+    )
 
 
 @dataclass
@@ -181,6 +191,8 @@ def main() -> None:
     use_all_cores()
     with refused_in_one_line():
         names = sampling.short_names(args.model_name_or_path)
+        if parts.breakdown and args.report:
+            raise ValueError("--report goes with the comparison of generators, not with --breakdown.")
         if parts.breakdown and len(names) > 1:
             raise ValueError(f"--breakdown takes one generator at a time, got {list(names)}.")
         for model in names:
@@ -277,6 +289,20 @@ def main() -> None:
         args.num_resamples, batch_size=args.batch_size,
     )  # fmt: skip
     write_report(report, output, {"reference": reference, **samples}, data.spacing, settings)
+    if args.report:
+        replaced = {data.data_dir: "DATA", data.split_file: "SPLIT", data.reference: "UNSEEN", data.train: "TRAINING"}
+        replaced |= {args.output_dir: "OUTPUT", args.report: "REPORT", **names}
+        write_page(
+            report,
+            Path(args.report) / "report.html",
+            {"reference": reference, **samples},
+            train,
+            data.spacing,
+            settings,
+            shareable_command(["examples/evaluate.py", *sys.argv[1:]], replaced),
+            {name: Path(model) for model, name in names.items()},
+            f"Evaluation of {', '.join(names.values())}",
+        )
     print(report.table())
     print("\n".join(report.notes) + f"\n\nReport and pictures: {output}")
 

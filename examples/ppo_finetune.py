@@ -69,6 +69,10 @@ class TenMinutesConfig(DDPOConfig):
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     eval_num_inference_steps: int = field(default=6, metadata={"help": "Denoising steps in evaluation."})
+    picture_steps: int = field(
+        default=3,
+        metadata={"help": "Optimizer steps between two pictures of the same samples: the film's frames."},
+    )
     save_steps: float = field(default=18, metadata={"help": "Optimizer steps between two checkpoints."})
 
 
@@ -86,6 +90,7 @@ def main() -> None:
             train_dataset=conditions,
             peft_config=LoraConfig(r=script.lora_rank, lora_alpha=2 * script.lora_rank) if script.lora_rank else None,
         )
+        checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(RewardProgress)
 
@@ -93,7 +98,7 @@ def main() -> None:
     seconds, start = {}, time.perf_counter()
     before = trainer.sample_and_score(conditions, script.eval_volumes, script.eval_seed, "Evaluation before")
     seconds["evaluation before"] = time.perf_counter() - start
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     start = time.perf_counter()
     after = trainer.sample_and_score(conditions, script.eval_volumes, script.eval_seed, "Evaluation after")
     seconds["evaluation after"] = time.perf_counter() - start

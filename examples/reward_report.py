@@ -15,6 +15,7 @@ import torch
 
 from diffusers_med3d import viz
 from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
+from diffusers_med3d.data.split import load_split
 from diffusers_med3d.data.training_subjects import read_training_subjects, refuse_seen_subjects
 from diffusers_med3d.metrics import training_above_unseen
 from diffusers_med3d.pipelines.med_diffusion_3d import MedDiffusion3DPipeline
@@ -50,6 +51,9 @@ class ReportArguments:
     part: str = field(
         default="validation", metadata={"help": "Subjects: validation or test.", "choices": ["validation", "test"]}
     )
+    num_subjects: int | None = field(
+        default=None, metadata={"help": "The first so many subjects of the part, for a quick look. Not set: all."}
+    )
     output_dir: str = field(default="outputs/reward-report", metadata={"help": "Where the report and the spectrum go."})
     strengths: list[float] = field(
         default_factory=lambda: list(STRENGTHS),
@@ -63,6 +67,8 @@ class ReportArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the spectrum's noise and of the damage."})
 
     def __post_init__(self) -> None:
+        if self.num_subjects is not None and self.num_subjects < 2:
+            raise ValueError(f"num_subjects must be at least 2, got {self.num_subjects}.")
         if not all(0 < severity <= 1 for severity in self.severities):
             raise ValueError(f"severities must lie in (0, 1], got {self.severities}.")
 
@@ -105,7 +111,8 @@ def main() -> None:
         pipeline = MedDiffusion3DPipeline.from_pretrained(args.model_name_or_path).to(device)
         trained_on = read_training_subjects(args.model_name_or_path)
         data.adopt(settings_of(pipeline), f"the generator {args.model_name_or_path}")
-        scans = VolumeDataset.from_arguments(data, args.part)
+        subjects = load_split(data.split_file)[args.part][: args.num_subjects]
+        scans = VolumeDataset(data.data_dir, subjects, **data.reading())
         refuse_seen_subjects([item["subject"] for item in scans], trained_on, args.model_name_or_path)
     paths = build_spectrum(
         pipeline,

@@ -96,7 +96,8 @@ def main() -> None:
             train_dataset=scans,
             eval_dataset=VolumeDataset.from_arguments(data, "validation"),
         )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     print(trainer.evaluate())
     trainer.save_model()
     trainer.accelerator.end_training()

@@ -165,7 +165,8 @@ def main() -> None:
                 *(read_training_subjects(seen) for seen in (model.init_from, model.autoguide) if seen)
             ),
         )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     print(trainer.evaluate())
     trainer.save_model()
     trainer.accelerator.end_training()

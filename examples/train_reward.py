@@ -126,7 +126,9 @@ def main() -> None:
         train, validation = build_fold_spectra(**spectrum)
     trainer = RewardModelTrainer(model=model, args=args, train_dataset=train, eval_dataset=validation)
     trainer.inherited_license = license_of(reward.fold_a_model)  # it is trained on what that generator makes
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    with refused_in_one_line():
+        checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     results = trainer.evaluate()
     trainer.save_model()
     print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffusers_med3d.models.convolution import SmallConv3d
+
 _G = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 G = torch.einsum("ai,bj,ck->abcijk", _G, _G, _G).reshape(64, 27).contiguous()
 """Transform of kernels, 27 values to 64."""
@@ -91,10 +93,10 @@ def install() -> None:
     original = nn.Conv3d._conv_forward
 
     def forward(self: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if type(self) is not nn.Conv3d or x.device.type != "cpu":
+        if type(self) not in (nn.Conv3d, SmallConv3d) or x.device.type != "cpu":
             return original(self, x, weight, bias)
         if _fits(self, x):
             return Winograd.apply(x, weight, bias)
         return original(self, x.contiguous(memory_format=torch.channels_last_3d), weight, bias)
 
-    nn.Conv3d._conv_forward = forward
+    nn.Conv3d._conv_forward = SmallConv3d._conv_forward = forward

@@ -54,7 +54,7 @@ def command(tiny_pipeline, tmp_path) -> list[str]:
         --rl_steps 2 --sweep_steps 2 --learning_rates 1e-5 --group_sizes 2 --batch_size 6 --guidance_scales 1
         --sampling_steps 10 5 --num_samples 10 --num_synthetic 2 --classifier_seeds 1 --classifier_steps 1
         --real_per_class 2 --extractors haar-scattering-3d"""
-    rl = "--bf16 false --num_inference_steps 4 --eval_num_inference_steps 2 --report_to none"
+    rl = "--bf16 false --num_inference_steps 4 --eval_num_inference_steps 2 --report_to none --picture_steps 0"
     return [str(EXAMPLE), *words.split(), f"--rl_flags={rl}"]
 
 

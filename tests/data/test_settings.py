@@ -270,7 +270,7 @@ def test_a_reward_of_another_grid_does_not_fine_tune_a_generator(tiny_pipeline, 
         DDPOTrainer(
             model=tiny_pipeline,
             reward_funcs=[VolumeReward(reward)],
-            args=DDPOConfig(output_dir=str(tmp_path), report_to="none"),
+            args=DDPOConfig(output_dir=str(tmp_path), report_to="none", picture_steps=0),
             train_dataset=Dataset.from_dict({"class_label": [0]}),
         )
 
@@ -286,7 +286,7 @@ def test_scans_of_another_grid_do_not_train_a_generator(tiny_pipeline, brains_fo
 def test_an_autoencoder_remembers_the_scans_it_was_trained_on(brains_folder, tmp_path):
     scans = VolumeDataset(brains_folder, ["sub-01", "sub-06"], volume_shape=[16] * 3, spacing=[12.0] * 3)
     vae = AutoencoderKL3D(channels=(8, 8), latent_channels=2, attention_levels=(False, False))
-    args = AutoencoderConfig(output_dir=str(tmp_path), crop_size=16, max_steps=1, report_to="none")
+    args = AutoencoderConfig(output_dir=str(tmp_path), crop_size=16, max_steps=1, report_to="none", picture_steps=0)
     AutoencoderTrainer(vae, args, scans).save_pretrained(tmp_path / "vae")
     known = settings_of(AutoencoderKL3D.from_pretrained(tmp_path / "vae"))
     assert known == scans.settings
@@ -312,7 +312,7 @@ def test_a_stack_of_eight_slices_trains_when_the_discriminator_comes_in(tmp_path
     else:
         model = VQModel3D(channels=(8,), num_res_channels=(8,), num_embeddings=8, embedding_dim=2)
     args = AutoencoderConfig(
-        output_dir=str(tmp_path / "out"), crop_size=crop_size, adversarial_start=0, report_to="none"
+        output_dir=str(tmp_path / "out"), crop_size=crop_size, adversarial_start=0, report_to="none", picture_steps=0
     )
     trainer = AutoencoderTrainer(model, args, scans)
     crop = trainer.crops.draw(torch.tensor([0]))
@@ -336,7 +336,12 @@ def test_scans_without_classes_train_a_generator_without_classes_and_judge_it(br
         tiny_vae, unet, default_scheduler("v_prediction"), volume_shape=[16] * 3, spacing=[12.0] * 3
     )
     args = LatentDiffusionConfig(
-        output_dir=str(tmp_path), max_steps=1, copies=1, per_device_train_batch_size=2, report_to="none"
+        output_dir=str(tmp_path),
+        max_steps=1,
+        copies=1,
+        per_device_train_batch_size=2,
+        report_to="none",
+        picture_steps=0,
     )
     LatentDiffusionTrainer(pipeline, args, scans).train()
     reference = volume_set(scans)

@@ -1,7 +1,9 @@
 """diffusers_med3d.evaluation and examples/evaluate.py on the tiny pipeline and the folder of small brains."""
 
+import html
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -17,6 +19,7 @@ from conftest import EXAMPLES, SPLIT, run_example
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.evaluation import VolumeSet
 from diffusers_med3d.evaluation import sampling as evaluation
+from diffusers_med3d.evaluation.page import shareable_command, training_curves, without_folders
 
 EXAMPLE = EXAMPLES / "evaluate.py"
 
@@ -143,7 +146,9 @@ def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
     out = tmp_path / "out"
     flags = ["--model_name_or_path", tiny_pipeline_folder, str(tmp_path / "other"), "--output_dir", str(out)]
     flags += ["--data_dir", data.data_dir, "--split_file", data.split_file, "--segmenter", "intensity"]
-    flags += ["--num_samples", "3", "--seeds", "0", "1"]
+    flags += ["--num_samples", "3", "--seeds", "0", "1", "--report", str(tmp_path / "page")]
+    log = [{"step": step, "loss": 1.0, "rewards/mine/mean": 0.1 * step, "kl": 1e-4} for step in (1, 2, 3)]
+    (tmp_path / "other" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     done = launch(tmp_path, *flags)
     assert done.returncode == 0, done.stderr[-3000:]
     for row in ("KID whole", "MS-SSIM, closest pair", "sharpness", "bright (white) in ml", "copies flagged"):
@@ -157,6 +162,42 @@ def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
     for kind in ("views", "distances", "spectra", "nearest"):
         assert (out / f"report-{kind}.png").stat().st_size > 1000 and f"report-{kind}.png" in text
     assert not [path for path in out.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
+    page = (tmp_path / "page" / "report.html").read_text()
+    for text in ("Training of other", "Nearest training scans", "ratio", "diffusers-med3d", "--num_resamples 20"):
+        assert text in page
+    for row in report["figures"]:
+        assert html.escape(row["name"]) in page
+    assert page.count("data:image/png;base64,") == 7 and not re.search(r'(src|href)="(?!data:)', page)
+    words = re.sub(r'src="[^"]*"', "", page)
+    assert str(tmp_path) not in words and data.data_dir not in words and "/tmp" not in words
+    assert "--data_dir DATA --split_file SPLIT" in words and not re.search(r"sub-\d", words)
+
+
+def test_a_command_is_shown_without_the_folders_it_names(tmp_path):
+    (tmp_path / "my.py").touch()
+    words = [
+        "run.py",
+        "--data_dir",
+        "scans/hospital",
+        "--extractors",
+        f"{tmp_path}/my.py:f",
+        "--model",
+        "org/name",
+        "a/b",
+    ]
+    shown = shareable_command(words, {"scans/hospital": "DATA"})
+    assert shown == "run.py --data_dir DATA --extractors my.py:f --model org/name"
+    assert without_folders("KID of /data/who/my.py:f, 1/2 of ~/x/y and ../z/w") == "KID of my.py:f, 1/2 of y and w"
+
+
+def test_a_folder_without_a_log_has_no_curves_and_the_newest_checkpoint_is_read(tmp_path):
+    assert training_curves(tmp_path) is None
+    (tmp_path / "checkpoint-2").mkdir()
+    log = [{"step": 1, "rewards/a/mean": 0.1, "rewards/b/mean": 0.3, "kl": 0.0}, {"step": 2, "rewards/a/mean": 0.2}]
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    figure = training_curves(tmp_path)
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == ["reward", "KL to the start"]
+    assert figure.axes[0].lines[0].get_xydata().tolist() == [[1, 0.1], [2, 0.2]]
 
 
 @pytest.mark.parametrize(

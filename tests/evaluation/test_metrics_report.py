@@ -9,6 +9,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 from diffusers_med3d.evaluation import VolumeSet, check_scans, evaluate
+from diffusers_med3d.evaluation.evaluate import _seen_scans
 from diffusers_med3d.evaluation.sets import Sets
 from diffusers_med3d.metrics import (
     NamedExtractor,
@@ -350,6 +351,14 @@ def test_scans_that_nothing_can_be_judged_by_are_refused_before_there_are_sample
         check_scans(REFERENCE, few(TRAIN, slice(0, 24, 2)))
     with pytest.raises(ValueError, match=r"training scans are \(1, 16, 16, 8\)"):
         check_scans(REFERENCE, VolumeSet(TRAIN.volumes[..., :8], TRAIN.labels, TRAIN.subjects))
+
+
+def test_a_reference_scan_that_is_a_training_scan_under_another_name_is_named():
+    leaked = VolumeSet(REFERENCE.volumes.clone(), REFERENCE.labels, REFERENCE.subjects)
+    leaked.volumes[3] = 0.8 * TRAIN.volumes[7].flip(1)
+    notes = _seen_scans(leaked, TRAIN)
+    assert len(notes) == 1 and "reference scan of reference3 is the training scan of train7 under another" in notes[0]
+    assert _seen_scans(REFERENCE, TRAIN) == []
 
 
 def test_sets_that_cannot_be_compared_are_refused_with_what_was_found():

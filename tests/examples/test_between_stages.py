@@ -111,3 +111,20 @@ def test_a_run_prints_no_warning_of_the_libraries_below(brains_folder, tmp_path)
     assert "grid 16 x 16 x 16 voxels of 12 x 12 x 12 mm = 192 x 192 x 192 mm; anatomy" in done.stdout
     for noise in ("Warning", "kept in float32", "Traceback"):
         assert noise not in done.stderr, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_what_cannot_be_resumed_is_said_in_one_line(brains_folder, tmp_path, monkeypatch):
+    (tmp_path / "split.json").write_text(json.dumps(SPLIT))
+    flags = ["--data_dir", brains_folder, "--split_file", tmp_path / "split.json", "--output_dir", tmp_path / "vae"]
+    flags += ["--volume_shape", 16, 16, 16, "--spacing", 12, 12, 12, "--latent_channels", 4, "--crop_size", 16]
+    flags += ["--max_steps", 1, "--save_steps", 1, "--bf16", "false", "--report_to", "none", "--adversarial_weight", 0]
+    run_example(monkeypatch, "train_autoencoder.py", *flags, "--channels", 8, 8)
+    (tmp_path / "empty").mkdir()
+    for more, message in (
+        (["--channels", 16, 16, "--resume_from_checkpoint", "latest"], "is of another network: .* Give the flags"),
+        (["--channels", 8, 8, "--resume_from_checkpoint", tmp_path / "empty"], "empty is no whole checkpoint"),
+    ):
+        with pytest.raises(SystemExit, match=f"^train_autoencoder.py: error: .*{message}") as refused:
+            run_example(monkeypatch, "train_autoencoder.py", *flags, *more)
+        assert "\n" not in str(refused.value)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from matplotlib.image import imread
+from PIL import Image
 
 from conftest import EXAMPLES, SPACING, VOLUME_SHAPE, run_example
 from diffusers_med3d import DDPOConfig
@@ -148,6 +149,7 @@ def test_a_reward_from_a_file_named_on_the_command_line_moves(tiny_pipeline_fold
         "max_steps": 12, "learning_rate": 3e-3, "beta": 0.0, "num_generations": 8, "per_device_train_batch_size": 8,
         "num_inference_steps": 4, "eval_num_inference_steps": 4, "eval_volumes": 2, "ema_decay": 0.0, "bf16": False,
         "epsilon": 1.0e-4, "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none",
+        "picture_steps": 0,
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     moved = []
@@ -225,3 +227,20 @@ def test_the_picture_has_a_row_for_every_model_and_the_scans_of_a_class(
         )
         heights.append(imread(out / "samples.png").shape[0])
     assert heights[1] / heights[0] == pytest.approx(2, rel=0.1) and heights[2] == heights[1]
+
+
+def test_the_pictures_of_a_run_become_a_film_and_what_is_missing_is_named(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="holds no pictures"):
+        run_example(monkeypatch, "make_film.py", "--run_dir", tmp_path)
+    (tmp_path / "film").mkdir()
+    for step in (0, 10, 2):
+        Image.new("L", (8, 8), 20 * step).save(tmp_path / "film" / f"samples-{step:06d}.png")
+    run_example(monkeypatch, "make_film.py", "--run_dir", tmp_path)
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 3
+        film.seek(2)
+        assert film.convert("L").getpixel((4, 4)) == 200  # step 10 is the last
+    assert "3 pictures" in capsys.readouterr().out
+    Image.new("L", (8, 8)).save(tmp_path / "film" / "other-000000.png")
+    with pytest.raises(SystemExit, match=r"--name must be one of \['other', 'samples'\], got None"):
+        run_example(monkeypatch, "make_film.py", "--run_dir", tmp_path)

@@ -56,7 +56,7 @@ def ddpo(pipeline, folder, rows, peft_config=None, **options) -> DDPOTrainer:
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=6, per_device_eval_batch_size=2,
         num_generations=4, steps_per_generation=2, num_iterations=1, gradient_accumulation_steps=2,
         num_inference_steps=4, sde_window_size=2, eval_num_inference_steps=3, learning_rate=1e-3, logging_steps=1,
-        report_to="none", disable_tqdm=True, bf16=False, save_strategy="no",
+        report_to="none", picture_steps=0, disable_tqdm=True, bf16=False, save_strategy="no",
     )  # fmt: skip
     return DDPOTrainer(pipeline, brightness, DDPOConfig(**settings | options), rows, peft_config=peft_config)
 
@@ -173,7 +173,7 @@ def scans(scan_folder) -> VolumeDataset:
 def latent_trainer(pipeline, scans, folder, **options) -> LatentDiffusionTrainer:
     settings = dict(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, warmup_steps=0, copies=2, eval_samples=0,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, bf16=False,
+        logging_steps=1, save_strategy="no", report_to="none", picture_steps=0, disable_tqdm=True, bf16=False,
     )  # fmt: skip
     return LatentDiffusionTrainer(pipeline, LatentDiffusionConfig(**settings | options), scans, scans)
 
@@ -294,7 +294,7 @@ def test_the_script_goes_on_from_a_maisi_pipeline(tiny_vae, brains_folder, tmp_p
         "--volume_shape", 16, 16, 16, "--spacing", 12, 12, 12, "--class_names", *names, "--class_edges", 35, 60,
         "--init_from", tmp_path / "start", "--autoencoder", tmp_path / "start" / "vae",
         "--output_dir", tmp_path / "out", "--max_steps", 2, "--per_device_train_batch_size", 2, "--eval_samples", 0,
-        "--copies", 1, "--logging_steps", 1, "--ema_decay", 0, "--report_to", "none",
+        "--copies", 1, "--logging_steps", 1, "--ema_decay", 0, "--report_to", "none", "--picture_steps", 0,
     )  # fmt: skip
     trained = MedDiffusion3DPipeline.from_pretrained(tmp_path / "out")
     assert isinstance(trained.unet, DiffusionUNetMaisi3D) and trained.config.class_names == names
@@ -365,7 +365,7 @@ def test_the_fine_tuning_script_takes_the_conditions_from_a_file(tiny_maisi, tmp
     flags = ["--model_name_or_path", tmp_path / "start", "--reward_funcs", tmp_path / "reward"]
     flags += ["--per_device_train_batch_size", 6, "--steps_per_generation", 2, "--num_generations", 4, "--max_steps", 1]
     flags += ["--num_inference_steps", 4, "--sde_window_size", 2, "--eval_num_inference_steps", 2, "--bf16", "false"]
-    flags += ["--eval_volumes", 2, "--report_to", "none", "--output_dir", tmp_path / "out"]
+    flags += ["--eval_volumes", 2, "--report_to", "none", "--picture_steps", 0, "--output_dir", tmp_path / "out"]
     with pytest.raises(SystemExit, match="no column 'top_region'"):
         run_example(monkeypatch, "ppo_finetune.py", *flags)
     run_example(monkeypatch, "ppo_finetune.py", *flags, "--conditions", tmp_path / "table.json")

@@ -111,6 +111,7 @@ def trainer(pipeline, folder, rewards, **options):
     args = DDPOConfig(
         output_dir=str(folder), max_steps=1, per_device_train_batch_size=4, num_generations=4, steps_per_generation=1,
         num_inference_steps=3, report_to="none", disable_tqdm=True, bf16=False, save_strategy="no", **options,
+        picture_steps=0,
     )  # fmt: skip
     conditions = datasets.Dataset.from_dict({"class_label": ["young", "old"]})
     return DDPOTrainer(model=pipeline, reward_funcs=rewards, args=args, train_dataset=conditions)

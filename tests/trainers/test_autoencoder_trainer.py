@@ -47,6 +47,7 @@ def config(output_dir: Path, **changes) -> AutoencoderConfig:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "picture_steps": 0,
         "disable_tqdm": True,
         "bf16": False,
         **changes,
@@ -236,7 +237,7 @@ def test_training_lowers_the_reconstruction_error(tmp_path, scans):
     assert trainer.evaluate()["eval_psnr"] > before + 3
 
 
-def test_evaluation_reports_fidelity_and_detail_of_whole_round_trips_and_draws_them(tmp_path, scans):
+def test_evaluation_reports_fidelity_and_detail_of_whole_round_trips(tmp_path, scans):
     trainer = make(tmp_path, kl_model(), scans)
     sizes = []
     first = next(m for m in trainer.autoencoder.encoder.modules() if isinstance(m, torch.nn.Conv3d))
@@ -250,7 +251,6 @@ def test_evaluation_reports_fidelity_and_detail_of_whole_round_trips_and_draws_t
     psnr = [10 * np.log10(1 / ((x - y) ** 2).mean().item()) for x, y in zip(round_trip, volumes, strict=True)]
     assert results["eval_psnr"] == pytest.approx(np.mean(psnr), abs=1e-3)
     assert {"eval_psnr_foreground", "eval_high_frequency_ratio"} <= set(results)
-    assert (tmp_path / "figures" / "reconstructions.png").is_file()
     trainer.eval_dataset, validation = None, trainer.eval_dataset
     assert trainer.evaluate(validation)["eval_psnr"] == results["eval_psnr"]
     with pytest.raises(ValueError, match="evaluate needs an eval_dataset"):
@@ -352,3 +352,12 @@ def test_the_script_trains_two_steps_is_resumed_and_writes_a_loadable_autoencode
     assert not torch.equal(
         next(AutoencoderKL3D.from_pretrained(tmp_path / "out").parameters()), next(model.parameters())
     )
+
+
+def test_a_run_is_watched_by_the_round_trips_of_the_same_scans(tmp_path, scans):
+    trainer = make(tmp_path, kl_model(), scans, picture_steps=2, max_steps=2)
+    trainer.train()
+    frames = [path.name for path in sorted((tmp_path / "film").iterdir())]
+    assert frames == ["reconstructions-000000.png", "reconstructions-000002.png"]
+    axes = trainer.film_figures()["reconstructions"].axes
+    assert [a.get_ylabel() for a in axes if a.get_ylabel()] == ["scan", "round trip"]

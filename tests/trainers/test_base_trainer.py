@@ -273,6 +273,51 @@ def test_tensorboard_starts_on_a_diffusers_model_and_receives_figures(tmp_path):
     assert record.Tags()["images"] == ["curve"]
 
 
+class Watched(LineTrainer):
+    """Draws its weights, and random numbers of its own."""
+
+    def film_figures(self):
+        torch.randn(3, generator=torch.Generator().manual_seed(0))
+        values = weights(self).tolist()
+        return {"weights": viz.curves({"w": (list(range(len(values))), values)})}
+
+
+def test_a_run_is_watched_by_the_same_picture_every_few_steps_and_is_not_changed_by_it(tmp_path):
+    watched = make(tmp_path / "a", Watched, report_to="tensorboard", picture_steps=2, ema_decay=0.5)
+    watched.train()
+    frames = sorted((tmp_path / "a" / "film").iterdir())
+    assert [frame.name for frame in frames] == [f"weights-00000{step}.png" for step in (0, 2, 4)]
+    assert len({frame.read_bytes() for frame in frames}) == 3
+    (events,) = {path.parent for path in tmp_path.rglob("events.out.tfevents*")}
+    record = EventAccumulator(str(events), size_guidance={"images": 0})
+    record.Reload()
+    assert [image.step for image in record.Images("weights")] == [0, 2, 4]
+    unwatched = make(tmp_path / "b", Watched, picture_steps=0, ema_decay=0.5)
+    unwatched.train()
+    assert torch.equal(weights(watched), weights(unwatched)) and not (tmp_path / "b" / "film").exists()
+    with pytest.raises(ValueError, match="picture_steps must be at least 0"):
+        Med3DConfig(output_dir=str(tmp_path), picture_steps=-1)
+
+
+@pytest.mark.slow
+def test_weights_and_biases_gets_every_picture(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    make(tmp_path / "out", Watched, report_to="wandb", picture_steps=2).train()
+    wandb.finish()
+    sent = sorted(path.name for path in tmp_path.rglob("media/images/weights_*.png"))
+    assert len(sent) == 3, sent
+
+
+@pytest.mark.slow
+def test_trackio_gets_every_picture(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    make(tmp_path / "out", Watched, report_to="trackio", picture_steps=2).train()
+    assert len(list((tmp_path / "trackio").rglob("media/**/*.png"))) == 3
+
+
 # --- average of the weights ---
 
 
@@ -597,3 +642,14 @@ def test_two_processes_train_and_save_without_waiting_for_each_other_forever(tmp
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
     trained = torch.load(tmp_path / "run" / "weights.pt", weights_only=True)
     assert not torch.equal(trained, weights(make(tmp_path / "alone")))
+
+
+def test_a_checkpoint_of_another_network_is_refused_before_training_with_both_shapes(tmp_path):
+    make(tmp_path, save_strategy="steps", save_steps=4).train()
+    other = make(tmp_path, save_strategy="no")
+    other.model.add_module("wider", torch.nn.Linear(3, 5))
+    with pytest.raises(ValueError, match="checkpoint-4 is of another network: wider.bias has shape None there"):
+        other.checkpoint_to_resume("latest")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is no whole checkpoint: it has no file 'complete'"):
+        make(tmp_path).checkpoint_to_resume(str(tmp_path / "empty"))

@@ -35,6 +35,7 @@ trainer = DDPOTrainer(
         output_dir=str(out), max_steps=2, per_device_train_batch_size=3, steps_per_generation=batches,
         gradient_accumulation_steps=batches, num_generations=4, num_inference_steps=8, sde_window_size=2,
         eval_num_inference_steps=2, learning_rate=1e-3, ema_decay=0.5, report_to="none", disable_tqdm=True, bf16=False,
+        picture_steps=0,
         save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=2, gradient_checkpointing=lora,
     ),
     train_dataset=datasets.Dataset.from_dict({"class_label": [0, 1, 2]}),

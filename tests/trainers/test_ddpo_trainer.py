@@ -12,7 +12,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
+from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline, viz
 from diffusers_med3d.pipelines.lora import LORA_FILE
 from diffusers_med3d.rl import clipped_loss, group_advantages, log_prob, rollout, transition
 from diffusers_med3d.trainers import ddpo
@@ -47,6 +47,7 @@ def make_args(folder, **options):
         learning_rate=1e-3,
         ema_decay=0.5,
         report_to="none",
+        picture_steps=0,
         disable_tqdm=True,
         bf16=False,
         save_strategy="no",
@@ -726,3 +727,14 @@ def test_the_best_checkpoint_is_kept_only_where_evaluations_meet_checkpoints(tin
     trainer = make_trainer(tiny_pipeline, tmp_path, eval_steps=2, save_steps=2, **options)
     trainer.train()
     assert trainer.state.best_model_checkpoint.rpartition("-")[2] in ("2", "4")
+
+
+def test_a_run_is_watched_by_samples_of_the_same_noise(tiny_pipeline, tmp_path):
+    trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=2, picture_steps=2)
+    state = torch.get_rng_state()
+    first, again = (viz.png_bytes(trainer.film_figures()["samples"]) for _ in range(2))
+    assert first == again and torch.equal(torch.get_rng_state(), state)
+    trainer.train()
+    frames = sorted((tmp_path / "film").iterdir())
+    assert [path.name for path in frames] == ["samples-000000.png", "samples-000002.png"]
+    assert frames[0].read_bytes() != frames[1].read_bytes()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import CLASS_NAMES, SPACING, SPLIT, VOLUME_SHAPE, run_example
-from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline
+from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline, viz
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.latents import LatentDataset
 from diffusers_med3d.data.transforms import flip_and_shift
@@ -42,6 +42,7 @@ def config(output_dir: Path, **changes) -> LatentDiffusionConfig:
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "picture_steps": 0,
         "disable_tqdm": True,
         "bf16": False,
         **changes,
@@ -585,3 +586,13 @@ def test_training_stops_where_the_validation_loss_no_longer_falls(placed_pipelin
     trainer.train()
     assert trainer.state.global_step == 6  # two evaluations after 1.9 without a lower one
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+
+
+def test_a_run_is_watched_by_samples_of_the_same_noise(tiny_pipeline, scans, tmp_path):
+    trainer = make(tmp_path, tiny_pipeline, scans, picture_steps=3, eval_inference_steps=2)
+    state = torch.get_rng_state()
+    first, again = (viz.png_bytes(trainer.film_figures()["samples"]) for _ in range(2))
+    assert first == again and torch.equal(torch.get_rng_state(), state)
+    trainer.train()
+    frames = [path.name for path in sorted((tmp_path / "film").iterdir())]
+    assert frames == ["samples-000000.png", "samples-000003.png"]

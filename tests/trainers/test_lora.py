@@ -283,6 +283,7 @@ def make_trainer(pipeline: MedDiffusion3DPipeline, folder: Path, peft_config: Lo
     args = DDPOConfig(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=6, num_generations=4, steps_per_generation=2,
         num_inference_steps=4, learning_rate=1e-2, ema_decay=0.5, report_to="none", disable_tqdm=True, bf16=False,
+        picture_steps=0,
         save_strategy="no",
     )  # fmt: skip
     conditions = datasets.Dataset.from_dict({"class_label": [0, 1, 2]})

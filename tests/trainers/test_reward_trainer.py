@@ -91,6 +91,7 @@ def config(output_dir, **changes) -> RewardModelConfig:
         "eval_strategy": "no",
         "disable_tqdm": True,
         "report_to": "none",
+        "picture_steps": 0,
     }
     return RewardModelConfig(**(arguments | changes))
 
@@ -599,3 +600,17 @@ def test_volumes_too_small_for_the_network_are_refused_before_the_spectrum_is_ma
     with pytest.raises(SystemExit, match="every side must have at least 64 voxels"):
         run_example(monkeypatch, "train_reward.py", *arguments)
     assert not (tmp_path / "spectrum").exists()
+
+
+def test_a_run_is_watched_by_the_scores_of_one_scans_versions(tmp_path):
+    args = config(tmp_path / "out", max_steps=2, picture_steps=2, eval_strategy="no", save_strategy="no")
+    trainer = RewardModelTrainer(
+        tiny_model(), args, toy_spectrum(tmp_path / "train", 6), toy_spectrum(tmp_path / "val", 2, 50)
+    )
+    trainer.train()
+    frames = [path.name for path in sorted((tmp_path / "out" / "film").iterdir())]
+    assert frames == ["spectrum_of_one_scan-000000.png", "spectrum_of_one_scan-000002.png"]
+    scores = trainer.film_figures()["spectrum_of_one_scan"].axes[-1].lines[0].get_ydata()
+    with torch.no_grad():
+        expected = trainer.reward_model(trainer.eval_dataset[0]["real"][None]).item()
+    assert scores[0] == pytest.approx(expected, abs=1e-4)

@@ -65,16 +65,11 @@ def test_the_axes_are_the_millimetres_of_the_affine(axes):
         assert (low, high) == pytest.approx({"x": (-32, 32), "y": (-40, 40)}[across])
         assert (bottom, top) == pytest.approx({"y": (-40, 40), "z": (-48, 48)}[up])
         assert drawn.get_xlim() == pytest.approx((high, low))  # the patient's right, or front, is on the left
-        place_mm = [
-            drawn_at(drawn, image)[0] * (low - high) + high,
-            drawn_at(drawn, image)[1] * (top - bottom) + bottom,
-        ]
-        assert place_mm == pytest.approx([BLOCK_MM[across], BLOCK_MM[up]], abs=0.01)
-    assert [drawn.get_title() for drawn in figure.axes] == [
-        "axial, z = 42 mm",
-        "coronal, y = 34 mm",
-        "sagittal, x = 21 mm",
-    ]
+        right, above = drawn_at(drawn, image)
+        found = [high - right * (high - low), bottom + above * (top - bottom)]
+        assert found == pytest.approx([BLOCK_MM[across], BLOCK_MM[up]], abs=0.01)
+    titles = [drawn.get_title() for drawn in figure.axes]
+    assert titles == ["axial, z = 42 mm", "coronal, y = 34 mm", "sagittal, x = 21 mm"]
     assert [drawn.get_xlabel() for drawn in figure.axes] == ["x (mm), R is +", "x (mm), R is +", "y (mm), A is +"]
 
 

@@ -1,7 +1,7 @@
 """How a data set becomes volumes and classes: said once, kept with the data, stored in every model, compared later."""
 
-import json
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from diffusers import ConfigMixin, DiffusionPipeline
 
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 from .tables import METADATA_NAMES, list_files, read_table
 
 DATASET_FILE = "dataset.json"
@@ -59,6 +59,17 @@ class DataSettings:
     class_edges: list[float] | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (
+            *((name, numbers.Real) for name in ("volume_shape", "spacing", "class_edges")),
+            *((name, object) for name in ("channel_names", "class_names")),
+        ):
+            values = getattr(self, name)
+            if values is not None and (
+                not isinstance(values, list | tuple) or not all(isinstance(value, kind) for value in values)
+            ):
+                raise ValueError(
+                    f"{name} must be a list{' of numbers' if kind is numbers.Real else ''}, got {values!r}."
+                )
         for name in ("volume_shape", "spacing"):
             values = getattr(self, name)
             if values is not None and (
@@ -123,11 +134,7 @@ def read_settings(folder: str | Path) -> DataSettings:
     path = Path(folder) / DATASET_FILE
     if not path.is_file():
         return DataSettings()
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    return DataSettings.from_dict(values, str(path))
+    return DataSettings.from_dict(read_json(path), str(path))
 
 
 def write_settings(settings: DataSettings, folder: str | Path) -> Path:

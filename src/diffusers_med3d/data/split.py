@@ -1,13 +1,12 @@
 """The split by subject: made once, written to a file, read by every stage."""
 
-import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 from ..utils.wording import few
 from .settings import DataSettings
 
@@ -118,11 +117,14 @@ def save_split(split: Mapping, path: str | Path, settings: DataSettings | None =
 
 def read_split_settings(path: str | Path) -> DataSettings:
     """Settings that ``save_split`` wrote into a split; nothing is said by one without."""
-    try:
-        split = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    return DataSettings.from_dict(split.get(SETTINGS, {}), str(path))
+    return _settings_in(read_json(path), path)
+
+
+def _settings_in(split: dict[str, Any], path: str | Path) -> DataSettings:
+    found = split.get(SETTINGS, {})
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: {SETTINGS} must be a JSON object, got {found!r:.60}.")
+    return DataSettings.from_dict(found, str(path))
 
 
 def load_split(path: str | Path) -> dict:
@@ -134,14 +136,18 @@ def load_split(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no split file {path}; make one with examples/make_split.py.")
-    split = json.loads(path.read_text())
+    split = read_json(path)
     split.pop(SETTINGS, None)
+    if not isinstance(split.get("folds", {}), dict):
+        raise ValueError(f"{path}: folds must be a JSON object, got {split['folds']!r:.60}.")
     missing = [part for part in (*PARTS, "folds") if part not in split]
     missing = missing or [f"folds/{fold}" for fold in "ab" if fold not in split["folds"]]
     if missing:
         raise ValueError(f"{path} has no {missing}; expected train, validation, test and folds.")
     for parts, names in ((split, PARTS), (split["folds"], "ab")):
         for name in names:
+            if not isinstance(parts[name], list):
+                raise ValueError(f"{path}: {name} must be a list of subjects, got {parts[name]!r:.60}.")
             parts[name] = [str(subject) for subject in parts[name]]
     groups = [set(split[part]) for part in PARTS]
     for i, first in enumerate(groups):

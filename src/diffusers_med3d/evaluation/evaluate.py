@@ -167,6 +167,18 @@ def _spectrum_figures(sets: Sets, bins: int) -> tuple[Figure, dict[str, dict[str
     return sets.figure("power spectrum, mean distance in dB", "lower", FLOOR, distance), spectra
 
 
+def _seen_scans(reference: VolumeSet, train: VolumeSet) -> list[str]:
+    """Sentences about reference scans that are training scans under another name."""
+    found = find_duplicates([*reference.volumes, *train.volumes], progress=False)
+    return [
+        f"The reference scan of {reference.subjects[pair.first]} is the training scan of "
+        f"{train.subjects[pair.second - len(reference)]} under another name (detail correlation {pair.score:.3f}): the "
+        "models have seen it, so it cannot judge them. Leave one of the two out and make the split anew."
+        for pair in found
+        if pair.first < len(reference) <= pair.second
+    ]
+
+
 def evaluate(
     models: Mapping[str, VolumeSet],
     reference: VolumeSet,
@@ -206,6 +218,7 @@ def evaluate(
         ValueError: sets that cannot be compared (other shapes, another class mix, subjects in reference and training).
     """
     sets = Sets(models, reference, train, num_resamples, seed)
+    sets.notes += _seen_scans(reference, train)
     figures: list[Figure] = []
     per_volume: dict[str, dict[str, list[float]]] = {}
     with tqdm(total=len(extractors) + 3 + (segmenter is not None), desc="measuring", unit="step") as progress:
@@ -264,16 +277,19 @@ def evaluate(
             f"A volume is flagged as a copy when its nearest over second nearest is under {threshold:.3f}, the 5 % "
             "quantile of the training scans among themselves: unseen scans are flagged at about that rate."
         )
-        for pair in doubles:
-            first, second = train.subjects[pair.first], train.subjects[pair.second]
-            if first != second:
-                sets.notes.append(
-                    f"Training scans of {first} and {second} are the same scan; both names count as one person when "
-                    "copies are sought."
-                )
+        pairs = [(train.subjects[pair.first], train.subjects[pair.second]) for pair in doubles]
         progress.update()
     if sets.derived:
         sets.notes.append(
             f"Made from the reference scans, so without Fréchet and nearest-neighbour measures: {sorted(sets.derived)}."
         )
-    return Report(figures, sets.counts, sets.notes, per_volume, spectra, sets.models)
+    return Report(
+        figures,
+        sets.counts,
+        sets.notes,
+        per_volume,
+        spectra,
+        sets.models,
+        {name: own.scan.tolist() for name, own in nearest.items()},
+        [pair for pair in pairs if pair[0] != pair[1]],
+    )

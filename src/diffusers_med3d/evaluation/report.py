@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure as MatplotlibFigure
 from numpy.typing import NDArray
 
 from .. import viz
@@ -69,7 +70,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found; all intervals are 95 % bootstrap intervals over subjects and samples."""
+    """What `evaluate` found; all intervals are 95 % bootstrap intervals over subjects and samples.
+
+    Args:
+        figures: one per measure.
+        counts: set -> numbers of volumes, subjects and classes.
+        notes: what a reader must know; they name no subject.
+        per_volume: measure -> set -> one value per volume.
+        spectra: set -> power spectrum with its interval.
+        models: names of the models, the baseline first.
+        nearest: set -> index of the nearest training scan of each volume.
+        doubles: pairs of subjects whose training scans are the same scan; both count as one person when copies are
+            sought.
+    """
 
     figures: list[Figure]
     counts: dict[str, dict]
@@ -77,6 +90,8 @@ class Report:
     per_volume: dict[str, dict[str, list[float]]]
     spectra: dict[str, dict[str, list[float]]]
     models: list[str]
+    nearest: dict[str, list[int]] = field(default_factory=dict)
+    doubles: list[tuple[str, str]] = field(default_factory=list)
 
     def figure(self, name: str, extractor: str = "") -> Figure:
         """The first figure whose name begins with `name`, of an extractor whose name contains `extractor`.
@@ -90,7 +105,11 @@ class Report:
         raise KeyError(f"no figure {name!r} ({extractor!r}); there are {[figure.name for figure in self.figures]}.")
 
     def table(self) -> str:
-        """Markdown: a row per figure; columns for scans, models, their excess over the baseline, and differences."""
+        """`rows` as a Markdown table."""
+        return markdown_table(*self.rows())
+
+    def rows(self) -> tuple[list[str], list[list[str]]]:
+        """Header and a row per figure: scans, models, their excess over the baseline, and differences."""
         pairs = [f"{name} - {self.models[0]}" for name in self.models[1:]]
         header = ["figure", "extractor", "aim", REFERENCE, FLOOR, *self.models]
         header += [f"{name}: excess" for name in self.models] + pairs
@@ -101,7 +120,7 @@ class Report:
             row += [f"{figure.excess[name]}" if name in figure.excess else "" for name in self.models]
             row += [f"{figure.differences[name]}" if name in figure.differences else "" for name in pairs]
             rows.append(row)
-        return markdown_table(header, rows)
+        return header, rows
 
     def to_dict(self) -> dict:
         """Everything but the resamples, ready for JSON: what is not finite is None."""
@@ -110,6 +129,7 @@ class Report:
                 "models": self.models,
                 "counts": self.counts,
                 "notes": self.notes,
+                "doubles": self.doubles,
                 "figures": [
                     {key: entry for key, entry in vars(figure).items() if key != "draws"} for figure in self.figures
                 ],
@@ -120,6 +140,44 @@ class Report:
 
 
 VIEWS_PER_SET = 4
+
+
+def report_figures(
+    report: Report, sets: Mapping[str, VolumeSet], spacing: Sequence[float]
+) -> dict[str, MatplotlibFigure]:
+    """The pictures of a report: "views", "distances", "spectra" and "nearest".
+
+    Args:
+        report: from `evaluate`.
+        sets: {"reference": ..., model: ...}, of which volumes are drawn.
+        spacing: voxel size in mm.
+    """
+    return {
+        "views": viz.volume_rows(
+            {set_name: one.volumes[_spread(one.labels, VIEWS_PER_SET)] for set_name, one in sets.items()},
+            spacing=spacing,
+        ),
+        "distances": viz.intervals(
+            {
+                f"{figure.name}\n{figure.extractor.split(',')[0].split('/')[0]}, excess": {
+                    model: (own.value, own.low, own.high) for model, own in figure.excess.items()
+                }
+                for figure in report.figures
+                if figure.name.startswith("KID") and figure.excess
+            }
+        ),
+        "spectra": viz.bands(
+            {
+                set_name: (own["frequency"], own["decibel"], own["low"], own["high"])
+                for set_name, own in report.spectra.items()
+            },
+            xlabel="cycles per voxel",
+            ylabel="power inside the anatomy, dB",
+        ),
+        "nearest": viz.histogram(
+            report.per_volume["nearest over second nearest"], "distance to the nearest training scan / second nearest"
+        ),
+    }
 
 
 def write_report(
@@ -144,32 +202,7 @@ def write_report(
         the Markdown.
     """
     folder = Path(folder)
-    pictures = {
-        "views": viz.volume_rows(
-            {set_name: one.volumes[_spread(one.labels, VIEWS_PER_SET)] for set_name, one in sets.items()},
-            spacing=spacing,
-        ),
-        "distances": viz.intervals(
-            {
-                f"{figure.name}\n{figure.extractor.split(',')[0]}, excess": {
-                    model: (own.value, own.low, own.high) for model, own in figure.excess.items()
-                }
-                for figure in report.figures
-                if figure.name.startswith("KID") and figure.excess
-            }
-        ),
-        "spectra": viz.bands(
-            {
-                set_name: (own["frequency"], own["decibel"], own["low"], own["high"])
-                for set_name, own in report.spectra.items()
-            },
-            xlabel="cycles per voxel",
-            ylabel="power inside the anatomy, dB",
-        ),
-        "nearest": viz.histogram(
-            report.per_volume["nearest over second nearest"], "distance to the nearest training scan / second nearest"
-        ),
-    }
+    pictures = report_figures(report, sets, spacing)
     for kind, picture in pictures.items():
         viz.save(picture, folder / f"report-{kind}.png")
     counted = [
@@ -185,6 +218,11 @@ def write_report(
             report.table(),
             "\n" + "\n".join(counted),
             "".join(f"\n- {note}" for note in report.notes),
+            "".join(
+                f"\n- Training scans of {first} and {second} are the same scan; both names count as one person when "
+                "copies are sought."
+                for first, second in report.doubles
+            ),
             "\nSettings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + "\n",
             *(f"![{kind}](report-{kind}.png)" for kind in pictures),
             "",

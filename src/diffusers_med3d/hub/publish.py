@@ -9,14 +9,16 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from glob import escape
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import CommitInfo, HfApi
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from ..utils.files import read_json
 from ..utils.wrappers import without_prefixes
 from . import cards
 from .origin import inherited_license, source_folder, without_local_path
@@ -157,6 +159,19 @@ def _same_weights(first: Path, second: Path) -> bool:
     return True
 
 
+def _check_shards(source: str) -> None:
+    """Refuse (ValueError) an index of weights in several files that names one outside of its folder."""
+    if not os.path.isdir(source):
+        return
+    for path in Path(source).glob("**/*.index*.json"):
+        names = read_json(path).get("weight_map")
+        outside = (
+            [name for name in names.values() if Path(str(name)).name != name] if isinstance(names, dict) else [names]
+        )
+        if outside:
+            raise ValueError(f"{path} names weights that are no files beside it: {outside[0]!r}.")
+
+
 def _weight_files(folder: str) -> list[Path]:
     """The one file of a model's weights or the index of several, where they are in a folder."""
     return [path for name in (WEIGHTS, f"{WEIGHTS}.index.json") if (path := Path(folder, name)).is_file()]
@@ -189,8 +204,15 @@ class PublishMixin(_DiffusersModel):
         """
         source = resolve(pretrained_model_name_or_path)
         check_class(cls, source, kwargs)
+        _check_shards(source)
+        kwargs.setdefault("use_safetensors", True)  # never a pickle
         try:
             return cls._whole(source, kwargs)
+        except (RuntimeError, AttributeError, KeyError, IndexError, SafetensorError, JSONDecodeError) as error:
+            said = " ".join(str(error).split())
+            raise ValueError(
+                f"{source} cannot be loaded as {cls.__name__} ({type(error).__name__}: {said:.300})."
+            ) from error
         except OSError as error:
             if os.path.exists(source) or not (hint := did_you_mean(source)):
                 raise
@@ -214,7 +236,7 @@ class PublishMixin(_DiffusersModel):
             return model
         if set(without_prefixes(dict.fromkeys(unexpected))) == set(model.state_dict()) and os.path.isdir(source):
             folder = Path(source, options.get("subfolder") or "")
-            state = {}
+            state: dict[str, Any] = {}
             for path in folder.glob("diffusion_pytorch_model*.safetensors"):
                 state |= load_file(path)
             plain = {key: tensor.to(model.dtype) for key, tensor in without_prefixes(state).items()}

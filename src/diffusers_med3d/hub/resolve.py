@@ -1,6 +1,5 @@
 """Bundled checkpoints by name, and which class saved a folder or repository."""
 
-import json
 import os
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 from diffusers.configuration_utils import ConfigMixin
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from ..utils.files import read_json
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
@@ -97,4 +98,4 @@ def _read_json(source: str, name: str, options: dict[str, Any]) -> dict[str, Any
             path = Path(hf_hub_download(source, name, subfolder=subfolder or None, **hub))
         except (HfHubHTTPError, HFValidationError, OSError):
             return None
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None

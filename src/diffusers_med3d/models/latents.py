@@ -44,6 +44,9 @@ class NormalizedLatentsMixin(PublishMixin, QuietCastMixin, CheckpointedBlocksMix
         return x // self.downsample_factor, y // self.downsample_factor, z // self.downsample_factor
 
     def _add_atlas(self, shape: Iterable[int] | None) -> None:
+        for name in ("latents_mean", "latents_std"):
+            if self.config[name] is not None and len(self.config[name]) != self.latent_channels:
+                raise ValueError(f"{name} must be {self.latent_channels} numbers, got {self.config[name]}.")
         self.register_buffer("latents_atlas", None if shape is None else torch.zeros(self.latent_channels, *shape))
 
     def set_latent_statistics(self, mean: torch.Tensor, std: torch.Tensor, atlas: torch.Tensor | None = None) -> None:

@@ -14,6 +14,8 @@ from monai.networks.nets.autoencoderkl import AEKLResBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .convolution import convolve
+
 
 class Source(Protocol):
     """A tensor (B, C, X, Y, Z) that may be computed only where it is read; `length` is X."""
@@ -93,7 +95,7 @@ def _convolve(conv: nn.Conv3d, x: Tensor, at_start: bool, at_stop: bool) -> Tens
     the volume, where zeros stand for it."""
     if at_start or at_stop:
         x = F.pad(x, (0, 0, 0, 0, int(at_start), int(at_stop)))
-    return F.conv3d(x, conv.weight, conv.bias, padding=(0, 1, 1))
+    return convolve(x, conv.weight, conv.bias, (0, 1, 1))
 
 
 def _filled(conv: nn.Conv3d, source: Source, parts: int) -> Tensor:
@@ -146,7 +148,11 @@ def _residual(block: AEKLResBlock, source: Source, parts: int) -> Tensor:
             slab = torch.cat([plane, slab], dim=2)
         plane = hidden[:, :, stop - 1 : stop].clone()
         made = _convolve(block.conv2.conv, F.silu(slab * scale + shift, inplace=True), start == 0, at_stop)
-        hidden[:, :, start:stop] = made.add_(block.nin_shortcut(source.read(start, stop)))
+        before = source.read(start, stop)
+        if isinstance(block.nin_shortcut, Convolution):
+            shortcut = block.nin_shortcut.conv
+            before = convolve(before, shortcut.weight, shortcut.bias)
+        hidden[:, :, start:stop] = made.add_(before)
     return hidden
 
 

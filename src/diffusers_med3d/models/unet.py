@@ -17,6 +17,7 @@ from ..hub.publish import PublishMixin
 from ..schedulers.flow import FLOW_TIMESTEPS, preconditioning
 from .casting import QuietCastMixin
 from .checkpointing import CheckpointedBlocksMixin
+from .convolution import quicken_small_convolutions
 from .sizes import check_divisible
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv3d)
@@ -125,6 +126,7 @@ class DiffusionUNet3D(
         self.register_buffer("data_variance", None)
         if precondition and position_shape is not None:
             self.register_buffer("data_variance", torch.ones(1, in_channels, *position_shape))
+        quicken_small_convolutions(self)
 
     def set_data_variance(self, variance: torch.Tensor) -> None:
         """Take the variance of training latents per channel and place, (in_channels, *position_shape)."""

@@ -19,6 +19,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from monai.data import MetaTensor
 
+from .. import viz
 from ..hub.origin import forget_local_path
 from ..hub.publish import PublishMixin
 from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
@@ -129,6 +130,22 @@ class MedDiffusion3DPipelineOutput(BaseOutput):
                 nibabel.save(image, Path(temporary) / path.name)
                 os.replace(Path(temporary) / path.name, path)
         return paths
+
+    def show(self, viewer: str = "auto", channel: int = 0) -> Any:
+        """What a notebook displays of the volumes, with their true affine: see `viz.show`.
+
+        Args:
+            viewer: "niivue" turns them in the browser (extra ``notebook``); "static" is a matplotlib figure; "auto" is
+                NiiVue where it is installed, else the figure.
+            channel: which one is drawn.
+
+        Raises:
+            ValueError: the output holds latents; no such viewer.
+            ImportError: NiiVue was asked for and is not installed.
+        """
+        if self.affine is None:
+            raise ValueError('latents cannot be shown; call the pipeline with output_type="pt" or "np".')
+        return viz.show(self.volumes, self.affine, viewer, channel=channel)
 
 
 def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | dict[str, int] | None:
@@ -394,7 +411,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         """Refuse, with a ValueError, a scheduler that this pipeline's network cannot belong to."""
         check_fits(self.scheduler, self._predicts_flow)
 
-    def decode_latents(self, latents: torch.Tensor, chunk_size: int = 4) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, chunk_size: int = 1) -> torch.Tensor:
         """Normalised latents (B, c, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1], ``chunk_size`` at a time."""
         return torch.cat([self.vae.decode_latents(chunk) for chunk in latents.split(chunk_size)])
 

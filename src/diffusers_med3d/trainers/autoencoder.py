@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
@@ -117,6 +118,9 @@ class CropDataset(TorchDataset):
             volume = volume.flip(1)
         return volume
 
+
+FILMED = 4
+"""Scans of the pictures by which a run is watched."""
 
 DISCRIMINATOR_SIDE = 12
 """Voxels that a side must have for the discriminator's four convolutions to leave one patch."""
@@ -284,9 +288,19 @@ class AutoencoderTrainer(Med3DTrainer):
         results = {f"{metric_key_prefix}_{name}": value.mean().item() for name, value in values.items()}
         if isinstance(self.autoencoder, VQModel3D):
             results[f"{metric_key_prefix}_codes_used"] = self.codes_used(volumes)
-        picture = {"scan": volumes[:4], "round trip": reconstructions[:4]}
-        self.log_figure("reconstructions", viz.volume_rows(picture, spacing=dataset[0]["volume"].pixdim.tolist()))
         return self.conclude_evaluation(results)
+
+    def film_figures(self) -> dict[str, Figure]:
+        """The first validation scans, or else training scans, and their round trips."""
+        dataset = self.train_volumes if self.eval_dataset is None else self.eval_dataset
+        scans = torch.stack([dataset[i]["volume"].as_tensor() for i in range(min(FILMED, len(dataset)))])
+        made = torch.cat([self.reconstruct(scan.to(self.args.device)).cpu() for scan in scans.split(1)])
+        spacing = dataset[0]["volume"].pixdim.tolist()
+        return {
+            "reconstructions": viz.volume_rows(
+                {"scan": scans, "round trip": made}, spacing=spacing, title=self.film_title
+            )
+        }
 
     def reconstruct(self, volumes: Tensor) -> Tensor:
         """Round trip through the posterior mean (VQ: the quantised code), clamped to [0, 1]."""

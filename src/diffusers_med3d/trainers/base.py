@@ -7,6 +7,8 @@ reads instead of a pickle of the training arguments.
 """
 
 import dataclasses
+import importlib
+import json
 import math
 import os
 import shutil
@@ -28,11 +30,12 @@ from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from huggingface_hub import CommitInfo
 from matplotlib.figure import Figure
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import default_logdir
 from transformers.trainer_callback import TrainerControl, TrainerState
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
@@ -107,7 +110,17 @@ class Med3DConfig(_BaseConfig):
         default=False, metadata={"help": "Recompute activations in the backward pass, block by block, to save memory."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay false: batches are our own."})
-    report_to: str = field(default="tensorboard", metadata={"help": "Where logs go: tensorboard, wandb, none, ..."})
+    report_to: str = field(
+        default="tensorboard",
+        metadata={"help": "Where logs and pictures go: tensorboard, wandb, trackio, none. Others get the logs alone."},
+    )
+    picture_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Optimizer steps between two pictures of the same samples or scans, by which a run can be watched "
+            "like a film: they go to report_to and, one file each, to output_dir/film. 0 makes none."
+        },
+    )
     save_total_limit: int | None = field(
         default=2, metadata={"help": "Checkpoints that are kept; the oldest are deleted. At least 2."}
     )
@@ -166,6 +179,8 @@ class Med3DConfig(_BaseConfig):
             raise ValueError("remove_unused_columns must be False: batches are our own, no columns of a dataset.")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.picture_steps < 0:
+            raise ValueError(f"picture_steps must be at least 0, got {self.picture_steps}.")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, got {self.max_minutes}.")
         if self.max_skipped_steps < 0:
@@ -238,12 +253,32 @@ class _SeedCallback(TrainerCallback):
             set_seed(args.seed, device_specific=True)
 
 
-class _TensorBoardCallback(TensorBoardCallback):
-    """diffusers configs have no ``to_json_string``: the writer is started without the model."""
+class _PictureCallback(TrainerCallback):
+    """Has pictures made at the start of training and every ``picture_steps`` optimizer steps."""
+
+    def __init__(self, trainer: "Med3DTrainer") -> None:
+        self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        kwargs.pop("model", None)
-        super().on_train_begin(args, state, control, **kwargs)
+        if state.global_step == 0:
+            self.trainer.log_film()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step % args.picture_steps == 0:
+            self.trainer.log_film()
+
+
+class _TensorBoardCallback(TensorBoardCallback):
+    """Writes of the arguments what a model card lists, no paths and no secrets, and nothing of the model."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.logging_dir is None:
+            self.logging_dir = os.path.join(args.output_dir, default_logdir())
+        if self.tb_writer is None:
+            self._init_summary_writer(args)
+        self.tb_writer.add_text("args", json.dumps(card_arguments(args), indent=1, default=str))
 
 
 class Med3DTrainer(_BaseTrainer):
@@ -295,6 +330,8 @@ class Med3DTrainer(_BaseTrainer):
             self.add_callback(_TensorBoardCallback())
         self.add_callback(_SeedCallback())
         self.add_callback(_SignalCallback(self))
+        if args.picture_steps > 0:
+            self.add_callback(_PictureCallback(self))
         if args.max_minutes is not None:
             self.add_callback(_TimeLimitCallback(self))
         self._parts: dict[str, list[Tensor]] = {}
@@ -465,14 +502,50 @@ class Med3DTrainer(_BaseTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, results)
         return results
 
+    def film_figures(self) -> dict[str, Figure]:
+        """Name -> picture of what the model does now with the same noise or the same scans every time.
+
+        Called in all processes with the averaged weights, without gradients. It draws no random numbers but from
+        generators of its own, so that a run with pictures repeats one without them. Subclasses override it.
+        """
+        return {}
+
+    @property
+    def film_title(self) -> str:
+        """What stands over a picture of the film."""
+        return f"step {self.state.global_step}"
+
+    @torch.no_grad()
+    def log_film(self) -> None:
+        """Log ``film_figures`` and keep each as ``output_dir/film/<name>-<step>.png``, for `write_film`."""
+        self.model.eval()
+        with self.ema_weights(), self.accelerator.autocast():
+            drawn = self.film_figures()
+        for name, figure in drawn.items():
+            if self.is_world_process_zero():
+                frame = f"{name}-{self.state.global_step:06d}.png"
+                viz.save(figure, Path(self.args.output_dir) / "film" / frame)
+            self.log_figure(name, figure)
+
     def log_figure(self, name: str, figure: Figure) -> None:
-        """Write a picture to ``output_dir/figures/<name>.png`` and to TensorBoard, on the main process."""
+        """Write a picture to ``output_dir/figures/<name>.png`` and log it at the current step, on the main process.
+
+        TensorBoard, Weights & Biases and trackio keep every step of a name, so that it can be looked through. They get
+        pictures while their run is open: from the start of training.
+        """
         if not self.is_world_process_zero():
             return
-        viz.save(figure, Path(self.args.output_dir) / "figures" / f"{name}.png")
+        path = viz.save(figure, Path(self.args.output_dir) / "figures" / f"{name}.png")
+        step = self.state.global_step
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, _TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_figure(name, figure, self.state.global_step)
+                callback.tb_writer.add_figure(name, figure, step)
+                callback.tb_writer.flush()
+            elif isinstance(callback, WandbCallback | TrackioCallback):
+                tracker = importlib.import_module("wandb" if isinstance(callback, WandbCallback) else "trackio")
+                run = tracker.run if isinstance(callback, WandbCallback) else tracker.context_vars.current_run.get()
+                if run is not None:
+                    tracker.log({name: tracker.Image(str(path)), "train/global_step": step})
 
     # Saving and resuming. Raw weights go into checkpoints, components into output_dir.
 
@@ -484,6 +557,7 @@ class Med3DTrainer(_BaseTrainer):
         if folder.resolve() == Path(self.args.output_dir).resolve():
             with self.ema_weights():
                 self.save_pretrained(folder)
+            self.state.save_to_json(str(folder / "trainer_state.json"))  # the log, for `evaluate.py --report`
             self.create_model_card()
             return
         state_dict = self.model.state_dict() if state_dict is None else state_dict
@@ -536,6 +610,39 @@ class Med3DTrainer(_BaseTrainer):
             for i, tensor in enumerate(self.ema.shadow_params):
                 tensor.copy_(shadow[str(i)])
 
+    def checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The folder of the checkpoint that ``train`` would go on from, None for a fresh start.
+
+        Args:
+            resume_from_checkpoint: as ``train`` takes it.
+
+        Raises:
+            ValueError: True, and there is no whole checkpoint; a folder that is none, or one of another network.
+        """
+        if resume_from_checkpoint in ("latest", True):
+            found = last_checkpoint(self.args.output_dir)
+            if found is None and resume_from_checkpoint is True:
+                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
+            resume_from_checkpoint = found
+        if not isinstance(resume_from_checkpoint, str):
+            return None
+        reason = damage(resume_from_checkpoint)
+        if reason is not None:
+            raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: {reason}.")
+        weights = Path(resume_from_checkpoint) / "model.safetensors"
+        if weights.is_file():
+            with safe_open(weights, "pt") as file:
+                there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            here = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+            for name in sorted(there.keys() | here.keys()):
+                if there.get(name) != here.get(name):
+                    raise ValueError(
+                        f"{resume_from_checkpoint} is of another network: {name} has shape {there.get(name)} there and "
+                        f"{here.get(name)} here. Give the flags of the network that it was begun with, or another "
+                        "--output_dir."
+                    )
+        return resume_from_checkpoint
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As ``transformers.Trainer.train``; a finished run that is resumed only loads what it ended with.
 
@@ -545,18 +652,11 @@ class Med3DTrainer(_BaseTrainer):
             kwargs: as in transformers.
 
         Raises:
-            ValueError: True, and there is no whole checkpoint.
+            ValueError: see ``checkpoint_to_resume``.
         """
         use_all_cores()
-        if resume_from_checkpoint in ("latest", True):
-            found = last_checkpoint(self.args.output_dir)
-            if found is None and resume_from_checkpoint is True:
-                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
-            resume_from_checkpoint = found
-        if isinstance(resume_from_checkpoint, str):
-            reason = damage(resume_from_checkpoint)
-            if reason is not None:
-                raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: {reason}.")
+        resume_from_checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
             if 0 < self.args.max_steps <= state.global_step:
                 self.state = state

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import datasets
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from matplotlib.figure import Figure
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -36,7 +37,15 @@ from .. import viz
 from ..data import check_same_settings, settings_of
 from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
-from ..pipelines.conditions import LABEL_COLUMN, Conditions, as_conditions, call_arguments, encode_rows
+from ..models import VQModel3D
+from ..pipelines.conditions import (
+    LABEL_COLUMN,
+    Conditions,
+    as_conditions,
+    call_arguments,
+    encode_rows,
+    names_by_index,
+)
 from ..pipelines.lora import lora_layers, write_lora
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline, guided_prediction
 from ..rewards.learned import SliceReward, VolumeReward
@@ -66,6 +75,7 @@ from .lora import add_lora, check_no_lora, enable_lora, merged
 
 INITIAL, SHARED_INITIAL, STEP, EVALUATION = range(4)  # what a random stream is for; part of its seed
 REFERENCE_FILE = "reference.safetensors"
+FILMED = 4  # conditions of the pictures by which a run is watched
 DIVERSITY_OF = 8  # volumes; the number of pairs grows with its square
 PIPELINE_CONFIG = (
     "volume_shape", "spacing", "orientation", "class_names", "channel_names", "intensity", "data_settings",
@@ -163,12 +173,12 @@ class DDPOTrainer(Med3DTrainer):
                 check_same_settings(settings_of(pipeline), known, ("the generator", f"the reward {name}"))
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"Found {len(args.reward_weights)} reward_weights for rewards {self.reward_names}.")
-        train_dataset = as_conditions(train_dataset, "train_dataset")
-        eval_dataset = None if eval_dataset is None else as_conditions(eval_dataset, "eval_dataset")
+        tables = [as_conditions(train_dataset, "train_dataset")]
+        if eval_dataset is not None:
+            tables.append(as_conditions(eval_dataset, "eval_dataset"))
+        train_dataset, eval_dataset = tables[0], tables[1] if eval_dataset is not None else None
 
-        for rows in (train_dataset, eval_dataset):
-            if rows is None:
-                continue
+        for rows in tables:
             if pipeline.unet.null_class is not None and LABEL_COLUMN not in rows.column_names:
                 raise ValueError(
                     f"there is no column {LABEL_COLUMN!r}, only {rows.column_names}, and this generator has classes; "
@@ -186,6 +196,10 @@ class DDPOTrainer(Med3DTrainer):
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
         unet = unwrapped(pipeline.unet).float()
         pipeline.vae.requires_grad_(False).eval()
+        if args.decode_num_splits > 1:
+            if isinstance(pipeline.vae, VQModel3D):
+                raise ValueError(f"decode_num_splits must be 1 for a VQModel3D, got {args.decode_num_splits}.")
+            pipeline.vae.set_num_splits(args.decode_num_splits)
         self.reference: nn.Module | None = None
         if peft_config is not None:
             if args.sync_ref_model:
@@ -536,6 +550,33 @@ class DDPOTrainer(Med3DTrainer):
     # Evaluation
 
     @torch.no_grad()
+    def _sample(
+        self, conditions: datasets.Dataset, own: Sequence[int], each: int, seed: int, bar: tqdm
+    ) -> torch.Tensor:
+        """Volumes of the samples `own` of this process, (N, C, X, Y, Z) on the CPU; `each` samples belong to a row."""
+        self.model.eval()
+        rows = conditions.select([i // each for i in own])
+        sampler = self._pipeline_with(self.model)
+        sampler.set_progress_bar_config(disable=True)
+        volumes = []
+        with self.ema_weights(), bar:
+            for first in range(0, len(own), self.args.per_device_eval_batch_size):
+                chunk = own[first : first + self.args.per_device_eval_batch_size]
+                keys = [(seed, 0, EVALUATION, i) for i in chunk]
+                with self.accelerator.autocast():
+                    latents = sampler(
+                        **call_arguments(self.pipeline, rows.select(range(first, first + len(chunk)))),
+                        latents=self._noise(keys),
+                        num_inference_steps=self.args.eval_num_inference_steps,
+                        guidance_scale=self.args.guidance_scale,
+                        generator=generators_for([(*key, STEP) for key in keys]),
+                        output_type="latent",
+                    ).volumes
+                volumes.append(self.decode(latents).cpu())
+                bar.update(len(chunk))
+        return torch.cat(volumes)
+
+    @torch.no_grad()
     def sample_and_score(
         self,
         conditions: datasets.Dataset,
@@ -555,31 +596,15 @@ class DDPOTrainer(Med3DTrainer):
         share = -(-total // processes)
         own = [min(self.accelerator.process_index * share + i, total - 1) for i in range(share)]
         rows = conditions.select([i // num_generations for i in own])
-        self.model.eval()
-        own_volumes = []
         bar = tqdm(
             total=share,
             desc=description,
             unit="volume",
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
-        sampler = self._pipeline_with(self.model)
-        sampler.set_progress_bar_config(disable=True)
-        with self.ema_weights(), bar:
-            for first in range(0, share, self.args.per_device_eval_batch_size):
-                chunk = own[first : first + self.args.per_device_eval_batch_size]
-                keys = [(seed, 0, EVALUATION, i) for i in chunk]
-                with self.accelerator.autocast():
-                    latents = sampler(
-                        **call_arguments(self.pipeline, rows.select(range(first, first + len(chunk)))),
-                        latents=self._noise(keys),
-                        num_inference_steps=self.args.eval_num_inference_steps,
-                        guidance_scale=self.args.guidance_scale,
-                        generator=generators_for([(*key, STEP) for key in keys]),
-                        output_type="latent",
-                    ).volumes
-                own_volumes.append(self.decode(latents).cpu())
-                bar.update(len(chunk))
+        own_volumes = self._sample(conditions, own, num_generations, seed, bar).split(
+            self.args.per_device_eval_batch_size
+        )
         columns = {name: list(rows[name]) for name in rows.column_names}
         device = self.accelerator.device
         rewards = self._score(torch.cat(own_volumes).to(device), columns)
@@ -589,6 +614,18 @@ class DDPOTrainer(Med3DTrainer):
         asked = encode_rows(self.pipeline, conditions.select([i // num_generations for i in range(total)]))
         labels = None if asked.class_labels is None else asked.class_labels.cpu()
         return Scored(volumes.flatten(0, 1)[:total], labels, rewards)
+
+    def film_figures(self) -> dict[str, Figure]:
+        """Two samples of each of the first conditions, from the same noise every time."""
+        rows = self.eval_dataset.select(range(min(FILMED, len(self.eval_dataset))))
+        samples = self._sample(rows, range(2 * len(rows)), 2, self.args.seed, tqdm(disable=True))
+        names = names_by_index(self.pipeline)
+        labels = rows[LABEL_COLUMN] if LABEL_COLUMN in rows.column_names else [None] * len(rows)
+        pictured: dict[str, list[torch.Tensor]] = {}
+        for label, pair in zip(labels, samples.split(2), strict=True):
+            name = "samples" if label is None else names.get(label, str(label))
+            pictured.setdefault(name, []).extend(pair)
+        return {"samples": viz.volume_rows(pictured, spacing=self.pipeline.config.spacing, title=self.film_title)}
 
     def evaluate(
         self,

@@ -34,6 +34,13 @@ class DDPOConfig(Med3DConfig):
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    picture_steps: int = field(
+        default=15,
+        metadata={
+            "help": "Optimizer steps between two pictures of the same samples, by which a run can be watched like a "
+            "film: they go to report_to and, one file each, to output_dir/film. 0 makes none."
+        },
+    )
     save_steps: float = field(default=60, metadata={"help": "Optimizer steps between two checkpoints."})
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between two log entries."})
     per_device_train_batch_size: int = field(
@@ -95,6 +102,13 @@ class DDPOConfig(Med3DConfig):
         default=False, metadata={"help": "Keep trajectories and volumes in CPU memory until they are needed."}
     )
     decode_batch_size: int = field(default=4, metadata={"help": "Latents decoded at once."})
+    decode_num_splits: int = field(
+        default=1,
+        metadata={
+            "help": "Slabs in which a volume is decoded (AutoencoderKL3D, AutoencoderKLMaisi3D): less memory, the same "
+            "volumes."
+        },
+    )
 
     # Objective
     num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout."})
@@ -159,6 +173,7 @@ class DDPOConfig(Med3DConfig):
             "eval_num_inference_steps": 1,
             "num_generations_eval": 1,
             "decode_batch_size": 1,
+            "decode_num_splits": 1,
             "ref_model_sync_steps": 1,
             "max_failed_rollouts": 1,
             "sde_window_size": 0,

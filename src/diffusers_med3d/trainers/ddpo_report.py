@@ -135,9 +135,9 @@ def log_pictures(trainer: DDPOTrainer, before: Scored, after: Scored) -> None:
     config = trainer.pipeline.config
     names = names_by_index(trainer.pipeline)
     labels = torch.zeros(len(before.volumes)) if before.labels is None else before.labels
-    sides: tuple[dict[str, torch.Tensor], ...] = ({}, {})
+    first: dict[str, torch.Tensor] = {}
+    second: dict[str, torch.Tensor] = {}
     for c in labels.unique().tolist():
         name = "sample" if before.labels is None else names.get(c, f"class {c}")
-        for rows, scored in zip(sides, (before, after), strict=True):
-            rows[name] = scored.volumes[labels == c][:PICTURED_PER_CLASS]
-    trainer.log_figure("before_after", viz.before_after(*sides, spacing=config.spacing))
+        first[name], second[name] = (s.volumes[labels == c][:PICTURED_PER_CLASS] for s in (before, after))
+    trainer.log_figure("before_after", viz.before_after(first, second, spacing=config.spacing))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import datasets
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from matplotlib.figure import Figure
@@ -30,6 +31,9 @@ from .muon import Muon
 
 PROGRESS = "progress.json"
 """Validation loss and distances of every evaluation against the volumes seen."""
+
+FILMED = 4
+"""Samples of the pictures by which a run is watched."""
 
 SAMPLE_WEIGHT_CAP = 5.0
 """Largest weight of a timestep when the network predicts the sample (min-SNR-gamma, arXiv 2303.09556, gamma = 5)."""
@@ -184,7 +188,9 @@ class LatentDiffusionTrainer(Med3DTrainer):
             if min(scans.shape[2:]) >= 32:
                 extractors["_haar"] = metrics.ScatteringFeatures()
             self._features = {name: (extract, extract(scans)) for name, extract in extractors.items()}
-        self.conditions = encode_rows(model, scan_rows(model, train_dataset))
+        rows = scan_rows(model, train_dataset)
+        self.conditions = encode_rows(model, rows)
+        self.film_rows = rows.select(range(min(FILMED, len(rows))))
         cache = Path(args.output_dir) / "cache"
         with args.main_process_first(desc="encoding scans"):
             self.latents = LatentDataset(
@@ -337,21 +343,33 @@ class LatentDiffusionTrainer(Med3DTrainer):
         write_json(Path(self.args.output_dir) / PROGRESS, rows)
         self.log_figure("progress", progress_figure(rows))
 
-    def _judge_samples(self, generator: torch.Generator, prefix: str) -> dict[str, float]:
-        count = self.args.eval_samples
-        rows = self.eval_rows.select([i % len(self.eval_rows) for i in range(count)])
+    def _sample(self, rows: datasets.Dataset, generator: torch.Generator) -> Tensor:
+        """One volume for each row of conditions, (N, C, X, Y, Z) on the CPU."""
         self.pipeline.set_progress_bar_config(disable=True)
         batch = self.args.per_device_eval_batch_size
-        samples = torch.cat(
+        return torch.cat(
             [
                 self.pipeline(
-                    **call_arguments(self.pipeline, rows.select(range(first, min(first + batch, count)))),
+                    **call_arguments(self.pipeline, rows.select(range(first, min(first + batch, len(rows))))),
                     num_inference_steps=self.args.eval_inference_steps,
                     generator=generator,
                 ).volumes.cpu()
-                for first in range(0, count, batch)
+                for first in range(0, len(rows), batch)
             ]
         )
+
+    def film_figures(self) -> dict[str, Figure]:
+        """Samples of the first conditions, from the same noise every time."""
+        samples = self._sample(self.film_rows, torch.Generator().manual_seed(self.args.seed))
+        return {
+            "samples": viz.volume_rows(
+                {"samples": samples}, spacing=self.pipeline.config.spacing, title=self.film_title
+            )
+        }
+
+    def _judge_samples(self, generator: torch.Generator, prefix: str) -> dict[str, float]:
+        count = self.args.eval_samples
+        samples = self._sample(self.eval_rows.select([i % len(self.eval_rows) for i in range(count)]), generator)
         scans = self.eval_dataset.stack()
         usable = samples.isfinite().flatten(1).all(1)
         samples = samples[usable]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -302,9 +303,8 @@ class RewardModelTrainer(Med3DTrainer):
     def _log_pictures(self, summary: dict[str, float], dataset: SpectrumDataset) -> None:
         """The first scan's versions with the mean scores of all scans, and once that scan with every damage."""
         item = dataset[0]
-        levels = [level_name(strength) for strength in (REAL, *(round(s, 4) for s in item["strengths"].tolist()))]
-        versions = dict(zip(levels, (item["real"], *item["versions"]), strict=True))
-        scores = {"mean validation score": [summary[f"score/{level}"] for level in levels]}
+        versions = _named_versions(item)
+        scores = {"mean validation score": [summary[f"score/{level}"] for level in versions]}
         self.log_figure("spectrum", viz.spectrum_strip(versions, scores))
         if self._versions_shown:
             return
@@ -313,6 +313,21 @@ class RewardModelTrainer(Med3DTrainer):
         damaged = {kind: damage(item["real"], kind, 0.5, seeded("picture", kind), other) for kind in DAMAGE_NAMES}
         self.log_figure("damage", viz.volume_rows({kind: volume[None] for kind, volume in damaged.items()}))
 
+    def film_figures(self) -> dict[str, Figure]:
+        """The noise spectrum of the first validation scan, or else training scan, with its scores of now."""
+        item = (self.train_dataset if self.eval_dataset is None else self.eval_dataset)[0]
+        versions = _named_versions(item)
+        batch = torch.stack(list(versions.values())).split(self.args.per_device_eval_batch_size)
+        scores = torch.cat([self.reward_model(volumes.to(self.args.device)).float().cpu() for volumes in batch])
+        return {"spectrum_of_one_scan": viz.spectrum_strip(versions, {"score": scores.tolist()}, title=self.film_title)}
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the reward model in half precision (fp16: bfloat16 would round small differences away)."""
         copy.deepcopy(self.reward_model).half().save_pretrained(folder)
+
+
+def _named_versions(item: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name of a level -> (C, X, Y, Z), of one item of a `SpectrumDataset`: the scan, then its versions."""
+    strengths = (REAL, *(round(strength, 4) for strength in item["strengths"].tolist()))
+    names = [level_name(strength) for strength in strengths]
+    return dict(zip(names, (item["real"], *item["versions"]), strict=True))

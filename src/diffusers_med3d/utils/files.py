@@ -48,6 +48,22 @@ def write_json(path: str | Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: anything else, with the path and what is there.
+        OSError: no such file.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError too
+        raise ValueError(f"{path} is no JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {found!r:.60}.")
+    return found
+
+
 def once(path: str | Path, make: Callable[[], Any]) -> Any:
     """The JSON document at `path`; made by `make()` and written, as the last thing, where there is none yet."""
     path = Path(path)

@@ -1,10 +1,12 @@
 """Networks and weights without what compilers and distributed training put around them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
+from torch import nn
+
+T = TypeVar("T")
 
 PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and `torch.compile` put before the names of weights."""
@@ -19,7 +21,7 @@ def unwrapped(model: nn.Module) -> Any:
     return model if inner is model else unwrapped(inner)
 
 
-def without_prefixes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_prefixes(state: Mapping[str, T]) -> dict[str, T]:
     """Return a state dict without the `PREFIXES` that all of its names have."""
     for prefix in PREFIXES:
         if state and all(key.startswith(prefix) for key in state):

@@ -2,7 +2,7 @@
 
 from .anatomy import PLANES, Placed, place
 from .comparison import before_after, difference_map
-from .curves import bands, curves, histogram, intervals, stage_distances
+from .curves import bands, curve_panels, curves, histogram, intervals, stage_distances
 from .film import write_film
 from .notebook import show
 from .page import Picture, Section, html_page
@@ -17,6 +17,7 @@ __all__ = [
     "Section",
     "bands",
     "before_after",
+    "curve_panels",
     "curves",
     "difference_map",
     "histogram",

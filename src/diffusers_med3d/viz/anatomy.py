@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .style import LETTER
 
-OUTLINE = [withStroke(linewidth=1.5, foreground="black")]
+OUTLINE = [withStroke(linewidth=1, foreground="black")]
 """Keeps letters readable on bright tissue."""
 
 PlaneName = Literal["axial", "coronal", "sagittal"]
@@ -161,8 +161,13 @@ def draw_slice(
     return image
 
 
-def write_letters(axes: Axes, plane: PlaneName, box: tuple[float, float, float, float] = (0, 0, 1, 1)) -> None:
-    """Write the four letters of a plane at the edges of a box (left, bottom, right, top) in shares of the axes."""
+def write_letters(
+    axes: Axes, plane: PlaneName, box: tuple[float, float, float, float] = (0, 0, 1, 1), size: float = 8
+) -> None:
+    """Write the four letters of a plane, ``size`` points high, at the edges of a box (left, bottom, right, top).
+
+    The box is in shares of the axes.
+    """
     left, bottom, right, top = box
     middle, height = (left + right) / 2, (bottom + top) / 2
     inset = 0.035 * (top - bottom)
@@ -173,5 +178,5 @@ def write_letters(axes: Axes, plane: PlaneName, box: tuple[float, float, float, 
         (middle, top - inset, "center", "top"),
     )
     for letter, (x, y, ha, va) in zip(PLANES[plane].letters, places, strict=True):
-        letter_style: dict[str, Any] = {"color": LETTER, "fontsize": 8, "path_effects": OUTLINE}
+        letter_style: dict[str, Any] = {"color": LETTER, "fontsize": size, "path_effects": OUTLINE}
         axes.text(x, y, letter, ha=ha, va=va, transform=axes.transAxes, **letter_style)

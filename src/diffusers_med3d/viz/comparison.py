@@ -36,9 +36,9 @@ def before_after(
     for name in before:
         if len(before[name]) != len(after[name]):
             raise ValueError(f"{name!r} has {len(before[name])} volumes before and {len(after[name])} after.")
-    rows = {
-        f"{name}, {state}": found[name] for name in before for state, found in (("before", before), ("after", after))
-    }
+    rows: dict[str, Any] = {}
+    for name in before:
+        rows |= {f"{name}, before": before[name], f"{name}, after": after[name]}
     return volume_rows(rows, affine, spacing, window=window, title=title, channel=channel)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .style import new_figure, styled
@@ -21,13 +22,43 @@ def curves(
         raise ValueError("curves needs at least one series, got none.")
     figure = new_figure(6, 3.6)
     axes = figure.subplots()
+    _draw_curves(axes, series)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend()
+    return figure
+
+
+def _draw_curves(axes: Axes, series: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> None:
     for name, (x, y) in series.items():
         if len(x) != len(y):
             raise ValueError(f"Series {name!r} has {len(x)} x values and {len(y)} y values.")
         axes.plot(x, y, label=name, marker="o" if len(x) < 30 else None, markersize=3)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid()
-    axes.legend()
+
+
+@styled
+def curve_panels(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], xlabel: str = "step", title: str = ""
+) -> Figure:
+    """`curves` side by side, one panel with a scale of its own per entry: title -> {name: (x values, y values)}.
+
+    Raises:
+        ValueError: if there is no panel, or x and y of a series differ in length.
+    """
+    if not panels:
+        raise ValueError("curve_panels needs at least one panel, got none.")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(3.4 * columns, 2.4 * rows + 0.3 * bool(title))
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, (name, series) in zip(grid, panels.items(), strict=False):
+        _draw_curves(axes, series)
+        axes.set(title=name, xlabel=xlabel)
+        if len(series) > 1:
+            axes.legend()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.suptitle(title)
     return figure
 
 
@@ -55,7 +86,7 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]], xl
             axes.plot(value, row, "o", markersize=4)
         axes.axvline(0, color="#bbbbbb", linewidth=0.8)
         axes.set_yticks(range(len(panel)), list(panel))
-        axes.set_title(title)
+        axes.set_title(title, fontsize=8)
         axes.set_xlabel(xlabel)
         axes.invert_yaxis()
     for axes in grid[len(panels) :]:

@@ -172,8 +172,8 @@ def volume_rows(
     captions = captions or {}
     columns = max(len(row) for row in placed.values())
     heights = [cell_width * max(side_by_side(one, planes)[1] for one in row) for row in placed.values()]
-    heights = [height + 0.2 * (name in captions) for name, height in zip(placed, heights, strict=True)]
-    figure = new_figure(cell_width * columns + 0.3, sum(heights) + 0.06 * len(heights) + 0.3 * bool(title))
+    lines = 0.06 * len(heights) + 0.2 * sum(name in captions for name in placed) + 0.3 * bool(title)
+    figure = new_figure(cell_width * columns + 0.3, sum(heights) + lines)
     grid = figure.subplots(len(placed), columns, squeeze=False, height_ratios=heights)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
     for number, (cells, (name, row)) in enumerate(zip(grid, placed.items(), strict=True)):
@@ -228,7 +228,7 @@ def draw_views(
         low, high = volume.edges(PLANES[plane].across)
         draw_slice(axes, volume, plane, window=window, colours=colours, left=offset)
         if letters:
-            write_letters(axes, plane, (offset / width, 0.0, (offset + high - low) / width, 1.0))
+            write_letters(axes, plane, (offset / width, 0.0, (offset + high - low) / width, 1.0), size=6)
         offset += high - low
     if letters:
         _scale_bar(axes, width / len(planes), 0.98 * width, -height / 2 + 0.06 * height)

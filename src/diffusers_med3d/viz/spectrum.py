@@ -50,7 +50,7 @@ def spectrum_strip(
         axes = figure.add_subplot(grid[0, column])
         draw_slice(axes, volume, "axial", window=window)
         axes.set(xticks=[], yticks=[])
-        axes.set_title(name, fontsize=8, pad=3)
+        axes.set_title(name.replace("_", " "), fontsize=8, pad=3)
         if column == 0:
             write_letters(axes, "axial")
     if scores:
@@ -59,7 +59,7 @@ def spectrum_strip(
         for name, values in scores.items():
             chart_axes.plot(places, values, marker="o", markersize=4, label=name)
         chart_axes.set(xlim=(-0.5, len(placed) - 0.5), ylabel="score")
-        chart_axes.set_xticks(places, list(versions), fontsize=7)
+        chart_axes.set_xticks(places, [name.replace("_", " ") for name in versions], fontsize=7)
         chart_axes.grid(axis="y")
         chart_axes.legend()
     figure.suptitle(title)

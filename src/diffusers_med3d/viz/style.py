@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from matplotlib import rc_context, rcdefaults
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,7 +20,7 @@ DPI = 110
 LETTER = "#ffb000"
 """Colour of what is written onto volumes: anatomical letters and the scale bar."""
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
@@ -85,6 +85,7 @@ def save(figure: Figure, path: str | Path) -> Path:
         the path.
     """
     path = Path(path)
+    kind = path.suffix.removeprefix(".") or "png"
     with whole_file(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.removeprefix(".") or None)
+        figure.savefig(temporary, format=kind, metadata={"Software": None} if kind == "png" else None)
     return path

@@ -17,6 +17,7 @@ from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from ...hub.publish import PublishMixin
 from ..casting import QuietCastMixin
 from ..checkpointing import CheckpointedBlocksMixin
+from ..convolution import quicken_small_convolutions
 from ..sizes import check_divisible
 from ..unet import DiffusionUNet3DOutput
 
@@ -113,6 +114,7 @@ class DiffusionUNetMaisi3D(
         for module in self.modules():
             if isinstance(module, SABlock | CrossAttentionBlock):
                 module.use_flash_attention = True  # MONAI's constructor insists on a GPU; torch does not
+        quicken_small_convolutions(self)
         self.condition_names = (
             *(["spacing"] if include_spacing else []),
             *(REGION_INPUTS if include_region else []),

@@ -1,0 +1,157 @@
+"""The page: its controls, and which of `Events` each of them calls."""
+
+from collections.abc import Sequence
+
+import gradio as gr
+
+from .events import FITS, Events, about
+from .store import VolumeStore
+from .work import (
+    LARGEST_SEED,
+    Reward,
+    class_choices,
+    further_conditions,
+    sampler_choices,
+)
+
+TITLE = "diffusers-med3d"
+INTRODUCTION = f"""# {TITLE}
+Generate 3D volumes, turn them, compare two checkpoints, score a scan.
+**Never for clinical use**: generated volumes show no real person, and scores are no diagnosis."""
+CONDITIONS_HELP = "The network's further conditions, as a JSON object."
+VIEWER_HELP = """Drag a rendering to turn it, click in a plane to move the crosshair, scroll to go through the slices.
+L, R, A, P, S and I are left, right, anterior, posterior, superior and inferior. The ruler is 10 cm long."""
+SCORES_HELP = """A higher reward means that the reward model takes the volume for more real. The bundled rewards know
+only brain-extracted T1 scans like those that `brain-t1` was trained on. Sharpness is no reward: it is about 2.1 for
+those scans."""
+SHOW = "(result) => window.med3d.show(result)"  # in viewer.js
+MODEL_QUEUE = {"concurrency_limit": 1, "concurrency_id": "model"}  # the networks are shared, and so is the processor
+
+
+def build_page(
+    models: Sequence[str], rewards: Sequence[Reward], store: VolumeStore, any_model: bool = True
+) -> gr.Blocks:
+    """Return the page.
+
+    Args:
+        models: generators that can be chosen; the page opens with the first, which is loaded now.
+        rewards: what volumes are scored with.
+        store: where volumes go that the browser shows.
+        any_model: whether folders of this machine and Hub ids may be typed in besides.
+
+    Raises:
+        ValueError, OSError: a first generator that cannot be loaded.
+    """
+    events = Events(models, rewards, store, any_model)
+    names = list(events.models)
+    first = events.pipeline(names[0])
+    typed_in = "A bundled name, a folder or a Hub id." if any_model else "One of this page's checkpoints."
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(INTRODUCTION)
+        scan = gr.State(None)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                model = gr.Dropdown(
+                    names, value=names[0], label="Checkpoint", info=typed_in, allow_custom_value=any_model
+                )
+                facts = gr.Markdown(about(first), elem_classes="med3d-note")
+                classes = class_choices(first)
+                label = gr.Dropdown(
+                    classes, value=classes[0] if classes else None, label="Class", visible=bool(classes)
+                )
+                conditions = gr.Textbox(
+                    label="Conditions", info=CONDITIONS_HELP, visible=bool(further_conditions(first))
+                )
+                with gr.Row():
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120)
+                    samplers = sampler_choices(first)
+                    sampler = gr.Dropdown(samplers, value=samplers[0], label="Sampler", min_width=120)
+                steps = gr.Slider(1, 200, 20, step=1, label="Denoising steps")
+                guidance = gr.Slider(0, 10, 1, step=0.1, label="Guidance", info="1 is off.")
+                upload = gr.File(
+                    label="Start from a scan (NIfTI, optional)",
+                    file_types=[".nii", ".gz"],
+                    height=150,
+                    elem_classes="med3d-upload",
+                )
+                scan_facts = gr.Markdown(elem_classes="med3d-note")
+                with gr.Group(visible=False) as with_scan:
+                    strength = gr.Slider(
+                        0, 1, 0.5, step=0.01, label="Strength", info="0 keeps the scan, 1 keeps nothing of it."
+                    )
+                    fit = gr.Radio(
+                        list(FITS), value=next(iter(FITS)), label="If the scan is larger than the checkpoint's grid"
+                    )
+            with gr.Column(scale=3, min_width=480):
+                settings = [label, conditions, seed, steps, guidance, sampler, scan, strength, fit]
+                with gr.Tab("Generate"):
+                    make = gr.Button("Generate", variant="primary")
+                    made, made_view, made_scores = _result("generate")
+                with gr.Tab("Compare"):
+                    with gr.Row(equal_height=True):
+                        other = gr.Dropdown(
+                            names,
+                            value=names[1] if len(names) > 1 else None,
+                            label="Checkpoint to compare with",
+                            info="Both start from the same noise.",
+                            allow_custom_value=any_model,
+                            scale=2,
+                        )
+                        make_both = gr.Button("Compare", variant="primary", scale=1)
+                    with gr.Row():
+                        with gr.Column(min_width=320):
+                            left, left_view = _viewer("left")
+                        with gr.Column(min_width=320):
+                            right, right_view = _viewer("right")
+                    both_scores = gr.Markdown()
+                with gr.Tab("Score a scan"):
+                    make_scores = gr.Button("Score the uploaded scan", variant="primary")
+                    scored, scored_view, scan_scores = _result("score")
+                gr.Markdown(f"{VIEWER_HELP}\n\n{SCORES_HELP}", elem_classes="med3d-note")
+
+        model.change(events.choose, model, [label, conditions, sampler, facts], api_name="checkpoint", **MODEL_QUEUE)
+        gr.on(
+            [upload.upload, upload.clear],
+            events.take_scan,
+            upload,
+            [scan, with_scan, scan_facts],
+            api_name="scan",
+            concurrency_limit=1,
+        )
+        make.click(
+            events.generate,
+            [model, *settings],
+            [made, made_scores],
+            show_progress_on=made_view,
+            api_name="generate",
+            **MODEL_QUEUE,
+        ).success(None, made, js=SHOW)
+        both = make_both.click(
+            events.compare,
+            [model, other, *settings],
+            [left, right, both_scores],
+            show_progress_on=left_view,
+            api_name="compare",
+            **MODEL_QUEUE,
+        )
+        both.success(None, left, js=SHOW)
+        both.success(None, right, js=SHOW)
+        make_scores.click(
+            events.score,
+            [model, scan, fit],
+            [scored, scan_scores],
+            show_progress_on=scored_view,
+            api_name="score",
+            **MODEL_QUEUE,
+        ).success(None, scored, js=SHOW)
+        page.unload(events.close)
+    return page
+
+
+def _viewer(slot: str) -> tuple[gr.JSON, gr.HTML]:
+    """A hidden component with what viewer.js needs to know of a volume, and the place where it shows it."""
+    return gr.JSON(visible="hidden"), gr.HTML(f'<div class="med3d-viewer" data-slot="{slot}"></div>')
+
+
+def _result(slot: str) -> tuple[gr.JSON, gr.HTML, gr.Markdown]:
+    return *_viewer(slot), gr.Markdown()
