@@ -1,5 +1,7 @@
 """Convolutions of small inputs on a CPU: by oneDNN, where torch takes its slow loop."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
