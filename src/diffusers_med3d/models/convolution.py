@@ -1,6 +1,5 @@
 """Convolutions of small inputs on a CPU: by oneDNN, where torch takes its slow loop."""
 
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
