@@ -128,7 +128,7 @@ class _PlainDDPO(_Peer):
                         kept.append((step, sample, following, self.log_prob(following, mean, std)))
                     sample = following
                 volumes = self.vae.decode_stage_2_outputs(sample).clamp(0, 1)
-                rewards.append(self.reward(volumes).flatten(1).mean(1))
+                rewards.append(self.reward(volumes))
                 chunks.append(kept)
         everything = torch.cat(rewards)
         advantages = (everything - everything.mean()) / (everything.std() + 1e-4)

@@ -74,7 +74,7 @@ def address(tiny_pipeline_folder, temporary_folder, no_network):
 
 
 def client_of(address: str) -> Client:
-    return Client(address, verbose=False, download_files=False)
+    return Client(address, verbose=False, download_files=False, httpx_kwargs={"timeout": 120})
 
 
 def volume_at(address: str, shown: dict, folder: Path) -> nibabel.Nifti1Image:
@@ -110,7 +110,7 @@ def test_the_page_sends_nothing_elsewhere_and_names_no_folder(address, no_networ
     shown, scores = client.predict("tiny-pipeline", **SETTINGS, api_name="/generate")
     assert not no_network
     assert str(tmp_path) not in str(shown) and str(temporary_folder) not in str(config)
-    assert "refuses: cannot score this volume: this reward takes no volume" in scores
+    assert "- refuses: cannot score this volume" in scores and "this reward takes no volume" in scores
     image = volume_at(address, shown, tmp_path)
     np.testing.assert_array_equal(image.affine, np.diag([*SPACING, 1]) + _offset())
     assert image.header["descrip"].item() == b"" and image.header["aux_file"].item() == b""
@@ -206,6 +206,14 @@ def test_volumes_of_a_session_are_deleted_with_it(tmp_path):
     store.forget("a")
     assert store.path(*first.split("/")[2:]) is None and store.path(*second.split("/")[2:]) is not None
     assert store.path("..", "conftest.py") is None
+
+
+def test_a_server_that_stops_writes_no_more_volumes(tmp_path):
+    store = VolumeStore(tmp_path)
+    store.close()
+    with pytest.raises(ValueError, match="the server is stopping"):
+        store.add("a", MedDiffusion3DPipelineOutput(torch.rand(1, 1, 4, 4, 4), np.eye(4), (1.0, 1.0, 1.0)), "sample")
+    assert not list(tmp_path.iterdir())
 
 
 def test_volumes_of_a_session_that_fell_silent_are_deleted(tmp_path):

@@ -86,7 +86,7 @@ def test_scores_are_those_of_the_rewards_and_a_reward_that_fails_gives_its_reaso
     rewards = [Reward("mean", mean), Reward("refuses", refuses), Reward("none", lambda volumes, **conditions: [None])]
     scores = score_volume(tiny_volumes[:1], rewards, Settings("old", conditions={"age": 0.5}))
     assert scores["mean"] == pytest.approx(float(tiny_volumes[0].mean()))
-    assert scores["refuses"] == "cannot score this volume: only for the moon"
+    assert "cannot score this volume" in scores["refuses"] and "only for the moon" in scores["refuses"]
     assert scores["none"] == "no score for this volume"
     assert scores["sharpness"] == pytest.approx(float(sharpness(tiny_volumes[:1])[0]))
     assert seen == {"class_label": ["old"], "age": [0.5]}

@@ -107,7 +107,7 @@ def diffusion(folder: Path, brains: Path):
 
 def reward(folder: Path, brains: Path):
     torch.set_num_threads(1)
-    spectrum = toy_spectrum(folder.parent / "spectrum", 4)
+    spectrum = toy_spectrum(folder.parent.parent / "spectrum", 4)
     return RewardModelTrainer(tiny_model(), reward_config(folder, **OPTIONS, ema_decay=0.9), spectrum)
 
 
@@ -197,12 +197,12 @@ def finish(make: Callable, folder: Path, brains: Path, whole: dict) -> list[str]
 
 def every_write(stage: str, folder: Path, brains: Path) -> dict:
     """Kill a run at every fault point and resume each."""
-    make, whole_folder = STAGES[stage], folder / "whole"
+    make, whole_folder = STAGES[stage], folder / "whole" / "run"
     assert forked(run, make, whole_folder, brains, None, folder / "count.json") == 0
     whole, seen = contents(whole_folder), json.loads((folder / "count.json").read_text())
     problems = {}
     for n, what in enumerate(seen, 1):
-        part = folder / "part"
+        part = folder / "part" / "run"
         shutil.rmtree(part, ignore_errors=True)
         code = forked(run, make, part, brains, n)
         if code != -signal.SIGKILL:
@@ -214,11 +214,11 @@ def every_write(stage: str, folder: Path, brains: Path) -> dict:
 
 def at_random(stage: str, folder: Path, brains: Path, kills: int = 3) -> dict:
     """Kill one run `kills` times at random moments and resume it each time."""
-    make, whole_folder = STAGES[stage], folder / "whole"
+    make, whole_folder = STAGES[stage], folder / "whole" / "run"
     start = time.monotonic()
     assert forked(run, make, whole_folder, brains) == 0
     duration, whole = time.monotonic() - start, contents(whole_folder)
-    part, moments = folder / "part", [random.uniform(0.1, 0.9) * duration for _ in range(kills)]
+    part, moments = folder / "part" / "run", [random.uniform(0.1, 0.9) * duration for _ in range(kills)]
     codes = [forked(run, make, part, brains, wait=moment) for moment in moments]
     return {
         "killed": codes.count(-signal.SIGKILL),
@@ -228,7 +228,7 @@ def at_random(stage: str, folder: Path, brains: Path, kills: int = 3) -> dict:
 
 def disk_full(stage: str, folder: Path, brains: Path) -> dict:
     """Let every file over a limit fail, as a full disk does, after the first checkpoint; then make room and resume."""
-    make, whole_folder, part = STAGES[stage], folder / "whole", folder / "part"
+    make, whole_folder, part = STAGES[stage], folder / "whole" / "run", folder / "part" / "run"
     assert forked(run, make, whole_folder, brains) == 0
     whole = contents(whole_folder)
 

@@ -10,6 +10,7 @@ from monai.data import MetaTensor
 
 from ..evaluation.sampling import short_names
 from ..pipelines import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
+from ..utils.wording import times
 from .store import VolumeStore
 from .work import (
     NO_CLASS,
@@ -78,8 +79,7 @@ class Events:
             return None, gr.Group(visible=False), ""
         with shown_in_one_sentence():
             scan = read_scan(_read_and_delete(Path(path)), Path(path).name)
-        sides = " x ".join(map(str, scan.shape[-3:]))
-        spacing = " x ".join(f"{side:.3g}" for side in scan.affine[:3, :3].norm(dim=0).tolist())
+        sides, spacing = times(scan.shape[-3:]), times(scan.affine[:3, :3].norm(dim=0).tolist())
         return scan, gr.Group(visible=True), f"{sides} voxels of {spacing} mm. The uploaded file is deleted already."
 
     def generate(
@@ -173,9 +173,7 @@ class Events:
 
 def about(pipeline: MedDiffusion3DPipeline) -> str:
     """Return a sentence on what a generator makes."""
-    sides = " x ".join(map(str, pipeline.config.volume_shape))
-    spacing = " x ".join(f"{side:g}" for side in pipeline.config.spacing)
-    return f"Makes {sides} voxels of {spacing} mm."
+    return f"Makes {times(pipeline.config.volume_shape)} voxels of {times(pipeline.config.spacing)} mm."
 
 
 def table(columns: dict[str, dict[str, float | str]]) -> str:

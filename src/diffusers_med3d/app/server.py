@@ -58,7 +58,7 @@ def app_of(
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         _add_viewer(app)
         _add_volumes(app, store)
-        yield gr.mount_gradio_app(
+        mounted = gr.mount_gradio_app(
             app,
             page,
             path="/",
@@ -76,6 +76,10 @@ def app_of(
             css=(HERE / "page.css").read_text(encoding="utf-8"),
             head=HEAD,
         )
+        try:
+            yield mounted
+        finally:
+            store.close()
 
 
 def serve(

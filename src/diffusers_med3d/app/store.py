@@ -21,14 +21,17 @@ class VolumeStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._of_session: dict[str, list[Path]] = {}
+        self._closed = False
         self._lock = Lock()
 
     def add(self, session: str, output: MedDiffusion3DPipelineOutput, name: str) -> str:
         """Write the one volume of an output, with its affine; returns its address on the server."""
         own = self.folder / secrets.token_urlsafe(16)
-        (written,) = output.save_nifti(own, prefix=name)
-        path = written.rename(own / f"{name}.nii.gz")
         with self._lock:
+            if self._closed:
+                raise ValueError("the server is stopping.")
+            (written,) = output.save_nifti(own, prefix=name)
+            path = written.rename(own / f"{name}.nii.gz")
             self._of_session.setdefault(session, []).append(own)
         self._delete_old()
         return f"/volumes/{own.name}/{path.name}"
@@ -44,6 +47,11 @@ class VolumeStore:
             folders = self._of_session.pop(session, [])
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Take no more volumes, so that the folder can be deleted while a request is still worked on."""
+        with self._lock:
+            self._closed = True
 
     def _delete_old(self) -> None:
         """Delete volumes of sessions of which nothing was heard: their last one is an hour old."""

@@ -44,6 +44,7 @@ MAX_UPLOAD_BYTES = 2**29  # of the file as it is sent
 MAX_UNPACKED_BYTES = 2**31
 MAX_UPLOAD_VOXELS = 2**27  # 512^3
 LARGEST_SEED = 2**32 - 1
+MAX_REWARD_SECONDS = 120.0  # others wait for the page meanwhile
 KEPT_PIPELINES = 4  # in memory at a time
 
 StepFunc = Callable[[int, int], None]
@@ -273,9 +274,9 @@ def score_volume(
     scores: dict[str, float | str] = {}
     for reward in rewards:
         try:
-            found = float(score([reward.func], [reward.name], volumes, columns)[0, 0])
+            found = float(score([reward.func], [reward.name], volumes, columns, timeout=MAX_REWARD_SECONDS)[0, 0])
             scores[reward.name] = found if math.isfinite(found) else "no score for this volume"
-        except Exception as error:  # a reward is anyone's function and raises what it likes
+        except ValueError as error:
             scores[reward.name] = " ".join(f"cannot score this volume: {error}".split())
     detail = float(sharpness(volumes)[0])
     return scores | {"sharpness": detail if math.isfinite(detail) else "no tissue in this volume"}

@@ -271,6 +271,8 @@ class _PictureCallback(TrainerCallback):
 class _TensorBoardCallback(TensorBoardCallback):
     """Writes of the arguments what a model card lists, no paths and no secrets, and nothing of the model."""
 
+    logging_dir: str | None
+
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not state.is_world_process_zero:
             return
