@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from measure import Row, Settings
 
 DIFFUSERS = "from diffusers import DiffusionPipeline, ModelMixin"
-LOAD = "from diffusers_med3d import MedDiffusion3DPipeline as P; P.from_pretrained('brain-t1')"
+PIPELINE = "from diffusers_med3d import MedDiffusion3DPipeline as P"
+LOAD = "P.from_pretrained('brain-t1')"
 
 
 def _seconds(setup: str, statement: str) -> tuple[float, float]:
@@ -27,8 +28,8 @@ def rows(settings: Settings) -> Iterator[Row]:
     """Processor seconds, medians over new processes; wall seconds are in the notes."""
     parts = (
         ("import diffusers_med3d, after diffusers", "diffusers alone", DIFFUSERS, "import diffusers_med3d", 0.5),
-        ("the pipeline class, after diffusers", "diffusers alone", DIFFUSERS, LOAD.split(";")[0], None),
-        ("from_pretrained of a bundled name", "", LOAD.split(";")[0], LOAD.split(";")[1], 1.0),
+        ("the pipeline class, after diffusers", "diffusers alone", DIFFUSERS, PIPELINE, None),
+        ("from_pretrained of a bundled name", "", PIPELINE, LOAD, 1.0),
     )
     for what, peer, setup, statement, bar in parts:
         found = [_seconds(setup, statement) for _ in range(settings.repeats)]

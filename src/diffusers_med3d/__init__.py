@@ -54,8 +54,8 @@ _TRAINERS = {
 }
 
 _SUBPACKAGES = (
-    *("conversion", "data", "evaluation", "hub", "metrics", "models", "pipelines", "rewards", "rl", "schedulers"),
-    *("trainers", "utils"),
+    *("app", "conversion", "data", "evaluation", "hub", "metrics", "models", "pipelines", "rewards", "rl"),
+    *("schedulers", "trainers", "utils", "viz"),
 )
 
 __all__ = [

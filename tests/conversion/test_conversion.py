@@ -181,15 +181,15 @@ def test_encode_and_decode_equal_monais(converted):
     volumes = torch.rand(1, 1, *converted.pipeline.config.volume_shape)
     mean, sigma = converted.autoencoder.encode(volumes)
     posterior = vae.encode(volumes).latent_dist
-    torch.testing.assert_close(posterior.mean, mean, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(posterior.std, sigma, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(posterior.mean, mean, atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(posterior.std, sigma, atol=5e-5, rtol=1e-5)
     assert mean.std() > 1e-3
 
     latents = torch.randn(1, *mean.shape[1:])
     decoded = converted.autoencoder.decode_stage_2_outputs(latents / converted.scale)
-    torch.testing.assert_close(vae.decode(latents / converted.scale).sample, decoded, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(vae.decode_latents(latents), decoded.clamp(0, 1), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(vae.encode_latents(volumes), mean * converted.scale, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vae.decode(latents / converted.scale).sample, decoded, atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(vae.decode_latents(latents), decoded.clamp(0, 1), atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(vae.encode_latents(volumes), mean * converted.scale, atol=5e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 SECRETS = (
     *("quagmire", "jane", "mrn-", "secret", "elsewhere", "acc4711", "093011", "1.2.826.0.1"),
     *(trees.BIRTH, trees.SCANNED, "1957-03-12", "2005-11", "2006-11", "20050312", "20061104"),
-    *("/root", "/home/", "/mnt/"),
+    *("/root", "/home", "/mnt/"),
 )
 """What `trees` and `plant` write about people, in small letters."""
 TEXT_FIELDS = ("descrip", "db_name", "aux_file", "intent_name")

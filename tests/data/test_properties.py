@@ -28,7 +28,7 @@ def affines(draw) -> np.ndarray:
     sides = draw(st.lists(st.floats(2.0, 5.0), min_size=3, max_size=3))
     matrix = np.eye(4)
     matrix[:3, :3] = np.eye(3)[list(order)] * np.array(sides) * np.array(signs)
-    matrix[:3, 3] = draw(st.lists(st.floats(-500, 500), min_size=3, max_size=3))
+    matrix[:3, 3] = draw(st.lists(st.floats(-500, 500, allow_subnormal=False), min_size=3, max_size=3))
     return matrix
 
 

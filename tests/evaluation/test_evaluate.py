@@ -186,7 +186,7 @@ def test_a_command_is_shown_without_the_folders_it_names(tmp_path):
         "a/b",
     ]
     shown = shareable_command(words, {"scans/hospital": "DATA"})
-    assert shown == "run.py --data_dir DATA --extractors my.py:f --model org/name"
+    assert shown == "run.py --data_dir DATA --extractors my.py:f --model org/name a/b"
     assert without_folders("KID of /data/who/my.py:f, 1/2 of ~/x/y and ../z/w") == "KID of my.py:f, 1/2 of y and w"
 
 

@@ -527,6 +527,7 @@ def test_no_pickle_and_no_local_path_leaves_the_machine(tmp_path):
         "README.md",
         "config.json",
         "diffusion_pytorch_model.safetensors",
+        "trainer_state.json",
     ]
     for path in published:
         assert str(tmp_path).encode() not in path.read_bytes(), path

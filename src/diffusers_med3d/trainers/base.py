@@ -6,6 +6,7 @@ exponential moving average of the weights, checkpoints that are known to be whol
 reads instead of a pickle of the training arguments.
 """
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -559,7 +560,9 @@ class Med3DTrainer(_BaseTrainer):
         if folder.resolve() == Path(self.args.output_dir).resolve():
             with self.ema_weights():
                 self.save_pretrained(folder)
-            self.state.save_to_json(str(folder / "trainer_state.json"))  # the log, for `evaluate.py --report`
+            log = copy.copy(self.state)  # for `evaluate.py --report`
+            log.best_model_checkpoint = None  # a local path
+            log.save_to_json(str(folder / "trainer_state.json"))
             self.create_model_card()
             return
         state_dict = self.model.state_dict() if state_dict is None else state_dict
