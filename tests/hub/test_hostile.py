@@ -244,7 +244,7 @@ def test_no_job_opens_a_connection_and_none_tells_where_or_by_whom_it_was_run(
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "src"), environment.get("PYTHONPATH", "")])
     command = [sys.executable, str(tmp_path / "jobs.py"), tiny_pipeline_folder, brains_folder]
     command += [str(tmp_path / "split.json"), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=tmp_path)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=brains_folder)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == []
     words = [str(tmp_path), brains_folder, "secret-place/", "dr-miller", socket.gethostname(), str(Path.home())]

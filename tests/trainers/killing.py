@@ -138,8 +138,8 @@ def run(make: Callable, folder: Path, brains: Path, kill_at: int | None = None, 
     torch.set_num_threads(1)
     trainer = make(folder, brains)
     faults = Faults(folder, kill_at)
-    torch.manual_seed(int.from_bytes(os.urandom(4)))  # nothing may depend on what a new process draws
-    torch.manual_seed(42) if last_checkpoint(folder) is None else None
+    if last_checkpoint(folder) is not None:
+        torch.rand(os.urandom(1)[0])  # what is resumed does not depend on what a new process draws
     with open(os.devnull, "w") as nowhere:
         sys.stdout = nowhere
         trainer.train(resume_from_checkpoint="latest")
@@ -176,7 +176,8 @@ def contents(folder: Path) -> dict[str, bytes | str]:
         name = path.relative_to(folder).as_posix()
         if path.name == "trainer_state.json":
             state = json.loads(path.read_text())
-            rows = [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in state["log_history"]]
+            logs = [row for row in state["log_history"] if "train_loss" not in row]  # a summary since the last start
+            rows = [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in logs]
             found[name] = json.dumps([rows, state["global_step"], state["epoch"]])
         elif path.name != "complete" and path.suffix != ".png":
             found[name] = path.read_bytes()
