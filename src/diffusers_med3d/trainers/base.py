@@ -47,7 +47,7 @@ from ..hub import cards
 from ..hub.publish import model_files, publish
 from ..utils.stopping import SignalWatch, TrainingStopped
 from ..utils.wrappers import unwrapped
-from .checkpoints import COMPLETE_MARKER, damage, keep_newest, last_checkpoint, mark_whole
+from .checkpoints import COMPLETE_MARKER, damage, keep_newest, last_checkpoint, mark_whole, tidy_after_kill
 
 _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
     f.name for f in dataclasses.fields(_BaseConfig)
@@ -663,6 +663,8 @@ class Med3DTrainer(_BaseTrainer):
         resume_from_checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
+            if self.args.should_save:
+                tidy_after_kill(resume_from_checkpoint, self.args.save_total_limit, state.best_model_checkpoint)
             if 0 < self.args.max_steps <= state.global_step:
                 self.state = state
                 best = _beside(resume_from_checkpoint, state.best_model_checkpoint)

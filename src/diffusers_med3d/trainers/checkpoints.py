@@ -101,6 +101,25 @@ def keep_newest(output_dir: str | Path, limit: int | None, best: str | None, sav
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def tidy_after_kill(resumed: str | Path, limit: int | None, best: str | None) -> None:
+    """Finish what a killed run left half done beside the checkpoint that it is resumed from.
+
+    Files of writes that were cut off go. If it is the newest whole checkpoint, those beyond ``limit`` go too.
+
+    Args:
+        resumed: the checkpoint.
+        limit: see `keep_newest`.
+        best: see `keep_newest`.
+    """
+    resumed = Path(resumed)
+    for pattern in (".*.[0-9]*.tmp", "checkpoint-*/.*.[0-9]*.tmp"):
+        for path in resumed.parent.glob(pattern):
+            path.unlink(missing_ok=True)
+    whole = (folder for folder in checkpoints(resumed.parent) if (folder / COMPLETE_MARKER).is_file())
+    if next(whole, None) == resumed:
+        keep_newest(resumed.parent, limit, best, resumed)
+
+
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
 
