@@ -74,6 +74,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_subjects_are_opened_once(
     launch, tmp_path

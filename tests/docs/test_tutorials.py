@@ -28,6 +28,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_notebooks_run_to_their_end(folder, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for path in NOTEBOOKS:

@@ -30,6 +30,7 @@ def kill(mode: str, stage: str, folder: Path, brains: str) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_at_any_write_goes_on_to_the_same_bytes(tmp_path, brains_folder):
     found = kill("every_write", "line", tmp_path, brains_folder)
     assert found["problems"] == {}, found
