@@ -108,6 +108,7 @@ def headers(shape=(8, 8, 8)) -> bytes:
         (headers((8, 8, 1)), "flat picture"),
         (headers((4, 4, 4, 30)), "series of 30 volumes"),
     ],
+    ids=["empty", "text", "damaged gzip", "cut gzip", "cut header", "constant", "flat", "series"],
 )
 def test_an_upload_that_is_no_scan_is_refused_by_name(content, message):
     with pytest.raises(ValueError, match=message) as caught:

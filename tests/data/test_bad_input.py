@@ -17,6 +17,8 @@ from diffusers_med3d import AutoencoderKL3D, MedDiffusion3DPipeline
 from diffusers_med3d.data import VolumeDataset, load_split, prepare
 from diffusers_med3d.data.settings import read_settings
 
+pytestmark = pytest.mark.slow
+
 GRID = {"volume_shape": (16, 16, 16), "spacing": (12.0, 12.0, 12.0)}
 DOCUMENTED = (ValueError, TypeError, OSError)
 

@@ -18,6 +18,8 @@ from diffusers_med3d.data.layouts import Scan
 from diffusers_med3d.data.settings import read_settings
 from diffusers_med3d.data.writing import people_and_names, session_label
 
+pytestmark = pytest.mark.slow
+
 
 def prepare(monkeypatch, layout: str, source: Path, output: Path, *flags: object) -> list[dict[str, str]]:
     """Run the script; returns the rows of metadata.csv."""

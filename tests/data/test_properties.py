@@ -5,12 +5,15 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffusers_med3d.data import prepare
 from diffusers_med3d.pipelines.med_diffusion_3d import MedDiffusion3DPipelineOutput
+
+pytestmark = pytest.mark.slow
 
 SIDE, GRID = 20, 24
 quick = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -15,6 +15,8 @@ from diffusers_med3d.evaluation.sampling import volume_file
 from diffusers_med3d.evaluation.volume_set import LeftOut, VolumeSet
 from diffusers_med3d.metrics.features import NamedExtractor
 
+pytestmark = pytest.mark.slow
+
 coarse = NamedExtractor(lambda volumes: torch.nn.functional.avg_pool3d(volumes, 4).flatten(1), "coarse")
 
 

@@ -27,6 +27,8 @@ from diffusers_med3d.trainers.lora import add_lora
 from diffusers_med3d.utils.hashing import pipeline_hash
 from diffusers_med3d.utils.wrappers import unwrapped, without_prefixes
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 

@@ -18,6 +18,8 @@ from diffusers_med3d.rewards.scoring import score
 from diffusers_med3d.rl import as_reward_tensor
 from diffusers_med3d.utils.stopping import TrainingStopped
 
+pytestmark = pytest.mark.slow
+
 THREE = [0.0, 0.5, 1.0]
 
 

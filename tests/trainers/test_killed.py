@@ -15,6 +15,8 @@ from diffusers_med3d.trainers.base import COMPLETE_MARKER, last_checkpoint
 from diffusers_med3d.trainers.checkpoints import checkpoints, damage, keep_newest, mark_whole
 from test_base_trainer import Line, LineTrainer, make, points, weights
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 STAGES = ["line", "autoencoder", "diffusion", "reward", "ddpo", "ddpo_synced", "ddpo_lora"]
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "ema_decay": 0.9}
