@@ -422,16 +422,17 @@ def test_a_finished_run_that_is_resumed_is_loaded_and_not_trained_on(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.ema.shadow_params, finished.ema.shadow_params, strict=True))
 
 
+class Worsening(LineTrainer):
+    def __init__(self, **kwargs):
+        super().__init__(eval_dataset=points(), **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        metrics = {"eval_loss": float(self.state.global_step)}
+        self.log(metrics)
+        return metrics
+
+
 def test_a_finished_run_that_is_resumed_has_its_best_weights_where_it_ended_with_them(tmp_path):
-    class Worsening(LineTrainer):
-        def __init__(self, **kwargs):
-            super().__init__(eval_dataset=points(), **kwargs)
-
-        def evaluate(self, *args, **kwargs):
-            metrics = {"eval_loss": float(self.state.global_step)}
-            self.log(metrics)
-            return metrics
-
     settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "ema_decay": 0.9}
     finished = make(tmp_path, Worsening, load_best_model_at_end=True, **settings)
     finished.train()

@@ -13,7 +13,7 @@ import torch
 
 from diffusers_med3d.trainers.base import COMPLETE_MARKER, last_checkpoint
 from diffusers_med3d.trainers.checkpoints import checkpoints, damage, keep_newest, mark_whole
-from test_base_trainer import Line, LineTrainer, make, points, weights
+from test_base_trainer import Line, LineTrainer, Worsening, make, weights
 
 pytestmark = pytest.mark.slow
 
@@ -153,16 +153,6 @@ def test_the_older_checkpoint_stays_until_the_new_one_is_whole(tmp_path, monkeyp
 
 
 # Runs that were moved
-
-
-class Worsening(LineTrainer):
-    def __init__(self, **kwargs):
-        super().__init__(eval_dataset=points(), **kwargs)
-
-    def evaluate(self, *args, **kwargs):
-        metrics = {"eval_loss": float(self.state.global_step)}
-        self.log(metrics)
-        return metrics
 
 
 @pytest.mark.parametrize("how", ["moved", "copied"])

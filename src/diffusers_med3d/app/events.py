@@ -10,6 +10,7 @@ from monai.data import MetaTensor
 
 from ..evaluation.sampling import short_names
 from ..pipelines import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
+from ..pipelines.conditions import condition_names
 from ..utils.wording import times
 from .store import VolumeStore
 from .work import (
@@ -18,7 +19,6 @@ from .work import (
     Settings,
     class_choices,
     compare,
-    further_conditions,
     generate,
     load_pipeline,
     parse_conditions,
@@ -65,7 +65,7 @@ class Events:
         """Choices of class, further conditions and sampler of a generator, and a sentence about it."""
         with shown_in_one_sentence():
             pipeline = self.pipeline(model)
-        classes, samplers, conditions = class_choices(pipeline), sampler_choices(pipeline), further_conditions(pipeline)
+        classes, samplers, conditions = class_choices(pipeline), sampler_choices(pipeline), condition_names(pipeline)
         return (
             gr.Dropdown(choices=classes, value=classes[0] if classes else None, visible=bool(classes)),
             gr.Textbox(visible=bool(conditions), info=f"A JSON object with {', '.join(conditions)}."),

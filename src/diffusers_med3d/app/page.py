@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 import gradio as gr
 
+from ..pipelines.conditions import condition_names
 from .events import FITS, Events, about
 from .store import VolumeStore
 from .work import (
     LARGEST_SEED,
     Reward,
     class_choices,
-    further_conditions,
     sampler_choices,
 )
 
@@ -59,9 +59,7 @@ def build_page(
                 label = gr.Dropdown(
                     classes, value=classes[0] if classes else None, label="Class", visible=bool(classes)
                 )
-                conditions = gr.Textbox(
-                    label="Conditions", info=CONDITIONS_HELP, visible=bool(further_conditions(first))
-                )
+                conditions = gr.Textbox(label="Conditions", info=CONDITIONS_HELP, visible=bool(condition_names(first)))
                 with gr.Row():
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED, min_width=120)
                     samplers = sampler_choices(first)

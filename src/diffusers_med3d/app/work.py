@@ -24,7 +24,7 @@ from ..hub import bundled_names
 from ..hub.resolve import CHECKPOINTS
 from ..metrics import sharpness
 from ..pipelines import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput
-from ..pipelines.conditions import condition_names, names_by_index
+from ..pipelines.conditions import names_by_index
 from ..rewards import RewardFunc, load_reward
 from ..rewards.scoring import score
 from ..schedulers.flow import predicts_flow
@@ -120,11 +120,6 @@ def class_choices(pipeline: MedDiffusion3DPipeline) -> list[str]:
 def sampler_choices(pipeline: MedDiffusion3DPipeline) -> list[str]:
     """Return the samplers that fit a generator."""
     return [SAVED_SAMPLER, *(() if predicts_flow(pipeline.scheduler) else SAMPLERS)]
-
-
-def further_conditions(pipeline: MedDiffusion3DPipeline) -> list[str]:
-    """Return the names of what a generator takes besides the class."""
-    return condition_names(pipeline)
 
 
 def parse_conditions(text: str) -> dict[str, Any] | None:

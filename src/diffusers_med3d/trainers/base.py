@@ -629,11 +629,10 @@ class Med3DTrainer(_BaseTrainer):
             if found is None and resume_from_checkpoint is True:
                 raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
             resume_from_checkpoint = found
+        elif isinstance(resume_from_checkpoint, str) and (reason := damage(resume_from_checkpoint)) is not None:
+            raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: {reason}.")
         if not isinstance(resume_from_checkpoint, str):
             return None
-        reason = damage(resume_from_checkpoint)
-        if reason is not None:
-            raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: {reason}.")
         weights = Path(resume_from_checkpoint) / "model.safetensors"
         if weights.is_file():
             with safe_open(weights, "pt") as file:

@@ -92,7 +92,7 @@ def keep_newest(output_dir: str | Path, limit: int | None, best: str | None, sav
     if limit is None:
         return
     kept = {saved.name} | ({Path(best).name} if best else set())
-    whole = [folder for folder in checkpoints(output_dir) if (folder / COMPLETE_MARKER).is_file()]
+    whole = _marked_whole(output_dir)
     cut_off = [folder for folder in checkpoints(output_dir) if folder not in whole]
     others = [folder for folder in whole if folder.name not in kept]
     surplus = others[max(0, limit - len(kept)) :]
@@ -115,9 +115,13 @@ def tidy_after_kill(resumed: str | Path, limit: int | None, best: str | None) ->
     for pattern in (".*.[0-9]*.tmp", "checkpoint-*/.*.[0-9]*.tmp"):
         for path in resumed.parent.glob(pattern):
             path.unlink(missing_ok=True)
-    whole = (folder for folder in checkpoints(resumed.parent) if (folder / COMPLETE_MARKER).is_file())
-    if next(whole, None) == resumed:
+    if _marked_whole(resumed.parent)[:1] == [resumed]:
         keep_newest(resumed.parent, limit, best, resumed)
+
+
+def _marked_whole(output_dir: str | Path) -> list[Path]:
+    """Checkpoints that were whole when they were saved, the newest first."""
+    return [folder for folder in checkpoints(output_dir) if (folder / COMPLETE_MARKER).is_file()]
 
 
 def _step(folder: Path) -> int:

@@ -602,15 +602,14 @@ class DDPOTrainer(Med3DTrainer):
             unit="volume",
             disable=self.args.disable_tqdm or not self.is_world_process_zero(),
         )
-        own_volumes = self._sample(conditions, own, num_generations, seed, bar).split(
-            self.args.per_device_eval_batch_size
-        )
+        own_volumes = self._sample(conditions, own, num_generations, seed, bar)
         columns = {name: list(rows[name]) for name in rows.column_names}
         device = self.accelerator.device
-        rewards = self._score(torch.cat(own_volumes).to(device), columns)
+        rewards = self._score(own_volumes.to(device), columns)
         rewards = self.accelerator.gather(rewards.to(device)).cpu()[:total]
+        batches = own_volumes.split(self.args.per_device_eval_batch_size)
         # every batch (1, b, ...) becomes (processes, b, ...): not all volumes are on the device at once
-        volumes = torch.cat([self.accelerator.gather(batch[None].to(device)).cpu() for batch in own_volumes], dim=1)
+        volumes = torch.cat([self.accelerator.gather(batch[None].to(device)).cpu() for batch in batches], dim=1)
         asked = encode_rows(self.pipeline, conditions.select([i // num_generations for i in range(total)]))
         labels = None if asked.class_labels is None else asked.class_labels.cpu()
         return Scored(volumes.flatten(0, 1)[:total], labels, rewards)
