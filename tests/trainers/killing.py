@@ -166,10 +166,19 @@ def forked(function: Callable, *args, wait: float | None = None) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def contents(folder: Path) -> dict[str, bytes | str]:
+def values(state: object) -> object:
+    """What a pickle holds, to the bit. Its bytes depend on which equal strings are one object, which loading changes."""
+    if isinstance(state, dict):
+        return [(key, values(value)) for key, value in state.items()]
+    if isinstance(state, list | tuple):
+        return [values(value) for value in state]
+    return (str(state.dtype), state.shape, state.numpy().tobytes()) if isinstance(state, torch.Tensor) else state
+
+
+def contents(folder: Path) -> dict[str, object]:
     """Everything of a finished run that must be equal: the files of its last checkpoint, logs, the model."""
     last = checkpoints(folder)[0]
-    found: dict[str, bytes | str] = {"checkpoint": last.name, "kept": str(sorted(p.name for p in checkpoints(folder)))}
+    found: dict[str, object] = {"checkpoint": last.name, "kept": str(sorted(p.name for p in checkpoints(folder)))}
     for path in sorted([*last.iterdir(), *(p for p in folder.rglob("*") if last not in p.parents)]):
         if path.is_dir() or "checkpoint-" in str(path.parent.relative_to(folder)) and path.parent != last:
             continue
@@ -179,6 +188,8 @@ def contents(folder: Path) -> dict[str, bytes | str]:
             logs = [row for row in state["log_history"] if "train_loss" not in row]  # a summary since the last start
             rows = [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in logs]
             found[name] = json.dumps([rows, state["global_step"], state["epoch"]])
+        elif path.name in ("optimizer.pt", "scheduler.pt"):
+            found[name] = values(torch.load(path))
         elif path.name != "complete" and path.suffix != ".png":
             found[name] = path.read_bytes()
     return found
