@@ -22,6 +22,7 @@ def test_niivue_gets_the_voxels_and_the_true_affine():
     made = output()
     viewers = made.show().children
     assert len(viewers) == 2 and all(isinstance(viewer, ipyniivue.NiiVue) for viewer in viewers)
+    assert all(one.opts.is_radiological_convention and one.opts.sagittal_nose_left for one in viewers)  # as in viz
     image = nibabel.Nifti1Image.from_bytes(viewers[1].volumes[0].data)
     assert np.array_equal(image.get_fdata(), made.volumes[1, 0].double().numpy())
     assert np.allclose(image.affine, made.affine)

@@ -29,9 +29,11 @@ class Viewer {
       crosshairWidth: 0.3,
       dragAndDropEnabled: false,
       fontColor: [1, 0.85, 0.4, 1],
+      isRadiologicalConvention: true, // as the pictures of diffusers_med3d.viz: the patient's right is on the left
       isResizeCanvas: true,
       isRuler: true,
       rulerColor: [1, 0.85, 0.4, 1],
+      sagittalNoseLeft: true,
       showAllOrientationMarkers: true,
       loadingText: "",
       multiplanarLayout: MULTIPLANAR_TYPE.GRID,

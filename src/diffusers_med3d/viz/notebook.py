@@ -50,7 +50,7 @@ def show(volumes: Any, affine: Any, viewer: str = "auto", title: str = "samples"
     for index, (volume, one) in enumerate(zip(arrays[:WIDGETS, channel], affines, strict=False)):
         image = nibabel.Nifti1Image(volume, one)
         image.header.set_xyzt_units("mm")
-        viewers.append(NiiVue(height=360))
+        viewers.append(NiiVue(height=360, is_radiological_convention=True, sagittal_nose_left=True))
         viewers[-1].layout = Layout(flex="1")
         name = f"{title.replace('/', '-')}-{index}.nii"  # NiiVue tells the format by the end of the name
         viewers[-1].load_volumes([Volume(data=image.to_bytes(), name=name, cal_min=0.0, cal_max=1.0)])
