@@ -255,6 +255,8 @@ def test_a_saved_adapter_loads_into_a_fresh_pipeline(tiny_pipeline, tiny_pipelin
     with pytest.raises(ValueError, match=r"one of the loaded adapters, \['a', 'b'\]; got None"):
         tiny_pipeline.save_lora_weights(tmp_path / "saved")
     path = tiny_pipeline.save_lora_weights(tmp_path / "saved", "b")
+    again = [tiny_pipeline.save_lora_weights(tmp_path / str(n), "b").read_bytes() for n in range(8)]
+    assert set(again) == {path.read_bytes()}
     assert path == tmp_path / "saved" / LORA_FILE and list(path.parent.iterdir()) == [path]
     fresh = MedDiffusion3DPipeline.from_pretrained(tiny_pipeline_folder)
     fresh.load_lora_weights(tmp_path / "saved")

@@ -50,7 +50,8 @@ def write_lora(unet: ModelMixin, folder: str | os.PathLike, adapter_name: str) -
     config = {k: sorted(v) if isinstance(v, set) else v for k, v in unet.peft_config[adapter_name].to_dict().items()}
     state = get_peft_model_state_dict(unet, adapter_name=adapter_name)
     tensors = {PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}
-    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps({PREFIX + k: v for k, v in config.items()})}
+    # no second entry ("format"): safetensors writes several in a random order, and equal adapters are equal files here
+    metadata = {"lora_adapter_metadata": json.dumps({PREFIX + k: v for k, v in config.items()})}
     path = Path(folder) / LORA_FILE
     with whole_file(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
