@@ -94,6 +94,7 @@ def imported_modules(folder: Path) -> set[str]:
     return names - sys.stdlib_module_names - {"diffusers_med3d"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["src", "examples"])
 def test_every_package_that_is_imported_is_declared(folder):
     extras = [lines for name, lines in PROJECT["optional-dependencies"].items() if name not in ("test", "docs")]

@@ -176,6 +176,7 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
     assert (out / "test-opened.json").read_text() == opened
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_sweep_freezes_the_better_setting_of_a_flow_and_is_not_made_again(launch, tmp_path):
     base = MedDiffusion3DPipeline.from_pretrained(tmp_path / "base")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+LONG = [pytest.param(suite, marks=pytest.mark.long) for suite in ("scaling", "start", "presets")]
 
 
 def run(monkeypatch, folder: Path, *suites: str) -> list[dict]:
@@ -20,7 +21,7 @@ def run(monkeypatch, folder: Path, *suites: str) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suite", ["sampling", "rl", "memory", "scaling", "data", "start", "presets"])
+@pytest.mark.parametrize("suite", ["sampling", "rl", "memory", "data"] + LONG)
 def test_a_suite_measures_something(monkeypatch, tmp_path, suite):
     rows = run(monkeypatch, tmp_path, suite)
     assert rows and all(row["suite"] == suite and row["ours"] >= 0 for row in rows)

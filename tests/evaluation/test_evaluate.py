@@ -200,6 +200,7 @@ def test_a_folder_without_a_log_has_no_curves_and_the_newest_checkpoint_is_read(
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[1, 0.1], [2, 0.2]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -353,6 +353,7 @@ def test_scans_that_nothing_can_be_judged_by_are_refused_before_there_are_sample
         check_scans(REFERENCE, VolumeSet(TRAIN.volumes[..., :8], TRAIN.labels, TRAIN.subjects))
 
 
+@pytest.mark.slow
 def test_a_reference_scan_that_is_a_training_scan_under_another_name_is_named():
     leaked = VolumeSet(REFERENCE.volumes.clone(), REFERENCE.labels, REFERENCE.subjects)
     leaked.volumes[3] = 0.8 * TRAIN.volumes[7].flip(1)

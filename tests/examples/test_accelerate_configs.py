@@ -88,6 +88,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_nodes_train_a_flow_generator_together(brains_folder, tiny_vae, tmp_path):
     """two_nodes.yaml as it is, but for addresses, one process a node, and gloo in place of GPUs; the world is two."""
     tiny_vae.save_pretrained(tmp_path / "vae")

@@ -91,6 +91,7 @@ def test_a_pickle_among_adapters_is_refused_and_not_opened(tiny_pipeline, tmp_pa
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_pickle_in_a_checkpoint_of_another_is_not_opened(tmp_path, name):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}

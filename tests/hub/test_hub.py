@@ -74,6 +74,7 @@ def with_moved_weights(pipeline: MedDiffusion3DPipeline) -> MedDiffusion3DPipeli
 # --- there and back ---
 
 
+@pytest.mark.slow
 def test_a_pushed_pipeline_has_our_card_and_loads_in_every_way(hub, tiny_pipeline):
     tiny_pipeline.push_to_hub("tiny")
     assert hub.files("tester/tiny") == PIPELINE_FILES

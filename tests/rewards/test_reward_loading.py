@@ -117,6 +117,7 @@ def trainer(pipeline, folder, rewards, **options):
     return DDPOTrainer(model=pipeline, reward_funcs=rewards, args=args, train_dataset=conditions)
 
 
+@pytest.mark.slow
 def test_the_trainer_takes_them_mixed_and_a_single_one(tiny_pipeline, mine, tmp_path):
     both = trainer(tiny_pipeline, tmp_path, [f"{mine}:brightness", tiny_model()], reward_weights=[1.0, 0.5])
     both.train()

@@ -167,7 +167,7 @@ def forked(function: Callable, *args, wait: float | None = None) -> int:
 
 
 def values(state: object) -> object:
-    """What a pickle holds, to the bit. Its bytes depend on which equal strings are one object, which loading changes."""
+    """Contents of a pickle, whose bytes depend on which equal strings are one object, and loading changes that."""
     if isinstance(state, dict):
         return [(key, values(value)) for key, value in state.items()]
     if isinstance(state, list | tuple):

@@ -260,6 +260,7 @@ def test_evaluation_reports_fidelity_and_detail_of_whole_round_trips(tmp_path, s
 # --- latent statistics ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scaling", ["channel", "global"])
 @pytest.mark.parametrize("with_atlas", [False, True])
 def test_latent_statistics_cover_the_whole_training_set_and_are_applied_once(tmp_path, scans, scaling, with_atlas):
@@ -354,6 +355,7 @@ def test_the_script_trains_two_steps_is_resumed_and_writes_a_loadable_autoencode
     )
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_by_the_round_trips_of_the_same_scans(tmp_path, scans):
     trainer = make(tmp_path, kl_model(), scans, picture_steps=2, max_steps=2)
     trainer.train()

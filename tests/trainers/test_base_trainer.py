@@ -282,6 +282,7 @@ class Watched(LineTrainer):
         return {"weights": viz.curves({"w": (list(range(len(values))), values)})}
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_by_the_same_picture_every_few_steps_and_is_not_changed_by_it(tmp_path):
     watched = make(tmp_path / "a", Watched, report_to="tensorboard", picture_steps=2, ema_decay=0.5)
     watched.train()
@@ -364,6 +365,7 @@ def test_the_trained_weights_come_back_when_evaluation_fails(tmp_path):
 # --- saving and resuming ---
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tmp_path):
     settings = {"ema_decay": 0.9, "save_strategy": "steps", "save_steps": 5, "max_steps": 10}
     whole = make(tmp_path / "whole", **settings)
@@ -491,6 +493,7 @@ def test_a_run_whose_losses_stay_not_finite_stops_in_one_sentence(tmp_path):
     assert weights(trainer).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_cut_off_is_passed_over_and_refused(tmp_path):
     trainer = make(tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()

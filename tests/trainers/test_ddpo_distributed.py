@@ -85,7 +85,7 @@ def run(folder: Path, base: str, processes: int, batches: int, kind: str = "full
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.long)])
 def test_two_processes_have_the_advantages_of_one(tiny_pipeline_folder, tmp_path, kind):
     """Pitfalls 15 to 17: 12 samples as 1 process x 4 batches or 2 x 2; noise by sample, one window, saving returns."""
     one = run(tmp_path, tiny_pipeline_folder, 1, 4, kind)

@@ -159,6 +159,7 @@ def test_dropout_is_off_in_rollout_and_update(tiny_pipeline, tmp_path):
     assert training_logs(trainer)[0]["ratio/first_step"] < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     ["ddpm", "flow", "less noise", "all stochastic", "subset", "shared noise", "own noise", "offload", "no labels"],
@@ -293,6 +294,7 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_all_samples_and_trained
     assert max(gradient.abs().max() for gradient in expected) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulation", "rollouts"), [(1, 1), (2, 2)])
 def test_every_transition_is_used_once_per_pass(tiny_pipeline, tmp_path, accumulation, rollouts):
     """Pitfalls 18 and 19: four optimizer steps are two passes over one rollout, or, accumulating 2, over two."""
@@ -729,6 +731,7 @@ def test_the_best_checkpoint_is_kept_only_where_evaluations_meet_checkpoints(tin
     assert trainer.state.best_model_checkpoint.rpartition("-")[2] in ("2", "4")
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_by_samples_of_the_same_noise(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=2, picture_steps=2)
     state = torch.get_rng_state()

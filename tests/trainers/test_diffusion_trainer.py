@@ -315,6 +315,7 @@ def test_muon_makes_steps_of_matrices_inside_the_blocks_orthogonal_and_no_others
     assert sum("_block" in name and p.ndim > 1 for name, p in before.items()) > 10
 
 
+@pytest.mark.slow
 def test_evaluation_is_repeatable_and_uses_the_averaged_weights(tiny_pipeline, scans, tmp_path):
     trainer = make(tmp_path, tiny_pipeline, scans, ema_decay=0.9)
     trainer.train()
@@ -417,6 +418,7 @@ def test_a_generator_that_goes_on_from_another_remembers_its_subjects_too(tiny_p
     assert json.loads((tmp_path / "training_subjects.json").read_text()) == [*TRAIN, "sub-99"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("muon", "eval_samples"), [(False, 0), pytest.param(True, 3, marks=pytest.mark.slow)])
 def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tiny_pipeline_folder, scans, tmp_path, muon, eval_samples):
     class Killed(LatentDiffusionTrainer):
@@ -533,6 +535,7 @@ def test_settings_that_mean_nothing_are_refused(tmp_path):
         config(tmp_path, sample_every=0, patience=1)
 
 
+@pytest.mark.slow
 def test_every_parameter_of_a_placed_flow_is_trained_and_progress_is_written_against_volumes(
     placed_pipeline, scans, tmp_path
 ):
@@ -556,6 +559,7 @@ def test_every_parameter_of_a_placed_flow_is_trained_and_progress_is_written_aga
     torch.testing.assert_close(again(**call).volumes, expected)
 
 
+@pytest.mark.slow
 def test_samples_are_made_at_every_nth_evaluation_and_at_the_end(placed_pipeline, scans, tmp_path, monkeypatch):
     settings = {"max_steps": 5, "eval_strategy": "steps", "eval_steps": 1, "sample_every": 2}
     trainer = make(tmp_path, placed_pipeline, scans, **settings)
@@ -566,6 +570,7 @@ def test_samples_are_made_at_every_nth_evaluation_and_at_the_end(placed_pipeline
     assert sampled == [2, 4, 5]
 
 
+@pytest.mark.slow
 def test_training_stops_where_the_validation_loss_no_longer_falls(placed_pipeline, scans, tmp_path, monkeypatch):
     settings = {"max_steps": 9, "eval_strategy": "steps", "eval_steps": 1, "patience": 2}
     trainer = make(tmp_path, placed_pipeline, scans, **settings)
@@ -588,6 +593,7 @@ def test_training_stops_where_the_validation_loss_no_longer_falls(placed_pipelin
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_by_samples_of_the_same_noise(tiny_pipeline, scans, tmp_path):
     trainer = make(tmp_path, tiny_pipeline, scans, picture_steps=3, eval_inference_steps=2)
     state = torch.get_rng_state()

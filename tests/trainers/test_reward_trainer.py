@@ -367,6 +367,7 @@ def test_training_teaches_the_order_of_unseen_subjects_and_moves_every_weight(mo
         assert entry["loss"] == pytest.approx(entry["regression"] + entry["ranking"], abs=1e-3)
 
 
+@pytest.mark.slow
 @MODELS
 def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path):
     dataset = toy_spectrum(tmp_path / "train", 5)
@@ -398,6 +399,7 @@ def test_two_batches_of_one_step_draw_different_versions(tmp_path):
     assert trainer.compute_loss(trainer.model, batch).item() == losses[0]
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_the_average_in_half_precision_and_what_a_reward_reads(tmp_path):
     dataset = toy_spectrum(tmp_path / "train", 3)
     trainer = RewardModelTrainer(
@@ -602,6 +604,7 @@ def test_volumes_too_small_for_the_network_are_refused_before_the_spectrum_is_ma
     assert not (tmp_path / "spectrum").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_watched_by_the_scores_of_one_scans_versions(tmp_path):
     args = config(tmp_path / "out", max_steps=2, picture_steps=2, eval_strategy="no", save_strategy="no")
     trainer = RewardModelTrainer(
