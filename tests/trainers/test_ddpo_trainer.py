@@ -188,6 +188,56 @@ def test_variants_of_the_rollout_train_with_a_ratio_of_one(tiny_pipeline, tmp_pa
         assert torch.equal(states[0, 0], states[0, 3]) == (kind != "own noise")
 
 
+# The forward-process objective
+
+AWM = {"loss_type": "awm", "forward_times": 3}
+
+
+def test_awm_has_a_ratio_of_one_and_keeps_clean_latents_alone(tiny_pipeline, tmp_path):
+    """With a sampler that has no step densities, and guidance. A rollout of more steps keeps no more."""
+    tiny_pipeline.scheduler = DPMSolverMultistepScheduler.from_config(tiny_pipeline.scheduler.config)
+    trainer = make_trainer(tiny_pipeline, tmp_path, **AWM, num_inference_steps=7, guidance_scale=2.0)
+    trainer.train()
+    first, second = training_logs(trainer)
+    assert first["ratio/first_step"] < 1e-6 and first["kl"] == 0.0
+    assert second["kl"] > 0 and second["ratio/max_deviation"] > 1e-6 and second["clip_ratio"] <= 1
+    samples = trainer._chunks[0].trajectory
+    tensors = {name: tuple(v.shape) for name, v in samples._asdict().items() if torch.is_tensor(v)}
+    assert tensors == {"final": (6, 4, 4, 4, 4), "log_probs": (3, 6)}
+    assert not torch.equal(samples.final[0], samples.final[3])  # one condition, own noise
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vp", "flow", "lora"])
+def test_awm_raises_a_reward_that_can_be_reached(tiny_pipeline, tmp_path, kind):
+    if kind == "flow":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        tiny_pipeline = MedDiffusion3DPipeline(tiny_pipeline.vae, tiny_pipeline.unet, scheduler, volume_shape=[16] * 3)
+    trainer = make_trainer(
+        tiny_pipeline, tmp_path, max_steps=16, learning_rate=3e-3, beta=0.0, num_generations=8, epsilon=1.0,
+        per_device_train_batch_size=12, gradient_accumulation_steps=2, eval_num_inference_steps=4, **AWM,
+        peft_config=LoraConfig(r=4, lora_alpha=8) if kind == "lora" else None,
+    )  # fmt: skip
+    before = trainer.sample_and_score(CONDITIONS, 4).rewards
+    trainer.train()
+    gain = trainer.sample_and_score(CONDITIONS, 4).rewards - before
+    assert gain.mean() > 0.002
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"loss_type": "awm", "eta": 0.5}, "eta cannot act with loss_type='awm'"),
+        ({"loss_type": "awm", "share_initial_noise": True}, "share_initial_noise cannot act"),
+        ({"forward_times": 3}, "forward_times cannot act with loss_type='ddpo'"),
+        ({"loss_type": "nft"}, r"loss_type must be one of \('ddpo', 'awm'\), got 'nft'"),
+    ],
+)
+def test_what_cannot_act_with_a_loss_type_is_refused(tmp_path, options, named):
+    with pytest.raises(ValueError, match=named):
+        make_args(tmp_path, **options)
+
+
 @pytest.mark.slow
 def test_training_again_starts_with_a_new_rollout(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=1)
@@ -523,7 +573,7 @@ def test_a_run_out_of_time_ends_with_its_rollout_and_leaves_a_checkpoint(tiny_pi
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
-SLOW_VARIANTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "synced reference")]
+SLOW_VARIANTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "synced reference", "awm")]
 
 
 @pytest.mark.slow
@@ -532,6 +582,7 @@ def test_resuming_repeats_the_run_exactly(tiny_pipeline_folder, tmp_path, varian
     """Pitfall 21: 2 + 2 rollouts are 4 rollouts: weights, average, rewards, logs."""
     options = dict(max_steps=8, save_strategy="steps", save_steps=1, lr_scheduler_type="linear", save_total_limit=10)
     options |= {"synced reference": {"sync_ref_model": True, "ref_model_sync_steps": 3}}.get(variant, {})
+    options |= AWM if variant == "awm" else {}
 
     def make(folder):
         lora = LoraConfig(r=2, lora_alpha=4) if variant == "lora" else None

@@ -53,13 +53,17 @@ from ..rewards.loading import Reward, load_rewards
 from ..rewards.scoring import check_signature, reward_names, score
 from ..rl import (
     Trajectory,
+    Transition,
     check_scheduler,
     clip_fraction,
     clipped_loss,
     deterministic_steps,
+    forward_timesteps,
     gaussian_kl,
     group_advantages,
     log_prob,
+    matching,
+    noised,
     rollout,
     rollout_window,
     transition,
@@ -73,7 +77,7 @@ from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
 from .lora import add_lora, check_no_lora, enable_lora, merged
 
-INITIAL, SHARED_INITIAL, STEP, EVALUATION = range(4)  # what a random stream is for; part of its seed
+INITIAL, SHARED_INITIAL, STEP, EVALUATION, FORWARD = range(5)  # what a random stream is for; part of its seed
 REFERENCE_FILE = "reference.safetensors"
 FILMED = 4  # conditions of the pictures by which a run is watched
 DIVERSITY_OF = 8  # volumes; the number of pairs grows with its square
@@ -82,10 +86,19 @@ PIPELINE_CONFIG = (
 )  # fmt: skip
 
 
+class ForwardSamples(NamedTuple):
+    """What a forward-process update needs of B samples: the noise is drawn again from its keys."""
+
+    timesteps: tuple[float, ...]  # W
+    keys: list[tuple[int, ...]]  # of the noise of each sample, to which the number of the timestep is added
+    log_probs: torch.Tensor  # (W, B), under the policy that sampled
+    final: torch.Tensor  # (B, c, x, y, z)
+
+
 class Chunk(NamedTuple):
     """B samples that go through the network together, in the rollout and in every update."""
 
-    trajectory: Trajectory
+    trajectory: Trajectory | ForwardSamples
     conditions: Conditions
     advantages: torch.Tensor  # (B,)
 
@@ -187,11 +200,12 @@ class DDPOTrainer(Med3DTrainer):
             encode_rows(pipeline, rows)  # what cannot be asked for is refused now, not after a rollout
             for func, name in zip(self.reward_funcs, self.reward_names, strict=True):
                 check_signature(func, name, rows.column_names)
-        check_scheduler(pipeline.scheduler, args.eta)
         pipeline.check_scheduler()
         self.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-        set_timesteps(self.scheduler, args.num_inference_steps)
-        self._window(args, 0)  # refuses a window that does not fit
+        if args.loss_type == "ddpo":
+            check_scheduler(pipeline.scheduler, args.eta)
+            set_timesteps(self.scheduler, args.num_inference_steps)
+            self._window(args, 0)  # refuses a window that does not fit
 
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
         unet = unwrapped(pipeline.unet).float()
@@ -234,7 +248,7 @@ class DDPOTrainer(Med3DTrainer):
             if isinstance(func, VolumeReward | SliceReward):
                 func.to(device)
 
-        assert args.steps_per_generation is not None  # its default was filled in by the config
+        assert args.steps_per_generation is not None and args.epsilon is not None  # the config filled in their defaults
         self.samples_per_process = args.per_device_train_batch_size * args.steps_per_generation
         total = self.samples_per_process * self.accelerator.num_processes
         if total % args.num_generations:
@@ -256,6 +270,7 @@ class DDPOTrainer(Med3DTrainer):
         vae = pipeline.vae
         self.latent_shape = (vae.latent_channels, *vae.latent_shape(tuple(pipeline.config.volume_shape)))
 
+        self._storage = "cpu" if args.offload_trajectories else None
         self._chunks: list[Chunk] = []
         self._rollout_index = -1
         self._record = Recorder()
@@ -303,6 +318,21 @@ class DDPOTrainer(Med3DTrainer):
         return randn_tensor(shape, generator=generators_for(keys), device=self.accelerator.device)
 
     @torch.no_grad()
+    def _latents(self, rows: datasets.Dataset, keys: Sequence[tuple[int, ...]], steps: int) -> torch.Tensor:
+        """Normalised latents (B, c, x, y, z), one sample per row, by the pipeline with the trained network."""
+        sampler = self._pipeline_with(self.model)
+        sampler.set_progress_bar_config(disable=True)
+        with self.accelerator.autocast():
+            return sampler(
+                **call_arguments(self.pipeline, rows),
+                latents=self._noise(keys),
+                num_inference_steps=steps,
+                guidance_scale=self.args.guidance_scale,
+                generator=generators_for([(*key, STEP) for key in keys]),
+                output_type="latent",
+            ).volumes
+
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, c, x, y, z) to float32 volumes (B, C, X, Y, Z) in [0, 1], in chunks."""
         with self.accelerator.autocast():
@@ -318,39 +348,19 @@ class DDPOTrainer(Med3DTrainer):
         sample       0 1 2 3 4 5 | 6 7 8 9 .. 11
                      process 0   |   process 1      each cut into chunks of per_device_train_batch_size
         """
-        args, seed = self.args, self.args.seed
-        window, trained = self._window(args, index)
+        args = self.args
         rows = self._condition_rows(index)
         start = self.accelerator.process_index * self.samples_per_process
         samples = range(start, start + self.samples_per_process)
         conditions = self.train_dataset.select([rows[i % len(rows)] for i in samples])
         asked = encode_rows(self.pipeline, conditions)
-        storage = "cpu" if args.offload_trajectories else None
+        size, storage = args.per_device_train_batch_size, self._storage
+        parts = [slice(first, first + size) for first in range(0, len(samples), size)]
+        chunk_conditions = [asked.take(part) for part in parts]
 
-        trajectories, chunk_conditions = [], []
         with self._record.timed("rollout"):
-            shared = self._until_window(model, index, rows, window) if args.share_initial_noise else None
-            for first in range(0, len(samples), args.per_device_train_batch_size):
-                chunk = samples[first : first + args.per_device_train_batch_size]
-                own = asked.take(slice(first, first + len(chunk)))
-                if shared is not None:
-                    initial = shared[[i % len(rows) for i in chunk]]
-                else:
-                    initial = self._noise([(seed, index, INITIAL, i) for i in chunk])
-                trajectories.append(
-                    rollout(
-                        partial(self._predict, model, asked=own),
-                        self.scheduler,
-                        initial,
-                        generators_for([(seed, index, STEP, i) for i in chunk]),
-                        window,
-                        trained,
-                        args.eta,
-                        storage,
-                        first_step=0 if shared is None else window.start,
-                    )
-                )
-                chunk_conditions.append(own)
+            make = self._trajectories if args.loss_type == "ddpo" else self._forward_samples
+            trajectories = make(model, index, rows, [samples[part] for part in parts], chunk_conditions)
         with self._record.timed("decode"):
             volumes = torch.cat([self.decode(t.final).to(storage or t.final.device) for t in trajectories])
         with self._record.timed("reward"):
@@ -375,6 +385,80 @@ class DDPOTrainer(Med3DTrainer):
             self._record_rollout(rewards, advantages.frac_zero_std, volumes, rows, samples)
         values = values.to(self.accelerator.device).split(args.per_device_train_batch_size)
         return [Chunk(*parts) for parts in zip(trajectories, chunk_conditions, values, strict=True)]
+
+    def _trajectories(
+        self,
+        model: nn.Module,
+        index: int,
+        rows: list[int],
+        chunks: list[range],
+        conditions: list[Conditions],
+    ) -> list[Trajectory | ForwardSamples]:
+        """Samples of rollout `index` with the stochastic steps that made them."""
+        args, seed = self.args, self.args.seed
+        window, trained = self._window(args, index)
+        shared = self._until_window(model, index, rows, window) if args.share_initial_noise else None
+        trajectories: list[Trajectory | ForwardSamples] = []
+        for chunk, own in zip(chunks, conditions, strict=True):
+            if shared is not None:
+                initial = shared[[i % len(rows) for i in chunk]]
+            else:
+                initial = self._noise([(seed, index, INITIAL, i) for i in chunk])
+            trajectories.append(
+                rollout(
+                    partial(self._predict, model, asked=own),
+                    self.scheduler,
+                    initial,
+                    generators_for([(seed, index, STEP, i) for i in chunk]),
+                    window,
+                    trained,
+                    args.eta,
+                    self._storage,
+                    first_step=0 if shared is None else window.start,
+                )
+            )
+        return trajectories
+
+    @torch.no_grad()
+    def _forward_samples(
+        self,
+        model: nn.Module,
+        index: int,
+        rows: list[int],
+        chunks: list[range],
+        conditions: list[Conditions],
+    ) -> list[Trajectory | ForwardSamples]:
+        """Samples of rollout `index` by the pipeline's own sampler, with the log-densities of their noised versions."""
+        seed, steps = self.args.seed, self.args.num_inference_steps
+        times = forward_timesteps(self.scheduler, self.args.forward_times, derive_seed(seed, index))
+        made: list[Trajectory | ForwardSamples] = []
+        for chunk, own in zip(chunks, conditions, strict=True):
+            asked = self.train_dataset.select([rows[i % len(rows)] for i in chunk])
+            final = self._latents(asked, [(seed, index, INITIAL, i) for i in chunk], steps).float()
+            samples = ForwardSamples(times, [(seed, index, FORWARD, i) for i in chunk], torch.empty(0), final)
+            log_probs = []
+            for w in range(len(times)):
+                timestep, states, actions = self._action(samples, w)
+                step = self._policy(self._predict(model, states, timestep, own), timestep, states)
+                log_probs.append(log_prob(actions, step))
+            kept = final.to(self._storage or final.device)
+            made.append(samples._replace(log_probs=torch.stack(log_probs), final=kept))
+        return made
+
+    def _action(self, samples: Trajectory | ForwardSamples, w: int) -> tuple[int | float, torch.Tensor, torch.Tensor]:
+        """Timestep, states and actions of the trained step `w`: the next states, or the targets of the prediction."""
+        device = self.accelerator.device
+        if isinstance(samples, Trajectory):
+            timestep = self.scheduler.timesteps[samples.steps[w]].item()
+            return timestep, samples.states[w].to(device), samples.next_states[w].to(device)
+        noise = self._noise([(*key, w) for key in samples.keys])
+        return samples.timesteps[w], *noised(self.scheduler, samples.final.to(device), noise, samples.timesteps[w])
+
+    def _policy(self, output: torch.Tensor, timestep: int | float, states: torch.Tensor) -> Transition:
+        """The Gaussian of the actions that a prediction stands for."""
+        if self.args.loss_type == "awm":
+            return matching(output)
+        return transition(self.scheduler, output, timestep, states, self.args.eta)
 
     def _score(self, volumes: torch.Tensor, columns: dict[str, list[Any]]) -> torch.Tensor:
         limit = self.args.reward_timeout
@@ -463,24 +547,25 @@ class DDPOTrainer(Med3DTrainer):
             self._rollout_index = index
 
         chunk = self._chunks[position % len(self._chunks)]
-        trajectory, device = chunk.trajectory, self.accelerator.device
+        samples, count = chunk.trajectory, len(chunk.trajectory.log_probs)
         synchronize = self.accelerator.sync_gradients
-        total = torch.zeros((), device=device)
+        total = torch.zeros((), device=self.accelerator.device)
         with self._record.timed("update"):
-            for w, step in enumerate(trajectory.steps):
-                is_last = w == len(trajectory.steps) - 1
+            for w in range(count):
+                is_last = w == count - 1
                 self.accelerator.gradient_state._set_sync_gradients(synchronize and is_last)
                 with nullcontext() if is_last else self.accelerator.no_sync(model):
+                    timestep, states, actions = self._action(samples, w)
                     transition_inputs = {
-                        "timestep": self.scheduler.timesteps[step].item(),
-                        "states": trajectory.states[w].to(device),
-                        "next_states": trajectory.next_states[w].to(device),
-                        "log_probs": trajectory.log_probs[w],
+                        "timestep": timestep,
+                        "states": states,
+                        "actions": actions,
+                        "log_probs": samples.log_probs[w],
                         "advantages": chunk.advantages,
                         "conditions": chunk.conditions,
                         "on_policy": position < accumulation,
                     }
-                    loss = self.compute_loss(model, transition_inputs) / (len(trajectory.steps) * accumulation)
+                    loss = self.compute_loss(model, transition_inputs) / (count * accumulation)
                     self.accelerator.backward(loss, **self._backward_options())
                 total += loss.detach()
         self.note_loss(total)
@@ -499,11 +584,9 @@ class DDPOTrainer(Med3DTrainer):
         """Clipped surrogate plus beta times KL, mean over B transitions at one timestep."""
         args, states, t = self.args, inputs["states"], inputs["timestep"]
         reference = self._reference_transition(states, t, inputs["conditions"])
-        step = transition(self.scheduler, self._predict(model, states, t, inputs["conditions"]), t, states, args.eta)
+        step = self._policy(self._predict(model, states, t, inputs["conditions"]), t, states)
         advantages = inputs["advantages"]
-        losses, ratio = clipped_loss(
-            log_prob(inputs["next_states"], step), inputs["log_probs"], advantages, args.epsilon
-        )
+        losses, ratio = clipped_loss(log_prob(inputs["actions"], step), inputs["log_probs"], advantages, args.epsilon)
         loss = losses.mean()
         if reference is not None:
             kl = gaussian_kl(step, reference).mean()
@@ -530,7 +613,7 @@ class DDPOTrainer(Med3DTrainer):
                     output = self._predict(self.model, states, t, asked)
                 finally:
                     enable_lora(self.model, True)
-            return transition(self.scheduler, output, t, states, self.args.eta)
+            return self._policy(output, t, states)
 
     def sync_reference(self) -> None:
         """Let the reference policy be the current one from here on."""
@@ -556,22 +639,13 @@ class DDPOTrainer(Med3DTrainer):
         """Volumes of the samples `own` of this process, (N, C, X, Y, Z) on the CPU; `each` samples belong to a row."""
         self.model.eval()
         rows = conditions.select([i // each for i in own])
-        sampler = self._pipeline_with(self.model)
-        sampler.set_progress_bar_config(disable=True)
         volumes = []
         with self.ema_weights(), bar:
             for first in range(0, len(own), self.args.per_device_eval_batch_size):
                 chunk = own[first : first + self.args.per_device_eval_batch_size]
                 keys = [(seed, 0, EVALUATION, i) for i in chunk]
-                with self.accelerator.autocast():
-                    latents = sampler(
-                        **call_arguments(self.pipeline, rows.select(range(first, first + len(chunk)))),
-                        latents=self._noise(keys),
-                        num_inference_steps=self.args.eval_num_inference_steps,
-                        guidance_scale=self.args.guidance_scale,
-                        generator=generators_for([(*key, STEP) for key in keys]),
-                        output_type="latent",
-                    ).volumes
+                own_rows = rows.select(range(first, first + len(chunk)))
+                latents = self._latents(own_rows, keys, self.args.eval_num_inference_steps)
                 volumes.append(self.decode(latents).cpu())
                 bar.update(len(chunk))
         return torch.cat(volumes)

@@ -4,6 +4,10 @@ from dataclasses import dataclass, field
 
 from .base import Med3DConfig
 
+EPSILON = {"ddpo": 3e-5, "awm": 1e-3}  # clip range by loss_type
+DDPO_ONLY = ("eta", "sde_window_size", "sde_window_range", "timestep_fraction")
+AWM_ONLY = ("forward_times",)
+
 
 @dataclass
 class DDPOConfig(Med3DConfig):
@@ -91,11 +95,12 @@ class DDPOConfig(Med3DConfig):
     timestep_fraction: float = field(
         default=1.0, metadata={"help": "Share of the stochastic steps that is trained, drawn anew for each rollout."}
     )
-    share_initial_noise: bool = field(
-        default=True,
+    share_initial_noise: bool | None = field(
+        default=None,
         metadata={
             "help": "Start all samples of a condition from one noise, so that their rewards differ by the stochastic "
-            "steps alone: less variance, and what comes before the window is computed once."
+            "steps alone: less variance, and what comes before the window is computed once. Not set: with ddpo. With "
+            "awm it is refused: a sampler without noise would make equal samples."
         },
     )
     offload_trajectories: bool = field(
@@ -111,12 +116,22 @@ class DDPOConfig(Med3DConfig):
     )
 
     # Objective
+    loss_type: str = field(
+        default="ddpo",
+        metadata={
+            "help": "ddpo: log-probabilities of the stochastic sampling steps. awm: minus the denoising loss of the "
+            "clean samples, noised again, in their place; any sampler, and only clean latents are kept."
+        },
+    )
+    forward_times: int = field(
+        default=4, metadata={"help": "Random times at which awm noises every sample of a rollout."}
+    )
     num_iterations: int = field(default=1, metadata={"help": "Passes over each rollout."})
-    epsilon: float = field(
-        default=3e-5,
+    epsilon: float | None = field(
+        default=None,
         metadata={
             "help": "Clip range of the probability ratio. Log-probabilities are means over the latent, so it is small; "
-            "watch clip_ratio, and change it with learning_rate."
+            "watch clip_ratio, and change it with learning_rate. Not set: 3e-5 with ddpo, 1e-3 with awm."
         },
     )
     beta: float = field(
@@ -159,7 +174,12 @@ class DDPOConfig(Med3DConfig):
         super().__post_init__()
         if self.steps_per_generation is None:
             self.steps_per_generation = 3 * self.gradient_accumulation_steps
+        if self.share_initial_noise is None:
+            self.share_initial_noise = self.loss_type == "ddpo"
+        if self.epsilon is None:
+            self.epsilon = EPSILON.get(self.loss_type, 1.0)
         choices = {
+            "loss_type": tuple(EPSILON),
             "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
             "scale_rewards": ("batch", "group", "none"),
         }
@@ -177,6 +197,7 @@ class DDPOConfig(Med3DConfig):
             "ref_model_sync_steps": 1,
             "max_failed_rollouts": 1,
             "sde_window_size": 0,
+            "forward_times": 1,
             "beta": 0.0,
         }
         for name, minimum in least.items():
@@ -193,6 +214,14 @@ class DDPOConfig(Med3DConfig):
             raise ValueError(
                 f"steps_per_generation ({self.steps_per_generation}) must be a multiple of gradient_accumulation_steps "
                 f"({self.gradient_accumulation_steps}), so that no optimizer step mixes two rollouts."
+            )
+        foreign = AWM_ONLY if self.loss_type == "ddpo" else DDPO_ONLY
+        changed = [name for name in foreign if vars(self)[name] != type(self).__dataclass_fields__[name].default]
+        if self.loss_type == "awm" and self.share_initial_noise:
+            changed.append("share_initial_noise")
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} cannot act with loss_type={self.loss_type!r}; leave out what is set."
             )
         if self.sync_ref_model and self.beta == 0:
             raise ValueError(
