@@ -16,7 +16,8 @@ import datasets, torch
 from diffusers_med3d import DDPOConfig, DDPOTrainer, MedDiffusion3DPipeline
 
 torch.set_num_threads(1)
-base, out, batches, lora = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "lora"
+base, out, batches, kind = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+lora, awm = kind == "lora", kind == "awm"
 
 def brightness(volumes, class_label):
     return [float(v.mean()) + 0.01 * c for v, c in zip(volumes, class_label)]
@@ -33,7 +34,8 @@ trainer = DDPOTrainer(
     reward_funcs=[brightness, some_missing],
     args=DDPOConfig(
         output_dir=str(out), max_steps=2, per_device_train_batch_size=3, steps_per_generation=batches,
-        gradient_accumulation_steps=batches, num_generations=4, num_inference_steps=8, sde_window_size=2,
+        gradient_accumulation_steps=batches, num_generations=4, num_inference_steps=8,
+        loss_type="awm" if awm else "ddpo",
         eval_num_inference_steps=2, learning_rate=1e-3, ema_decay=0.5, report_to="none", disable_tqdm=True, bf16=False,
         picture_steps=0,
         save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=2, gradient_checkpointing=lora,
@@ -46,10 +48,12 @@ generate = trainer._generate
 def record(model, index):
     chunks = generate(model, index)
     own = torch.cat([chunk.advantages for chunk in chunks])
-    states = torch.cat([chunk.trajectory.next_states[0].flatten(1)[:, :5] for chunk in chunks])
+    paths = [chunk.trajectory for chunk in chunks]
+    states = torch.cat([(path.final if awm else path.next_states[0]).flatten(1)[:, :5] for path in paths])
+    steps = torch.tensor([paths[0].timesteps if awm else paths[0].steps])
     history.append({
         "advantages": trainer.accelerator.gather(own).tolist(), "states": trainer.accelerator.gather(states).tolist(),
-        "windows": trainer.accelerator.gather(torch.tensor([chunks[0].trajectory.steps])).tolist(),
+        "windows": trainer.accelerator.gather(steps).tolist(),
     })
     return chunks
 trainer._generate = record
@@ -85,7 +89,7 @@ def run(folder: Path, base: str, processes: int, batches: int, kind: str = "full
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["full", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("lora", "awm"))])
 def test_two_processes_have_the_advantages_of_one(tiny_pipeline_folder, tmp_path, kind):
     """Pitfalls 15 to 17: 12 samples as 1 process x 4 batches or 2 x 2; noise by sample, one window, saving returns."""
     one = run(tmp_path, tiny_pipeline_folder, 1, 4, kind)
