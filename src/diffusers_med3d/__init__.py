@@ -11,8 +11,10 @@ from diffusers.pipelines import pipeline_loading_utils
 
 from .models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from .models.reward import SliceRewardModel, VolumeRewardModel
+from .models.witness import WitnessRewardModel
 from .pipelines.med_diffusion_3d import MedDiffusion3DPipeline, MedDiffusion3DPipelineOutput, guided_prediction
 from .rewards.learned import SliceReward, VolumeReward
+from .rewards.witness import WitnessReward
 
 if TYPE_CHECKING:
     from .trainers.autoencoder import AutoencoderConfig, AutoencoderTrainer
@@ -38,6 +40,7 @@ for _class in (
     SliceRewardModel,
     VQModel3D,
     VolumeRewardModel,
+    WitnessRewardModel,
 ):
     setattr(diffusers, _class.__name__, _class)
 
@@ -78,6 +81,8 @@ __all__ = [
     "VQModel3D",
     "VolumeReward",
     "VolumeRewardModel",
+    "WitnessReward",
+    "WitnessRewardModel",
     "guided_prediction",
 ]
 

@@ -12,7 +12,14 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from diffusers_med3d import DiffusionUNet3D, MedDiffusion3DPipeline, viz
+from diffusers_med3d import (
+    DiffusionUNet3D,
+    MedDiffusion3DPipeline,
+    VolumeRewardModel,
+    WitnessReward,
+    WitnessRewardModel,
+    viz,
+)
 from diffusers_med3d.pipelines.lora import LORA_FILE
 from diffusers_med3d.rl import clipped_loss, group_advantages, log_prob, rollout, transition
 from diffusers_med3d.trainers import ddpo
@@ -573,7 +580,47 @@ def test_a_run_out_of_time_ends_with_its_rollout_and_leaves_a_checkpoint(tiny_pi
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
-SLOW_VARIANTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "synced reference", "awm")]
+class Novelty:
+    """A stateful reward as a user writes it: the distance to a running mean of all samples."""
+
+    def __init__(self) -> None:
+        self.mean, self.rollouts = torch.zeros(1, 16, 16, 16), []
+
+    def __call__(self, volumes, **conditions):
+        return (volumes - self.mean).square().flatten(1).mean(1)
+
+    def update(self, volumes, class_label):
+        self.rollouts.append((volumes, class_label))
+        self.mean = 0.5 * self.mean + 0.5 * volumes.mean(0)
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state["mean"]
+
+
+def small_witness():
+    torch.manual_seed(2)
+    network = VolumeRewardModel(channels=(8, 8), norm_num_groups=4)
+    return WitnessReward(WitnessRewardModel.of_scans(network, torch.rand(4, 1, 16, 16, 16), buffer_size=20))
+
+
+def test_a_stateful_reward_sees_every_rollout_before_it_scores_it(tiny_pipeline, tmp_path):
+    reward = Novelty()
+    trainer = make_trainer(tiny_pipeline, tmp_path, [reward], max_steps=4)
+    before = trainer.sample_and_score(CONDITIONS)
+    assert not trainer.args.share_initial_noise and reward.mean.abs().max() == 0  # an evaluation leaves it as it is
+    trainer.train()
+    assert [tuple(seen.shape) for seen, _ in reward.rollouts] == [(12, 1, 16, 16, 16)] * 2
+    for index, (_, labels) in enumerate(reward.rollouts):
+        assert labels == trainer._condition_rows(index) * 4  # conditions are their own rows here
+    assert trainer.sample_and_score(CONDITIONS).rewards.mean() < before.rewards.mean()  # nothing is new any more
+    with pytest.raises(ValueError, match="share_initial_noise must be False with Novelty"):
+        make_trainer(tiny_pipeline, tmp_path, [Novelty()], share_initial_noise=True)
+
+
+SLOW_VARIANTS = [pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "synced reference", "awm", "stateful")]
 
 
 @pytest.mark.slow
@@ -587,7 +634,8 @@ def test_resuming_repeats_the_run_exactly(tiny_pipeline_folder, tmp_path, varian
     def make(folder):
         lora = LoraConfig(r=2, lora_alpha=4) if variant == "lora" else None
         pipeline = MedDiffusion3DPipeline.from_pretrained(tiny_pipeline_folder)
-        return make_trainer(pipeline, folder, [brightness, contrast], lora, **options)
+        rewards = [brightness, contrast] if variant != "stateful" else [Novelty(), small_witness()]
+        return make_trainer(pipeline, folder, rewards, lora, **options)
 
     whole = make(tmp_path / "whole")
     whole.train()
@@ -605,6 +653,9 @@ def test_resuming_repeats_the_run_exactly(tiny_pipeline_folder, tmp_path, varian
     for ours, theirs in zip(training_logs(whole), training_logs(resumed), strict=True):
         assert {k: ours.get(k) for k in exact} == {k: theirs.get(k) for k in exact}
     assert resumed.state.global_step == 8
+    for ours, theirs in zip(whole.stateful.values(), resumed.stateful.values(), strict=True):
+        theirs = theirs.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.state_dict().items())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_pipeline, tmp_path):

@@ -13,7 +13,7 @@ from ..utils.files import read_json
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-_REWARDS = {"VolumeRewardModel": "VolumeReward", "SliceRewardModel": "SliceReward"}
+_REWARDS = {f"{name}RewardModel": f"{name}Reward" for name in ("Volume", "Slice", "Witness")}
 
 
 def bundled_names() -> list[str]:

@@ -5,7 +5,7 @@ Both score a volume with one unbounded number, trained towards 1 for a real scan
 where reinforcement learning has to find its way. GroupNorm only: a sample's score does not depend on its batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,12 @@ class ResidualScorer(CheckpointedBlocksMixin, nn.Module):
 
     def forward(self, images: torch.Tensor, orientation: int | None = None) -> torch.Tensor:
         """Images (N, C, ...) to scores (N,); ``orientation`` is the axis that the slices are perpendicular to."""
+        features = self.pooled(images, orientation).to(next(self.head.parameters()).dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features).squeeze(1)
+
+    def pooled(self, images: torch.Tensor, orientation: int | None = None) -> torch.Tensor:
+        """Images (N, C, ...) to the pooled features (N, D) that the score is made of, in float32."""
         hidden = self._call(self.stem, images)
         # means in float32: bfloat16 has steps of 0.4 %, coarser than the differences that ranking is about
         pooled = [hidden.float().flatten(2).mean(-1)]
@@ -68,9 +74,7 @@ class ResidualScorer(CheckpointedBlocksMixin, nn.Module):
             hidden = self._call(block, hidden)
             pooled.append(hidden.float().flatten(2).mean(-1))
         pooled.append(hidden.float().flatten(2).amax(-1))
-        features = torch.cat(pooled, dim=1).to(next(self.head.parameters()).dtype)
-        with torch.autocast(features.device.type, enabled=False):
-            return self.head(features).squeeze(1)
+        return torch.cat(pooled, dim=1)
 
 
 def box_filter(images: torch.Tensor) -> torch.Tensor:
@@ -129,7 +133,22 @@ class _RewardModel(PublishMixin, QuietCastMixin, ModelMixin, ConfigMixin):
         scores = self._score(volumes.to(self.dtype))  # (B, M)
         return scores if return_members else scores.mean(1)
 
+    def features(self, volumes: torch.Tensor) -> torch.Tensor:
+        """The pooled features that scores are made of: volumes as for scoring to float32 (B, D), all members'.
+
+        Raises:
+            ValueError: as scoring.
+        """
+        self.check_input(volumes)
+        return self._features(volumes.to(self.dtype))
+
+    def _scorers(self) -> list[ResidualScorer]:
+        return [member for member in self.members if isinstance(member, ResidualScorer)]
+
     def _score(self, volumes: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _features(self, volumes: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     def _inputs(self, images: torch.Tensor, mirrored: torch.Tensor | None) -> torch.Tensor:
@@ -197,6 +216,10 @@ class VolumeRewardModel(_RewardModel):
         inputs = self._inputs(volumes, mirror(volumes) if self.config.compare_sides else None)
         return torch.stack([member(inputs) for member in self.members], dim=1)
 
+    def _features(self, volumes: torch.Tensor) -> torch.Tensor:
+        inputs = self._inputs(volumes, mirror(volumes) if self.config.compare_sides else None)
+        return torch.cat([member.pooled(inputs) for member in self._scorers()], dim=1)
+
 
 class SliceRewardModel(_RewardModel):
     """Scores slices across the three axes by realism (texture, folds, edges); a volume's score is their mean.
@@ -243,17 +266,26 @@ class SliceRewardModel(_RewardModel):
         )
 
     def _score(self, volumes: torch.Tensor) -> torch.Tensor:
-        batch = volumes.shape[0]
+        batch, scores = volumes.shape[0], []
+        for axis, inputs in enumerate(self._planes(volumes)):
+            scores.append(torch.stack([member(inputs, axis).view(batch, -1) for member in self.members], dim=1))
+        return torch.cat(scores, dim=2).mean(2)  # (B, M, 3 N) -> (B, M)
+
+    def _features(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Means over the slices of each axis, one axis after the other."""
+        batch, members, found = volumes.shape[0], self._scorers(), []
+        for axis, inputs in enumerate(self._planes(volumes)):
+            found += [member.pooled(inputs, axis).view(batch, len(inputs) // batch, -1).mean(1) for member in members]
+        return torch.cat(found, dim=1)
+
+    def _planes(self, volumes: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What the networks see of each axis: the same slices (B * num_slices, C, H, W) for every member."""
         mirrored = mirror(volumes) if self.config.compare_sides else None
-        scores = []
         for axis in range(3):
-            # every member scores the same slices (B * N, C, H, W)
             positions = self.slice_positions(volumes, axis)
             slices = self.slices(volumes, axis, positions).flatten(0, 1)
             others = None if mirrored is None else self.slices(mirrored, axis, positions).flatten(0, 1)
-            inputs = self._inputs(slices, others)
-            scores.append(torch.stack([member(inputs, axis).view(batch, -1) for member in self.members], dim=1))
-        return torch.cat(scores, dim=2).mean(2)  # (B, M, 3 N) -> (B, M)
+            yield self._inputs(slices, others)
 
     @staticmethod
     def slices(volumes: torch.Tensor, axis: int, positions: torch.Tensor) -> torch.Tensor:

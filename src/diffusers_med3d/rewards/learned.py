@@ -5,10 +5,11 @@ from typing import Any, Self
 import torch
 
 from ..models.reward import SliceRewardModel, VolumeRewardModel
+from ..models.witness import WitnessRewardModel
 from ..utils.wrappers import unwrapped
 
 
-class _LearnedReward:
+class LearnedReward:
     """A reward model in evaluation mode, without gradients, called in chunks.
 
     Args:
@@ -16,9 +17,9 @@ class _LearnedReward:
         batch_size: volumes per forward pass; a score does not depend on it.
     """
 
-    model_class: type[VolumeRewardModel] | type[SliceRewardModel]
+    model_class: type[VolumeRewardModel] | type[SliceRewardModel] | type[WitnessRewardModel]
 
-    def __init__(self, model: VolumeRewardModel | SliceRewardModel, batch_size: int = 8) -> None:
+    def __init__(self, model: VolumeRewardModel | SliceRewardModel | WitnessRewardModel, batch_size: int = 8) -> None:
         if not isinstance(unwrapped(model), self.model_class):
             raise TypeError(f"{type(self).__name__} needs a {self.model_class.__name__}, got {type(model).__name__}.")
         if batch_size < 1:
@@ -68,13 +69,13 @@ class _LearnedReward:
         return scores.to(volumes.device)
 
 
-class VolumeReward(_LearnedReward):
+class VolumeReward(LearnedReward):
     """Realism of whole volumes: scores of a `VolumeRewardModel`."""
 
     model_class = VolumeRewardModel
 
 
-class SliceReward(_LearnedReward):
+class SliceReward(LearnedReward):
     """Realism of slices: scores of a `SliceRewardModel`."""
 
     model_class = SliceRewardModel

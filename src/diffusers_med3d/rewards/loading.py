@@ -9,13 +9,17 @@ from torch import nn
 
 from ..hub.resolve import resolve
 from ..models.reward import SliceRewardModel, VolumeRewardModel
+from ..models.witness import WitnessRewardModel
 from ..utils.importing import load_function
 from ..utils.wrappers import unwrapped
-from .learned import SliceReward, VolumeReward
+from .learned import LearnedReward, SliceReward, VolumeReward
 from .scoring import RewardFunc
+from .witness import WitnessReward
 
-Reward = str | Path | RewardFunc | VolumeRewardModel | SliceRewardModel
+Reward = str | Path | RewardFunc | VolumeRewardModel | SliceRewardModel | WitnessRewardModel
 """What `load_reward` takes."""
+
+REWARD_CLASSES: tuple[type[LearnedReward], ...] = (VolumeReward, SliceReward, WitnessReward)
 
 DEFAULT_REWARDS = ("brain-t1-reward-3d", "brain-t1-reward-2d")
 """The bundled rewards, which know the brains that the generators in ``DEFAULT_REWARDS_FOR`` make."""
@@ -32,19 +36,19 @@ def load_reward(reward: Reward) -> RewardFunc:
     """Return a reward function `f(volumes, **conditions)`.
 
     Args:
-        reward: name of a bundled reward model ("brain-t1-reward-3d"), folder or Hub id of a `VolumeRewardModel` or
-            `SliceRewardModel` (its config says which), "file.py:function", "package.module:function", such a model
-            itself, or any callable, which is returned as it is. Functions may be async.
+        reward: name of a bundled reward model ("brain-t1-reward-3d"), folder or Hub id of a `VolumeRewardModel`,
+            `SliceRewardModel` or `WitnessRewardModel` (its config says which), "file.py:function",
+            "package.module:function", such a model itself, or any callable, which is returned as it is. Functions may
+            be async.
 
     Raises:
         ValueError, OSError, ImportError: something else, with what was found and what is wanted.
     """
     if isinstance(reward, nn.Module):
         kind = unwrapped(reward)
-        if isinstance(kind, VolumeRewardModel):
-            return VolumeReward(reward)  # type: ignore[arg-type]  # compiled, it is one all the same
-        if isinstance(kind, SliceRewardModel):
-            return SliceReward(reward)  # type: ignore[arg-type]
+        for reward_class in REWARD_CLASSES:
+            if isinstance(kind, reward_class.model_class):
+                return reward_class(reward)  # type: ignore[arg-type]  # compiled, it is one all the same
     if isinstance(reward, str | Path):
         name = str(reward)
         return load_function(name) if ":" in name else _load_model(name)
@@ -79,13 +83,13 @@ def default_rewards(model_name_or_path: str) -> list[str]:
     return list(DEFAULT_REWARDS)
 
 
-def _load_model(name: str) -> VolumeReward | SliceReward:
+def _load_model(name: str) -> LearnedReward:
     try:
         config = VolumeRewardModel.load_config(resolve(name))
     except (ValueError, OSError) as error:
         raise ValueError(f"{name!r} is no reward ({error}); {_WANTED}.") from error
     found = config.get("_class_name")
-    for reward_class in (VolumeReward, SliceReward):
+    for reward_class in REWARD_CLASSES:
         if reward_class.model_class.__name__ == found:
             return reward_class.from_pretrained(name)
     raise ValueError(f"{name!r} holds a {found}, which is no reward; {_WANTED}.")

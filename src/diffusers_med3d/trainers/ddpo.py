@@ -48,9 +48,10 @@ from ..pipelines.conditions import (
 )
 from ..pipelines.lora import lora_layers, write_lora
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline, guided_prediction
-from ..rewards.learned import SliceReward, VolumeReward
+from ..rewards.learned import LearnedReward
 from ..rewards.loading import Reward, load_rewards
 from ..rewards.scoring import check_signature, reward_names, score
+from ..rewards.stateful import StatefulReward
 from ..rl import (
     Trajectory,
     Transition,
@@ -79,6 +80,7 @@ from .lora import add_lora, check_no_lora, enable_lora, merged
 
 INITIAL, SHARED_INITIAL, STEP, EVALUATION, FORWARD = range(5)  # what a random stream is for; part of its seed
 REFERENCE_FILE = "reference.safetensors"
+REWARD_FILE = "reward_{}.safetensors"  # state of the reward of that number
 FILMED = 4  # conditions of the pictures by which a run is watched
 DIVERSITY_OF = 8  # volumes; the number of pairs grows with its square
 PIPELINE_CONFIG = (
@@ -181,9 +183,20 @@ class DDPOTrainer(Med3DTrainer):
         self.reward_funcs = load_rewards(reward_funcs)
         self.reward_names = reward_names(self.reward_funcs)
         for func, name in zip(self.reward_funcs, self.reward_names, strict=True):
-            if isinstance(func, VolumeReward | SliceReward):
+            if isinstance(func, LearnedReward):
                 known = settings_of(func.model)
                 check_same_settings(settings_of(pipeline), known, ("the generator", f"the reward {name}"))
+        self.stateful: dict[str, StatefulReward] = {}
+        for name, func in zip(self.reward_names, self.reward_funcs, strict=True):
+            if isinstance(func, StatefulReward):
+                self.stateful[name] = func
+        if args.share_initial_noise is None:
+            args.share_initial_noise = args.loss_type == "ddpo" and not self.stateful
+        if args.share_initial_noise and self.stateful:
+            raise ValueError(
+                f"share_initial_noise must be False with {', '.join(self.stateful)}: what such a reward learns from a "
+                "rollout would come from one noise per condition."
+            )
         if args.reward_weights is not None and len(args.reward_weights) != len(self.reward_funcs):
             raise ValueError(f"Found {len(args.reward_weights)} reward_weights for rewards {self.reward_names}.")
         tables = [as_conditions(train_dataset, "train_dataset")]
@@ -245,7 +258,7 @@ class DDPOTrainer(Med3DTrainer):
         if self.reference is not None:
             self.reference.to(device)
         for func in self.reward_funcs:
-            if isinstance(func, VolumeReward | SliceReward):
+            if isinstance(func, LearnedReward):
                 func.to(device)
 
         assert args.steps_per_generation is not None and args.epsilon is not None  # the config filled in their defaults
@@ -365,6 +378,7 @@ class DDPOTrainer(Med3DTrainer):
             volumes = torch.cat([self.decode(t.final).to(storage or t.final.device) for t in trajectories])
         with self._record.timed("reward"):
             columns = {name: list(conditions[name]) for name in conditions.column_names}
+            self._update_rewards(volumes, rows)
             own_rewards = self._score(volumes, columns)
             broken = ~volumes.isfinite().flatten(1).all(1).cpu()
             own_rewards[broken] = torch.nan  # whatever a reward made of them
@@ -459,6 +473,17 @@ class DDPOTrainer(Med3DTrainer):
         if self.args.loss_type == "awm":
             return matching(output)
         return transition(self.scheduler, output, timestep, states, self.args.eta)
+
+    def _update_rewards(self, volumes: torch.Tensor, rows: list[int]) -> None:
+        """Give the samples of all processes, in their order, to the rewards that carry state."""
+        if not self.stateful:
+            return
+        batches = volumes.split(self.args.decode_batch_size)  # not all volumes of all processes on the device at once
+        gathered = [self.accelerator.gather(batch[None].to(self.accelerator.device)).cpu() for batch in batches]
+        everyone = torch.cat(gathered, dim=1).flatten(0, 1)
+        asked = self.train_dataset.select([rows[i % len(rows)] for i in range(len(everyone))])
+        for stateful in self.stateful.values():
+            stateful.update(everyone.clone(), **{name: list(asked[name]) for name in asked.column_names})
 
     def _score(self, volumes: torch.Tensor, columns: dict[str, list[Any]]) -> torch.Tensor:
         limit = self.args.reward_timeout
@@ -743,14 +768,23 @@ class DDPOTrainer(Med3DTrainer):
         config = {name: self.pipeline.config[name] for name in PIPELINE_CONFIG}
         return type(self.pipeline)(**{**self.pipeline.components, "unet": unet}, **config)
 
-    # The reference is the starting point, which a resumed run loads anyway, unless it has been refreshed.
+    # The reference is the starting point, which a resumed run loads anyway, unless it has been refreshed. Rewards that
+    # carry state are as they were after the last rollout.
 
     def _save_extras(self, folder: Path) -> None:
         super()._save_extras(folder)
         if self.reference is not None and self.args.sync_ref_model:
             save_file(self.reference.state_dict(), folder / REFERENCE_FILE)
+        for name, stateful in self.stateful.items():
+            state = {key: tensor.detach().cpu().contiguous() for key, tensor in stateful.state_dict().items()}
+            save_file(state, folder / REWARD_FILE.format(self.reward_names.index(name)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.reference is not None and self.args.sync_ref_model:
             self.reference.load_state_dict(load_file(Path(resume_from_checkpoint) / REFERENCE_FILE))
+        for name, stateful in self.stateful.items():
+            path = Path(resume_from_checkpoint) / REWARD_FILE.format(self.reward_names.index(name))
+            if not path.is_file():
+                raise ValueError(f"{resume_from_checkpoint} holds no state of the reward {name!r} ({path.name}).")
+            stateful.load_state_dict(load_file(path))

@@ -99,8 +99,9 @@ class DDPOConfig(Med3DConfig):
         default=None,
         metadata={
             "help": "Start all samples of a condition from one noise, so that their rewards differ by the stochastic "
-            "steps alone: less variance, and what comes before the window is computed once. Not set: with ddpo. With "
-            "awm it is refused: a sampler without noise would make equal samples."
+            "steps alone: less variance, and what comes before the window is computed once. Not set: with ddpo, unless "
+            "a reward carries state, for which a dozen noises are too few. With awm a sampler without noise would make "
+            "equal samples, and it is refused."
         },
     )
     offload_trajectories: bool = field(
@@ -174,8 +175,6 @@ class DDPOConfig(Med3DConfig):
         super().__post_init__()
         if self.steps_per_generation is None:
             self.steps_per_generation = 3 * self.gradient_accumulation_steps
-        if self.share_initial_noise is None:
-            self.share_initial_noise = self.loss_type == "ddpo"
         if self.epsilon is None:
             self.epsilon = EPSILON.get(self.loss_type, 1.0)
         choices = {
