@@ -25,13 +25,31 @@ def brightness(volumes, class_label):
 def some_missing(volumes, **conditions):
     return [None if v.std() > 0.312 else float(v.std()) for v in volumes]
 
+class Novelty:
+    mean = torch.zeros(1, 16, 16, 16)
+
+    def __call__(self, volumes, **conditions):
+        return (volumes - self.mean).square().flatten(1).mean(1)
+
+    def update(self, volumes, class_label):
+        assert len(class_label) == len(volumes) == 12
+        weights = torch.arange(1.0, 13).view(-1, 1, 1, 1, 1)  # the order of the samples counts
+        self.mean = 0.5 * self.mean + 0.5 * (volumes * weights / weights.sum()).sum(0)
+
+    def state_dict(self):
+        return {"mean": self.mean}
+
+    def load_state_dict(self, state):
+        self.mean = state["mean"]
+
+novelty = Novelty()
 peft_config = None
 if lora:
     from peft import LoraConfig
     peft_config = LoraConfig(r=2)
 trainer = DDPOTrainer(
     model=MedDiffusion3DPipeline.from_pretrained(base),
-    reward_funcs=[brightness, some_missing],
+    reward_funcs=[brightness, novelty if kind == "stateful" else some_missing],
     args=DDPOConfig(
         output_dir=str(out), max_steps=2, per_device_train_batch_size=3, steps_per_generation=batches,
         gradient_accumulation_steps=batches, num_generations=4, num_inference_steps=8,
@@ -61,11 +79,13 @@ trainer.train()
 scored = trainer.sample_and_score(trainer.eval_dataset, 3)  # 9 samples: the second process has one too few
 trainer.save_model()
 trainer.save_pretrained(out / "again")
+state = trainer.accelerator.gather(novelty.mean[0, 8][None]).tolist()
 if trainer.is_world_process_zero():
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = {n: p.detach().flatten()[:3].tolist() for n, p in trainer.model.named_parameters() if p.requires_grad}
     (out / "result.json").write_text(json.dumps({
         "world": trainer.accelerator.num_processes, "history": history, "logs": logs, "weights": weights,
+        "state": state,
         "scored": [scored.volumes.flatten(1)[:, ::101].tolist(), scored.labels.tolist(), scored.rewards.tolist()],
     }))
 trainer.accelerator.end_training()
@@ -88,8 +108,11 @@ def run(folder: Path, base: str, processes: int, batches: int, kind: str = "full
     return json.loads((out / "result.json").read_text())
 
 
+LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in ("lora", "awm", "stateful")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("lora", "awm"))])
+@pytest.mark.parametrize("kind", ["full", *LONG])
 def test_two_processes_have_the_advantages_of_one(tiny_pipeline_folder, tmp_path, kind):
     """Pitfalls 15 to 17: 12 samples as 1 process x 4 batches or 2 x 2; noise by sample, one window, saving returns."""
     one = run(tmp_path, tiny_pipeline_folder, 1, 4, kind)
@@ -113,6 +136,9 @@ def test_two_processes_have_the_advantages_of_one(tiny_pipeline_folder, tmp_path
         ours, theirs = torch.tensor(ours), torch.tensor(theirs)
         assert len(ours) == len(theirs) == 9
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2, equal_nan=True)
+    states = torch.tensor(two["state"])
+    assert torch.equal(states[0], states[1])
+    torch.testing.assert_close(states[:1], torch.tensor(one["state"]), rtol=0, atol=1e-4)
     folder = tmp_path / "out-2"
     assert (folder / "model_index.json").is_file() and (folder / "again" / "model_index.json").is_file()
     assert (folder / "checkpoint-2" / "complete").is_file()
