@@ -20,7 +20,7 @@ from diffusers_med3d.data.training_subjects import read_training_subjects, refus
 from diffusers_med3d.metrics import training_above_unseen
 from diffusers_med3d.pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from diffusers_med3d.rewards.damage import DAMAGE_NAMES, damage
-from diffusers_med3d.rewards.learned import SliceReward, VolumeReward
+from diffusers_med3d.rewards.learned import LearnedReward
 from diffusers_med3d.rewards.loading import DEFAULT_REWARDS, load_rewards
 from diffusers_med3d.rewards.scoring import check_signature, reward_names, score
 from diffusers_med3d.rewards.spectrum import REAL, STRENGTHS
@@ -92,7 +92,7 @@ def named_rewards(given: list[str], device: str) -> dict[str, Callable[[torch.Te
     names = reward_names(rewards)
     for func, name in zip(rewards, names, strict=True):
         check_signature(func, name, [])
-        if isinstance(func, VolumeReward | SliceReward):
+        if isinstance(func, LearnedReward):
             func.to(device)
     return {
         name: lambda volumes, func=func, name=name: score([func], [name], volumes, {})[:, 0]

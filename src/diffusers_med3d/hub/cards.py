@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..utils.files import write_whole
+from .resolve import REWARDS
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 
@@ -53,7 +54,6 @@ CITATION = """```bibtex
 }
 ```"""
 
-_REWARDS = {"VolumeRewardModel": "VolumeReward", "SliceRewardModel": "SliceReward"}
 _UNKNOWN = "Not stated by whoever published these weights."
 
 
@@ -219,9 +219,11 @@ def _of_model(config: Mapping[str, Any], name: str, volume_shape: Sequence[int] 
     snippet = f"""from diffusers_med3d import {kind}
 
 model = {kind}.from_pretrained("{name}")"""
-    if kind in _REWARDS:
-        reward = _REWARDS[kind]
+    if kind in REWARDS:
+        reward = REWARDS[kind]
         what = f"`{kind}`: scores volumes by realism, about 1 for a real scan, lower the less real."
+        if kind == "WitnessRewardModel":
+            what = f"`{kind}`: scores volumes by whether they lie where scans are common and samples are rare."
         snippet = f"""import torch
 from diffusers_med3d import {reward}
 
@@ -238,7 +240,7 @@ volumes = torch.rand(1, {channels}, {size})  # yours: (B, {channels}, X, Y, Z) i
 with torch.no_grad():
     latents = vae.encode_latents(volumes)
     again = vae.decode_latents(latents)"""
-    tag = "other" if kind in _REWARDS else GENERATION
+    tag = "other" if kind in REWARDS else GENERATION
     return Card(
         name=name.split("/")[-1],
         what="\n".join(filter(None, (what, grid))),
@@ -250,8 +252,8 @@ with torch.no_grad():
 def _fitting_shape(config: Mapping[str, Any]) -> list[int]:
     """A size (X, Y, Z) that the network of this config takes: that of its latents' atlas, or eight latent voxels."""
     levels = len(config.get("channels", ()))
-    if config["_class_name"] in _REWARDS:
-        return [2 ** (levels + 2)] * 3
+    if config["_class_name"] in REWARDS:
+        return [2 ** (levels + 2) if levels else 32] * 3
     factor = 2 ** (levels if config["_class_name"] == "VQModel3D" else levels - 1)
     return [factor * side for side in config.get("atlas_shape") or (8, 8, 8)]
 

@@ -13,7 +13,8 @@ from ..utils.files import read_json
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-_REWARDS = {f"{name}RewardModel": f"{name}Reward" for name in ("Volume", "Slice", "Witness")}
+REWARDS = {f"{name}RewardModel": f"{name}Reward" for name in ("Volume", "Slice", "Witness")}
+"""Class of a saved reward model -> class that scores with it."""
 
 
 def bundled_names() -> list[str]:
@@ -80,7 +81,7 @@ def check_class(wanted: type[ConfigMixin], source: str, options: dict[str, Any])
             return
         if found is None:
             raise ValueError(f"{source} holds no {wanted.__name__}: its {name} names no class of diffusers.")
-        use = f"use {_REWARDS.get(found, found)}.from_pretrained"
+        use = f"use {REWARDS.get(found, found)}.from_pretrained"
         parts = [part for part, value in config.items() if isinstance(value, list) and value[-1] == wanted.__name__]
         if name == "model_index.json" and parts:
             use += f", or give subfolder={parts[0]!r} for its {wanted.__name__}"

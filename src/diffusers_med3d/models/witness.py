@@ -104,10 +104,13 @@ class WitnessRewardModel(PublishMixin, QuietCastMixin, ModelMixin, ConfigMixin):
                 f"{buffer_size}."
             )
         self.network = EXTRACTORS[extractor](**(extractor_config or {})) if extractor in EXTRACTORS else None
-        self.register_buffer("scans", torch.zeros(num_scans, num_features))
-        self.register_buffer("samples", torch.zeros(buffer_size, num_features))  # the newest last
+        self._make_room(num_scans, num_features)
         self.register_buffer("num_samples", torch.zeros((), dtype=torch.int64))
         self.register_buffer("bandwidth", torch.ones(()))
+
+    def _make_room(self, num_scans: int, num_features: int) -> None:
+        self.register_buffer("scans", torch.zeros(num_scans, num_features))
+        self.register_buffer("samples", torch.zeros(self.config.buffer_size, num_features))  # the newest last
 
     @classmethod
     def of_scans(
@@ -125,7 +128,7 @@ class WitnessRewardModel(PublishMixin, QuietCastMixin, ModelMixin, ConfigMixin):
             scans: (N, C, X, Y, Z) in [0, 1], at least two; their features are kept, not they.
             samples: (M, C, X, Y, Z) of the generator before fine-tuning, for the buffer.
             batch_size: volumes at a time.
-            **options: ``buffer_size`` and ``kernel``.
+            **options: ``buffer_size``, ``kernel`` and ``data_settings`` (by default the extractor's).
         """
         config: dict[str, Any] = {"extractor": HAAR}
         if not isinstance(extractor, str):
@@ -134,20 +137,21 @@ class WitnessRewardModel(PublishMixin, QuietCastMixin, ModelMixin, ConfigMixin):
             config = {"extractor": type(extractor).__name__, "extractor_config": own, "data_settings": settings}
         elif extractor != HAAR:
             raise ValueError(f"extractor must be a reward model or {HAAR!r}, got {extractor!r}.")
-        config["in_channels"] = scans.shape[1]
-        draft = cls(**config, **options)
-        if draft.network is not None and not isinstance(extractor, str):
-            draft.network.load_state_dict(extractor.state_dict())
-        draft.eval()
-        features = torch.cat([draft.features(part) for part in scans.split(batch_size)])
-        model = cls(**config, **options, num_scans=features.shape[0], num_features=features.shape[1])
-        if draft.network is not None and model.network is not None:
-            model.network.load_state_dict(draft.network.state_dict())
-        model.scans.copy_(features)
+        config |= {"in_channels": scans.shape[1], **options}
+        model = cls(**config)
+        device = scans.device
+        if model.network is not None and not isinstance(extractor, str):
+            model.network.load_state_dict(extractor.state_dict())
+            device = extractor.device
+        model.eval().requires_grad_(False).to(device)
+        features = torch.cat([model.features(part.to(device)) for part in scans.split(batch_size)])
+        model.register_to_config(num_scans=features.shape[0], num_features=features.shape[1])
+        model._make_room(*features.shape)
+        model.to(device).scans.copy_(features)
         model.bandwidth.fill_(median_distance(features))
         for part in () if samples is None else samples.split(batch_size):
-            model.update(part)
-        return model.eval().requires_grad_(False)
+            model.update(part.to(device))
+        return model
 
     @torch.no_grad()
     def features(self, volumes: Tensor) -> Tensor:
