@@ -40,13 +40,13 @@ class Iteration:
     num_iterations: int = 1
     optimizer_steps: int = 3
 
-    def evaluations(self) -> Evaluations:
-        """The count, averaged over where the stochastic window lies, which is drawn evenly."""
+    def evaluations(self, start: float | None = None) -> Evaluations:
+        """The count for a stochastic window that begins at step `start`; None: the mean, for it is drawn evenly."""
         window = self.sde_window_size or self.num_inference_steps - 1
         shared = 0.0
         if self.share_initial_noise:  # what lies before the window is computed once per condition
-            mean_start = (self.num_inference_steps - 1 - window) / 2
-            shared = mean_start * (self.samples - self.samples / self.num_generations)
+            before = (self.num_inference_steps - 1 - window) / 2 if start is None else start
+            shared = before * (self.samples - self.samples / self.num_generations)
         trained = max(1, round(window * self.timestep_fraction))
         passes = self.num_iterations * self.samples * trained
         guided = 1 if self.guidance_scale == 1 else 2
