@@ -1,22 +1,20 @@
-"""How the benchmarks measure: interleaved pairs, processor time beside wall time, peak memory, tables and plots."""
+"""How the benchmarks measure: interleaved pairs, processor time beside wall time, peak memory, tables and files."""
 
 import gc
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from torch.autograd import profiler
+from tqdm import tqdm
 
-from diffusers_med3d.utils.files import write_json
+from diffusers_med3d import viz
+from diffusers_med3d.utils.files import read_json, write_json, write_whole
 
 GIB = 2**30
 
@@ -36,6 +34,7 @@ class Row:
 
     `ratio` is the median over the pairs, `low` and `high` the smallest and the largest of them. Times are processor
     times on a CPU and wall times on a GPU; `wall_ratio` is of wall times always. Without a peer there is no ratio.
+    `sizes` maps a multiple of the work to what it takes, and is plotted.
     """
 
     suite: str
@@ -51,7 +50,14 @@ class Row:
     repeats: int = 1
     bar: float | None = None
     note: str = ""
-    more: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """ "met" or "missed": the ratio, or without one our own value, against the bar; empty without a bar."""
+        if self.bar is None:
+            return ""
+        return "met" if (self.ours if self.ratio is None else self.ratio) <= self.bar else "missed"
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,12 @@ def paired(
     """Times of the two functions, called in turn: ours, theirs, ours, theirs, ..."""
     if warm_up:
         ours(), theirs()
-    return [(timed(ours, settings.device), timed(theirs, settings.device)) for _ in range(settings.repeats)]
+    return [(timed(ours, settings.device), timed(theirs, settings.device)) for _ in repeated(settings)]
+
+
+def repeated(settings: Settings) -> Iterator[int]:
+    """0, 1, ... for every repeat, with a progress bar that goes away."""
+    yield from tqdm(range(settings.repeats), desc="repeats", leave=False, position=1)
 
 
 def row_of_pairs(
@@ -180,40 +191,50 @@ def table(rows: Sequence[Row]) -> str:
         if row.low is not None:
             ratio += f" ({row.low:.2f}-{row.high:.2f}, {row.repeats})"
         wall = "" if row.wall_ratio is None else f"{row.wall_ratio:.2f}"
-        bar, verdict = "", ""
-        if row.bar is not None:
-            value = row.ours if row.ratio is None else row.ratio
-            bar, verdict = f"{row.bar:g}", "met" if value <= row.bar else "missed"
+        bar = "" if row.bar is None else f"{row.bar:g}"
+        remarks = "; ".join(part for part in (row.verdict, row.note) if part)
         lines.append(
             f"| {row.suite} | {row.what} | {row.ours:.3g} {row.unit} | {theirs} | {row.peer} | {ratio} | {wall} | "
-            f"{bar} | {verdict}{'; ' if verdict and row.note else ''}{row.note} |"
+            f"{bar} | {remarks} |"
         )
     return "\n".join(lines)
 
 
-def write(rows: Sequence[Row], settings: Settings, command: str, folder: Path) -> None:
-    """``benchmarks.json``, ``benchmarks.md`` and ``benchmarks.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(suite: str, rows: Sequence[Row], settings: Settings, command: str, folder: Path) -> None:
+    """`<suite>.json`: the rows of one suite so far, with the machine and the settings."""
     content = {"command": command, "machine": machine(settings.device), "settings": asdict(settings)}
-    write_json(folder / "benchmarks.json", content | {"rows": [asdict(row) for row in rows]})
-    (folder / "benchmarks.md").write_text(f"`{command}`\n\n{table(rows)}\n")
-    shown = [row for row in rows if row.ratio is not None]
-    if not shown:
-        return
-    figure, axes = plt.subplots(figsize=(9, 0.4 * len(shown) + 1), layout="constrained")
-    places = range(len(shown))
-    ratios = [row.ratio for row in shown]
-    spread = [
-        [row.ratio - (row.low or row.ratio) for row in shown],
-        [(row.high or row.ratio) - row.ratio for row in shown],
+    write_json(folder / f"{suite}.json", content | {"rows": [asdict(row) for row in rows]})
+
+
+def summarize(suites: Sequence[str], folder: Path) -> str:
+    """Write `benchmarks.md`, `benchmarks.png` and `growth.png` of all suites measured in the folder, at any time.
+
+    Returns:
+        the table.
+    """
+    found = {suite: read_json(folder / f"{suite}.json") for suite in suites if (folder / f"{suite}.json").is_file()}
+    rows = [Row(**row) for content in found.values() for row in content["rows"]]
+    where = [
+        f"- {suite}: `{content['command']}`, "
+        + ", ".join(f"{name} {value}" for name, value in (content["machine"] | content["settings"]).items())
+        for suite, content in found.items()
     ]
-    axes.barh(places, ratios, xerr=spread, color="tab:blue", alpha=0.7)
-    for place, row in zip(places, shown, strict=True):
-        if row.bar is not None:
-            axes.plot([row.bar] * 2, [place - 0.4, place + 0.4], color="tab:red")
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(places, [f"{row.suite}: {row.what}" for row in shown])
-    axes.invert_yaxis()
-    axes.set_xlabel("ours / peer or floor; red: the bar")
-    figure.savefig(folder / "benchmarks.png", dpi=120)
-    plt.close(figure)
+    barred = [row for row in rows if row.bar is not None]
+    counts = f"{sum(row.verdict == 'met' for row in barred)} of {len(barred)} bars met."
+    write_whole(folder / "benchmarks.md", "\n\n".join([table(rows), counts, "\n".join(where)]) + "\n")
+    ratios = {
+        f"{row.suite}: {row.what}": (row.ratio, row.low or row.ratio, row.high or row.ratio, row.bar)
+        for row in rows
+        if row.ratio is not None
+    }
+    if ratios:
+        viz.save(viz.ratio_bars(ratios, "ours / peer or floor"), folder / "benchmarks.png")
+    grown = [row for row in rows if row.sizes]
+    if grown:
+        panels = {}
+        for row in grown:
+            times, values = [float(size) for size in row.sizes], list(row.sizes.values())
+            line = [values[0] / times[0] * size for size in times]
+            panels[f"{row.what} ({row.unit})"] = {"measured": (times, values), "in proportion": (times, line)}
+        viz.save(viz.curve_panels(panels, xlabel="times the work"), folder / "growth.png")
+    return f"{table(rows)}\n\n{counts}"

@@ -24,7 +24,7 @@ from accelerate import PartialState
 
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset, read_scans, settings_of
-from diffusers_med3d.evaluation import check_mix, check_scans, evaluate, sampling, write_report
+from diffusers_med3d.evaluation import FeatureCache, check_mix, check_scans, evaluate, sampling, write_report
 from diffusers_med3d.evaluation.breakdown import (
     STRENGTHS,
     breakdown,
@@ -40,7 +40,6 @@ from diffusers_med3d.metrics import (
     Extractor,
     NamedExtractor,
     extractor,
-    features_of,
     intensity_tissues,
     tissue_volumes,
 )
@@ -127,6 +126,13 @@ class EvaluationArguments:
         default_factory=lambda: TISSUES, metadata={"help": "Names of the segmenter's labels 1, 2, ..."}
     )
     num_resamples: int = field(default=1000, metadata={"help": "Resamples of the bootstrap."})
+    feature_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which features are kept by the content of each volume, so that the next evaluation "
+            "computes only what is new; several evaluations may share it. Not set: OUTPUT_DIR/features."
+        },
+    )
     report: str | None = field(
         default=None,
         metadata={
@@ -209,8 +215,9 @@ def main() -> None:
         check_scans(reference, train)
         for model in names:
             sampling.check_unseen(model, reference.subjects)
+        cache = FeatureCache(args.feature_dir or output / "features")
         for one in extractors.values():
-            features_of(one, reference.volumes[:1])
+            cache.features_of(one, reference.volumes[:1])
         if segmenter is not None:
             tissue_volumes(reference.volumes[:1], segmenter, len(args.tissue_names), data.spacing)
         count = args.num_samples
@@ -279,6 +286,7 @@ def main() -> None:
             {reward: spaces_seen(func) for reward, func in zip(called, rewards, strict=True)},
             num_resamples=args.num_resamples,
             batch_size=args.batch_size,
+            cache=cache,
         )
         settings |= {"model": name, "strengths": parts.strengths}
         text = write_breakdown(found, output, settings, f"Where the distance of {name} to scans comes from")
@@ -286,7 +294,7 @@ def main() -> None:
         return
     report = evaluate(
         samples, reference, train, list(extractors.values()), data.spacing, segmenter, args.tissue_names,
-        args.num_resamples, batch_size=args.batch_size,
+        args.num_resamples, batch_size=args.batch_size, cache=cache,
     )  # fmt: skip
     write_report(report, output, {"reference": reference, **samples}, data.spacing, settings)
     if args.report:

@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import torch
-from measure import Row, Settings, now, row_of_pairs, timed
+from measure import Row, Settings, now, repeated, row_of_pairs, timed
 from monai.data import CacheDataset
 from monai.transforms import (
     Compose,
@@ -68,7 +68,7 @@ def rows(settings: Settings) -> Iterator[Row]:
             return CacheDataset([{"volume": path} for path in paths], transform, num_workers=1, progress=False)
 
         read, cached = ours(), theirs()
-        pairs = [(timed(ours, "cpu"), timed(theirs, "cpu")) for _ in range(settings.repeats)]
+        pairs = [(timed(ours, "cpu"), timed(theirs, "cpu")) for _ in repeated(settings)]
         yield row_of_pairs(
             pairs, "cpu", suite="data", what=f"read and prepare {number} scans", peer="MONAI's CacheDataset", bar=1.0
         )
@@ -78,9 +78,7 @@ def rows(settings: Settings) -> Iterator[Row]:
                 for i in range(len(dataset)):
                     dataset[i]["volume"]
 
-        pairs = [
-            (timed(lambda: epoch(read), "cpu"), timed(lambda: epoch(cached), "cpu")) for _ in range(settings.repeats)
-        ]
+        pairs = [(timed(lambda: epoch(read), "cpu"), timed(lambda: epoch(cached), "cpu")) for _ in repeated(settings)]
         yield row_of_pairs(
             pairs, "cpu", suite="data", what="20 later epochs, from memory", peer="MONAI's CacheDataset", bar=1.0
         )
@@ -88,7 +86,7 @@ def rows(settings: Settings) -> Iterator[Row]:
     volumes = read.stack()
     latents = torch.randn(8, pipeline.vae.latent_channels, *pipeline.vae.latent_shape(shape))
     shares, waits = [], []
-    for _ in range(settings.repeats):
+    for _ in repeated(settings):
         start = now(settings.device)
         batch = latents[torch.randperm(len(latents))[:4]].to(settings.device)
         wait = now(settings.device) - start

@@ -1,4 +1,7 @@
-"""One iteration of PPO fine-tuning (rollout, rewards, update) against the bare network calls and plain DDPO."""
+"""One iteration of PPO fine-tuning (rollout, rewards, update) against the bare network calls and plain DDPO.
+
+Then what each switch saves in network evaluations, counted.
+"""
 
 import math
 import tempfile
@@ -8,27 +11,33 @@ import datasets
 import torch
 from measure import Row, Settings, Times, now, row_of_pairs, timed
 from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from diffusers_med3d import DDPOConfig, DDPOTrainer, VolumeReward
+from suites.evaluations import SWITCHES, Iteration
 from suites.networks import make_pipeline, make_reward, monai_networks
 
 BATCH, GENERATIONS, CHUNKS, STEPS, WINDOW = 4, 4, 2, 6, 2
 LEARNING_RATE, EPSILON, BETA = 1e-5, 3e-5, 0.01
+MOST_PAIRS = 3  # an iteration of all three takes one and a half minutes of a slow core
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """Our trainer against three others, in turn within one training run."""
+    """Our trainer against two others, in turn within one training run; then one row of counts per switch."""
     bare = {"what": "one iteration", "peer": "the bare network calls that it needs", "bar": 1.05}
     plain = {"what": "one iteration", "peer": "plain DDPO on MONAI's network, training the same steps", "bar": 0.7}
-    published = {
-        "what": "one iteration, two trained steps",
-        "peer": "plain DDPO on MONAI's network, every step stochastic and trained",
-        "note": "as DDPO was published; not the same gradient",
-    }
-    pairs = _alternate(settings, [_BareCalls, _PlainDDPO, _PublishedDDPO])
-    for own, description in zip(pairs, (bare, plain, published), strict=True):
+    pairs = _alternate(settings, [_BareCalls, _PlainDDPO])
+    for own, description in zip(pairs, (bare, plain), strict=True):
         yield row_of_pairs(own, settings.device, suite="rl", **description)
+    peer = "plain DDPO"
+    base = Iteration().evaluations().per_optimizer_step
+    for switch, iteration in SWITCHES.items():
+        count = iteration.evaluations()
+        note = f"rollout {count.rollout:.0f}, update {count.update:.0f}, reference {count.reference:.0f} an iteration"
+        own = count.per_optimizer_step
+        what = f"evaluations per optimizer step, {switch}"
+        yield Row("rl", what, peer, "", own, base, own / base, note=f"counted; {note}")
 
 
 class _Peer:
@@ -96,9 +105,6 @@ class _PlainDDPO(_Peer):
         self.unet, self.vae = monai_networks(pipeline)
         self.reference = monai_networks(pipeline)[0].requires_grad_(False)
 
-    def trained(self, first: int) -> range:
-        return range(first, first + WINDOW)
-
     def mean_and_std(self, output: torch.Tensor, sample: torch.Tensor, step: int) -> tuple[torch.Tensor, float]:
         """DDIM with eta = 1."""
         timestep = self.timesteps[step]
@@ -124,7 +130,7 @@ class _PlainDDPO(_Peer):
                 for step in range(STEPS):
                     mean, std = self.mean_and_std(self.predict(self.unet, sample, step), sample, step)
                     following = mean + std * torch.randn_like(mean)
-                    if step in self.trained(first):
+                    if step in range(first, first + WINDOW):
                         kept.append((step, sample, following, self.log_prob(following, mean, std)))
                     sample = following
                 volumes = self.vae.decode_stage_2_outputs(sample).clamp(0, 1)
@@ -147,11 +153,6 @@ class _PlainDDPO(_Peer):
             self.optimizer.zero_grad()
 
 
-class _PublishedDDPO(_PlainDDPO):
-    def trained(self, first: int) -> range:
-        return range(STEPS - 1)
-
-
 class _Alternate(TrainerCallback):
     """After each of our iterations, runs and times one of every peer's."""
 
@@ -161,6 +162,7 @@ class _Alternate(TrainerCallback):
         self.pairs: list[list[tuple[Times, Times]]] = [[] for _ in peers]
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.bar = tqdm(total=args.max_steps // CHUNKS, desc="iterations of all", leave=False, position=1)
         self.start = now(self.settings.device)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -174,7 +176,11 @@ class _Alternate(TrainerCallback):
             theirs = timed(lambda: peer.iterate(window.start), self.settings.device)  # noqa: B023
             if iteration > 1:  # the first warms up
                 pairs.append((ours, theirs))
+        self.bar.update()
         self.start = now(self.settings.device)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.bar.close()
 
 
 def _alternate(settings: Settings, kinds: list[type[_Peer]]) -> list[list[tuple[Times, Times]]]:
@@ -188,7 +194,7 @@ def _alternate(settings: Settings, kinds: list[type[_Peer]]) -> list[list[tuple[
             steps_per_generation=CHUNKS,
             num_inference_steps=STEPS,
             sde_window_size=WINDOW,
-            max_steps=CHUNKS * (settings.repeats + 1),
+            max_steps=CHUNKS * (min(settings.repeats, MOST_PAIRS) + 1),
             learning_rate=LEARNING_RATE,
             epsilon=EPSILON,
             beta=BETA,

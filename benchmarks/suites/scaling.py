@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from measure import Row, Settings, peak_bytes, timed
+from measure import Row, Settings, peak_bytes, repeated, timed
 
 from suites.networks import make_pipeline, side
 
@@ -13,7 +13,7 @@ LINEAR = 1.15
 
 @torch.no_grad()
 def rows(settings: Settings) -> Iterator[Row]:
-    """What eight times the work takes, over eight times what one takes; `more` has x1, x2, x4 and x8."""
+    """What eight times the work takes, over eight times what one takes; `sizes` has what 1, 2, 4 and 8 times take."""
     yield from _growth(settings, "voxels of a decode", partial(_decode, settings))
     yield from _growth(settings, "samples", lambda times: partial(_sample, make_pipeline(settings), 2 * times, 1))
     yield from _growth(settings, "steps", lambda times: partial(_sample, make_pipeline(settings), 2, times))
@@ -34,9 +34,10 @@ def _growth(settings: Settings, what: str, work: Callable[[int], Callable[[], ob
     sizes = (1, 2, 4, 8)
     calls = {times: work(times) for times in sizes}
     calls[1]()  # warm up
-    found = [{times: timed(call, settings.device).on(settings.device) for times, call in calls.items()}]
-    for _ in range(settings.repeats - 1):
-        found.append({times: timed(call, settings.device).on(settings.device) for times, call in calls.items()})
+    found = [
+        {times: timed(call, settings.device).on(settings.device) for times, call in calls.items()}
+        for _ in repeated(settings)
+    ]
     best = {times: min(one[times] for one in found) for times in sizes}
     peaks = {times: peak_bytes(call, settings.device) / 2**30 for times, call in calls.items()}
     for kind, unit, values, bar in (("time", "s", best, LINEAR), ("peak memory", "GiB", peaks, LINEAR)):
@@ -50,5 +51,5 @@ def _growth(settings: Settings, what: str, work: Callable[[int], Callable[[], ob
             values[8] / (8 * values[1]),
             repeats=settings.repeats,
             bar=bar,
-            more={f"x{times}": value for times, value in values.items()},
+            sizes={str(times): value for times, value in values.items()},
         )

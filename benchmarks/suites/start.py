@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from measure import Row, Settings
+from measure import Row, Settings, repeated
 
 DIFFUSERS = "from diffusers import DiffusionPipeline, ModelMixin"
 PIPELINE = "from diffusers_med3d import MedDiffusion3DPipeline as P"
@@ -32,7 +32,7 @@ def rows(settings: Settings) -> Iterator[Row]:
         ("from_pretrained of a bundled name", "", PIPELINE, LOAD, 1.0),
     )
     for what, peer, setup, statement, bar in parts:
-        found = [_seconds(setup, statement) for _ in range(settings.repeats)]
+        found = [_seconds(setup, statement) for _ in repeated(settings)]
         processor, wall = (statistics.median(values) for values in zip(*found, strict=True))
         note = f"{min(c for c, _ in found):.2f}-{max(c for c, _ in found):.2f} s; {wall:.1f} s on the clock"
         yield Row("start", f"{what}, seconds more", peer, "s", processor, repeats=settings.repeats, bar=bar, note=note)

@@ -40,6 +40,7 @@ PROGRAMS = (
     "accelerate",
     "python",
     "torchrun",
+    "sbatch",
     "pip",
     "pytest",
     "hf",

@@ -207,6 +207,10 @@ def test_generate_writes_volumes_and_one_picture(tiny_pipeline, tiny_pipeline_fo
     torch.testing.assert_close(
         volumes_of(out / "tiny-pipeline")["old-0000.nii.gz"].float(), expected, atol=1e-3, rtol=0
     )
+    half = ["--overwrite", "--class_labels", 2, "--num_samples", 1, "--seed", 6, "--dtype", "bfloat16"]
+    run_example(monkeypatch, "generate.py", *flags, *half)
+    rounded = volumes_of(out / "tiny-pipeline")["old-0000.nii.gz"].float()
+    assert 0 < (rounded - expected).abs().max() < 0.1
 
 
 @pytest.mark.slow

@@ -787,6 +787,17 @@ def test_volumes_are_decoded_in_chunks_with_the_statistics_applied_once(tiny_pip
     assert sizes == [2, 2, 1]
 
 
+def test_decoding_in_slabs_gives_the_volumes_of_the_whole_decode(tiny_pipeline, tiny_vq, tmp_path):
+    latents = torch.randn(2, 4, 4, 4, 4)
+    whole = make_trainer(tiny_pipeline, tmp_path).decode(latents)
+    trainer = make_trainer(tiny_pipeline, tmp_path, decode_num_splits=2)
+    assert trainer.pipeline.vae.num_splits == 2
+    torch.testing.assert_close(trainer.decode(latents), whole, atol=1e-5, rtol=1e-5)
+    tiny_pipeline.register_modules(vae=tiny_vq)
+    with pytest.raises(ValueError, match="decode_num_splits must be 1 for a VQModel3D, got 2"):
+        make_trainer(tiny_pipeline, tmp_path, decode_num_splits=2)
+
+
 def test_by_default_a_rollout_makes_three_optimizer_steps_so_that_the_clip_range_acts(tmp_path):
     for accumulation in (1, 2):
         args = DDPOConfig(output_dir=str(tmp_path), gradient_accumulation_steps=accumulation)

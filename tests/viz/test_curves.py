@@ -53,3 +53,12 @@ def test_stage_distances_draw_every_stage_with_its_error_and_the_floor_with_its_
     assert first.patches[0].get_height() == pytest.approx(0.06)  # the floor's band, one error to each side
     with pytest.raises(ValueError, match="got 1 and 2"):
         viz.stage_distances({"KID": stages}, [0.1, 0.1])
+
+
+def test_ratio_bars_draw_the_ratio_its_spread_and_the_most_that_was_asked_for():
+    axes = viz.ratio_bars({"sampling": (0.5, 0.4, 0.7, 0.8), "start": (2.0, 2.0, 2.0, None)}, "ours / peer").axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 2.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["sampling", "start"]
+    assert list(axes.lines[0].get_xdata()) == [0.8, 0.8]
+    with pytest.raises(ValueError, match="at least one ratio"):
+        viz.ratio_bars({})

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..data import FOREGROUND_THRESHOLD, DataArguments, VolumeDataset
 from ..metrics.bootstrap import Interval, bootstrap_interval
-from ..metrics.features import Extractor, features_of
+from ..metrics.features import Extractor
 from ..metrics.frechet import SAMPLES_PER_DIMENSION, frechet, frechet_dimensions, principal_components
 from ..metrics.image import interior_detail, sharpness
 from ..pipelines.conditions import call_arguments, condition_names
@@ -32,6 +32,7 @@ from ..utils.hashing import pipeline_hash, tensor_hash
 from ..utils.seeding import seeded
 from ..viz import save, stage_distances
 from .evaluate import kid_draws
+from .feature_cache import FeatureCache
 from .report import FLOOR, REFERENCE, Draws, Figure, json_ready, markdown_table
 from .sampling import (
     asked_for,
@@ -458,6 +459,7 @@ def breakdown(
     num_resamples: int = 1000,
     seed: int = 0,
     batch_size: int = 8,
+    cache: FeatureCache | None = None,
 ) -> Breakdown:
     """Distances to scans that no model saw, stage by stage, and which part is to be worked on.
 
@@ -472,10 +474,12 @@ def breakdown(
         num_resamples: of the bootstrap over subjects and samples.
         seed: of the bootstrap.
         batch_size: volumes at once through an extractor.
+        cache: of features; None computes them in this call, each once.
 
     Raises:
         ValueError: sets that cannot be compared (other shapes, another class mix), too few samples for thirds.
     """
+    cache = FeatureCache() if cache is None else cache
     thirds = {}
     for reward, own in scores.items():
         thirds[f"best third by {reward}"], thirds[f"worst third by {reward}"] = class_thirds(
@@ -496,7 +500,7 @@ def breakdown(
     with tqdm(total=len(extractors) + 1, desc="measuring", unit="step") as progress:
         for space, extractor in extractors.items():
             progress.set_postfix_str(space)
-            features = of_all(partial(features_of, extractor, batch_size=batch_size))
+            features = of_all(partial(cache.features_of, extractor, batch_size=batch_size))
             found += _space_figures(sets, space, extractor, features)
             progress.update()
         progress.set_postfix_str("detail")

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ..data.duplicates import find_duplicates, one_person_each
 from ..metrics.bootstrap import bootstrap_interval, weighted_pair_mean
-from ..metrics.features import Extractor, features_of
+from ..metrics.features import Extractor
 from ..metrics.frechet import SAMPLES_PER_DIMENSION, frechet, frechet_dimensions, principal_components
 from ..metrics.image import interior_detail, interior_spectrum, noise_level, sharpness
 from ..metrics.kid import polynomial_kernel
@@ -19,6 +19,7 @@ from ..metrics.memorisation import copy_threshold, nearest_training_scan
 from ..metrics.similarity import ms_ssim_matrix
 from ..metrics.symmetry import left_right_symmetry
 from ..metrics.tissue import Segmenter, tissue_volumes
+from .feature_cache import FeatureCache
 from .report import FLOOR, REFERENCE, Draws, Figure, Report
 from .sets import Sets, distinct
 from .volume_set import VolumeSet
@@ -92,9 +93,11 @@ def _by_block(sets: Sets, measure: str, whole: str, blocks: Mapping[str, Draws],
     return figures
 
 
-def _feature_figures(sets: Sets, extractor: Extractor, neighbours: int, batch_size: int) -> list[Figure]:
+def _feature_figures(
+    sets: Sets, extractor: Extractor, cache: FeatureCache, neighbours: int, batch_size: int
+) -> list[Figure]:
     """KID and Fréchet by block and on average, and the nearest-neighbour measures, of one extractor."""
-    features = {name: features_of(extractor, one.volumes, batch_size) for name, one in sets.all.items()}
+    features = {name: cache.features_of(extractor, one.volumes, batch_size) for name, one in sets.all.items()}
     name, blocks = extractor.extractor, extractor.blocks
     whole = "tri-planar" if len(blocks) == 3 else next(iter(blocks)) if len(blocks) == 1 else "mean"
     parts = {block: {one: own[:, place] for one, own in features.items()} for block, place in blocks.items()}
@@ -192,6 +195,7 @@ def evaluate(
     neighbours: int = 5,
     max_pairs: int = 200,
     batch_size: int = 8,
+    cache: FeatureCache | None = None,
 ) -> Report:
     """Measures sets of generated volumes against scans that no model saw.
 
@@ -213,10 +217,12 @@ def evaluate(
         neighbours: k of precision, recall, density and coverage; fewer where sets are smaller.
         max_pairs: most pairs per class whose MS-SSIM is taken.
         batch_size: volumes at once through an extractor.
+        cache: of features; None computes them in this call, each once.
 
     Raises:
         ValueError: sets that cannot be compared (other shapes, another class mix, subjects in reference and training).
     """
+    cache = FeatureCache() if cache is None else cache
     sets = Sets(models, reference, train, num_resamples, seed)
     sets.notes += _seen_scans(reference, train)
     figures: list[Figure] = []
@@ -224,7 +230,7 @@ def evaluate(
     with tqdm(total=len(extractors) + 3 + (segmenter is not None), desc="measuring", unit="step") as progress:
         for one in extractors:
             progress.set_postfix_str(one.extractor.split(",")[0])
-            figures += _feature_figures(sets, one, neighbours, batch_size)
+            figures += _feature_figures(sets, one, cache, neighbours, batch_size)
             progress.update()
 
         progress.set_postfix_str("MS-SSIM")

@@ -60,9 +60,18 @@ def _inception(device: str | torch.device) -> PlanarFeatures:
             f"({type(error).__name__}: {error})."
         ) from error
     network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval().requires_grad_(False).to(device)
-    return PlanarFeatures(
-        lambda pictures: network(pictures)[0].flatten(1), "inception-2015-12-05 (FID's)", image_size=299, device=device
-    )
+    return PlanarFeatures(_FirstPooled(network), "inception-2015-12-05 (FID's)", image_size=299, device=device)
+
+
+class _FirstPooled(nn.Module):
+    """The first output of a network, flattened."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.network(pictures)[0].flatten(1)
 
 
 def radimagenet_network(state: dict[str, Tensor]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from .anatomy import PLANES, Placed, place
 from .comparison import before_after, difference_map
-from .curves import bands, curve_panels, curves, histogram, intervals, stage_distances
+from .curves import bands, curve_panels, curves, histogram, intervals, ratio_bars, stage_distances
 from .film import write_film
 from .notebook import show
 from .page import Picture, Section, html_page
@@ -26,6 +26,7 @@ __all__ = [
     "orthogonal_views",
     "place",
     "png_bytes",
+    "ratio_bars",
     "save",
     "show",
     "slice_grid",

@@ -183,3 +183,29 @@ def histogram(series: Mapping[str, Sequence[float]], xlabel: str, bins: int = 20
     axes.grid()
     axes.legend(loc="upper left")
     return figure
+
+
+@styled
+def ratio_bars(ratios: Mapping[str, tuple[float, float, float, float | None]], xlabel: str = "") -> Figure:
+    """One horizontal bar per ratio with its spread, a line at 1, and a mark at the most that was asked for.
+
+    Args:
+        ratios: name -> (value, low, high, most), `most` being None where nothing was asked for.
+        xlabel: under the axis.
+
+    Raises:
+        ValueError: if there is no ratio.
+    """
+    if not ratios:
+        raise ValueError("ratio_bars needs at least one ratio, got none.")
+    figure = new_figure(8, 0.9 + 0.25 * len(ratios))
+    axes = figure.subplots()
+    for place, (value, low, high, most) in enumerate(ratios.values()):
+        axes.barh(place, value, xerr=[[value - low], [high - value]], color="#0072b2", alpha=0.7, ecolor="#666666")
+        if most is not None:
+            axes.plot([most, most], [place - 0.4, place + 0.4], color="#d55e00", linewidth=2)
+    axes.axvline(1, color="#666666", linewidth=0.8)
+    axes.set_yticks(range(len(ratios)), list(ratios))
+    axes.set_xlabel(f"{xlabel}; orange: at most" if xlabel else "orange: at most")
+    axes.invert_yaxis()
+    return figure
