@@ -11,7 +11,9 @@ import torch
 from diffusers_med3d import DDPOConfig, DDPOTrainer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-LONG = [pytest.param(suite, marks=pytest.mark.long) for suite in ("scaling", "start", "presets", "processes", "evaluation")]
+LONG = [
+    pytest.param(suite, marks=pytest.mark.long) for suite in ("scaling", "start", "presets", "processes", "evaluation")
+]
 
 
 @pytest.fixture(autouse=True)
