@@ -10,6 +10,7 @@ With scans, the picture also has rows of training scans of the same classes. Wri
 folder for each model, and samples.png.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from diffusers_med3d.pipelines.conditions import (
     names_by_index,
     rows_to_sample,
 )
+from diffusers_med3d.rewards.learned import LearnedReward
+from diffusers_med3d.rewards.loading import load_rewards
+from diffusers_med3d.rewards.scoring import reward_names, score
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
 PICTURED = 8  # volumes of a row of the picture
@@ -63,13 +67,27 @@ class GenerateArguments:
             "choices": ["float32", "bfloat16", "float16"],
         },
     )
+    best_of: int = field(
+        default=1, metadata={"help": "Make so many samples in the place of each and keep the best by --reward_funcs."}
+    )
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Rewards of --best_of, whose scores are added: bundled name, folder or Hub id of a reward model, "
+            "file.py:function or package.module:function."
+        },
+    )
     output_dir: str = field(default="outputs/generated", metadata={"help": "Where volumes and picture go."})
     overwrite: bool = field(default=False, metadata={"help": "Replace volumes of an earlier run."})
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "num_inference_steps", "batch_size"):
+        for name in ("num_samples", "num_inference_steps", "batch_size", "best_of"):
             if vars(self)[name] < 1:
                 raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
+        if (self.best_of > 1) != bool(self.reward_funcs):
+            raise ValueError(
+                f"--best_of 2 or more and --reward_funcs belong together, got {self.best_of} and {self.reward_funcs}."
+            )
         if self.class_labels and self.conditions:
             raise ValueError("give --class_labels or --conditions, whose file has a column class_label, not both.")
 
@@ -99,8 +117,24 @@ def rows_asked_for(pipeline: MedDiffusion3DPipeline, args: GenerateArguments) ->
     return rows
 
 
+def total_reward(reward_funcs: list[str], device: str) -> Callable[..., torch.Tensor] | None:
+    """The sum of rewards as one function `f(volumes, **conditions)`; None for none."""
+    if not reward_funcs:
+        return None
+    rewards = load_rewards(reward_funcs)
+    names = reward_names(rewards)
+    for func in rewards:
+        if isinstance(func, LearnedReward):
+            func.to(device)
+    return lambda volumes, **conditions: score(rewards, names, volumes, conditions).sum(1)
+
+
 def sample(
-    pipeline: MedDiffusion3DPipeline, row: datasets.Dataset, args: GenerateArguments, description: str
+    pipeline: MedDiffusion3DPipeline,
+    row: datasets.Dataset,
+    args: GenerateArguments,
+    reward: Callable[..., torch.Tensor] | None,
+    description: str,
 ) -> MedDiffusion3DPipelineOutput:
     """``num_samples`` volumes of one row, on the CPU."""
     made = []
@@ -113,11 +147,14 @@ def sample(
                 num_inference_steps=args.num_inference_steps,
                 guidance_scale=args.guidance_scale,
                 eta=args.eta,
+                best_of=args.best_of,
+                reward=reward,
                 generator=[torch.Generator().manual_seed(args.seed + first + i) for i in range(count)],
             )
         )
     volumes = torch.cat([output.volumes.cpu() for output in made])
-    return MedDiffusion3DPipelineOutput(volumes, made[0].affine, made[0].spacing)
+    scores = torch.cat([output.scores for output in made]) if reward is not None else None
+    return MedDiffusion3DPipelineOutput(volumes, made[0].affine, made[0].spacing, scores)
 
 
 def main() -> None:
@@ -135,6 +172,7 @@ def main() -> None:
             name: MedDiffusion3DPipeline.from_pretrained(model, dtype=dtype).to(device)
             for model, name in models.items()
         }
+        reward = total_reward(args.reward_funcs, device)
         asked = {name: rows_asked_for(pipeline, args) for name, pipeline in pipelines.items()}
         if data.data_dir:
             data.adopt(settings_of(next(iter(pipelines.values()))), f"the generator {next(iter(pipelines))}")
@@ -146,7 +184,10 @@ def main() -> None:
         named = "sample" if label is None else f"class {label}" if isinstance(label, int) else str(label)
         named = f"row {index}, {named}" if args.conditions else named
         for name, pipeline in pipelines.items():
-            made = sample(pipeline, asked[name].select([index]), args, f"{named}, {name}")
+            made = sample(pipeline, asked[name].select([index]), args, reward, f"{named}, {name}")
+            if made.scores is not None:
+                kept, every = made.scores.nan_to_num(-torch.inf).amax(1).mean(), made.scores.nanmean()
+                print(f"{named}, {name}: mean reward of the kept {kept:.4f}, of all {every:.4f}")
             prefix = named.replace(", ", "-").replace(" ", "-").replace("/", "-")
             made.save_nifti(output / name, prefix, overwrite=args.overwrite)
             pictures[named if len(pipelines) == 1 else f"{named}, {name}"] = made.volumes[:PICTURED]

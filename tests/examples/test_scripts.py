@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from PIL import Image
 
 from conftest import EXAMPLES, SPACING, VOLUME_SHAPE, run_example
-from diffusers_med3d import DDPOConfig
+from diffusers_med3d import DDPOConfig, SliceRewardModel
 from diffusers_med3d.utils.arguments import INHERITED, ScriptParser, refused_in_one_line
 
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "ScriptParser" in path.read_text())
@@ -211,6 +211,15 @@ def test_generate_writes_volumes_and_one_picture(tiny_pipeline, tiny_pipeline_fo
     run_example(monkeypatch, "generate.py", *flags, *half)
     rounded = volumes_of(out / "tiny-pipeline")["old-0000.nii.gz"].float()
     assert 0 < (rounded - expected).abs().max() < 0.1
+
+    SliceRewardModel(channels=(8, 8), norm_num_groups=4).save_pretrained(tmp_path / "reward")
+    best = ["--overwrite", "--class_labels", "old", "--num_samples", 2, "--seed", 5, "--best_of", 3]
+    with pytest.raises(SystemExit):
+        run_example(monkeypatch, "generate.py", *flags, *best)
+    assert "--best_of 2 or more and --reward_funcs belong together, got 3 and []" in capsys.readouterr().err
+    run_example(monkeypatch, "generate.py", *flags, *best, "--reward_funcs", tmp_path / "reward")
+    kept, every = re.search(r"mean reward of the kept (\S+), of all (\S+)", capsys.readouterr().out).groups()
+    assert float(kept) > float(every)
 
 
 @pytest.mark.slow

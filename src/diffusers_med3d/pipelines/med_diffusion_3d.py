@@ -26,6 +26,7 @@ from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, Dif
 from ..models.sizes import check_divisible, check_volumes
 from ..schedulers.flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
 from ..utils.wrappers import unwrapped
+from .best_of import choose
 from .lora import UNetLoraMixin
 
 ClassLabels = int | str | None | Sequence[int | str | None] | torch.Tensor
@@ -79,6 +80,13 @@ def guided_prediction(
     return null + guidance_scale * (conditional - null)
 
 
+def _one_each(value: Any, batch: int) -> list[Any]:
+    """A value for the whole batch, or a sequence of one per sample, as a list."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        value = value.tolist()
+    return list(value) if isinstance(value, list | tuple) and len(value) == batch else [value] * batch
+
+
 @dataclass
 class MedDiffusion3DPipelineOutput(BaseOutput):
     """What a call gives back.
@@ -88,11 +96,13 @@ class MedDiffusion3DPipelineOutput(BaseOutput):
             ``"latent"``.
         affine: float64 (4, 4), or (B, 4, 4) where one was given per volume: voxel to RAS millimetres. None for latents.
         spacing: voxel size (mm) that was generated, whatever a given affine says. None for latents.
+        scores: (B, best_of) float32, of all samples that were made with ``best_of``; the highest was kept.
     """
 
     volumes: torch.Tensor | Any  # np.ndarray where asked for, which a type checker cannot tell
     affine: np.ndarray | None = None
     spacing: tuple[float, ...] | None = None
+    scores: torch.Tensor | None = None
 
     def save_nifti(self, folder: str | os.PathLike, prefix: str = "sample", overwrite: bool = False) -> list[Path]:
         """Write ``folder/{prefix}-0000.nii.gz`` and on: float32 voxels as they are, true affine, millimetres.
@@ -552,6 +562,35 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             return interpolate(encoded, noise, start / self.scheduler.config.num_train_timesteps)
         return self.scheduler.add_noise(encoded, noise, start)
 
+    def _best_of(
+        self,
+        count: int,
+        reward: Callable[..., Any] | None,
+        batch: int,
+        latents: torch.Tensor | None,
+        class_labels: ClassLabels,
+        conditions: Mapping[str, Any] | None,
+        output_type: str,
+        return_dict: bool,
+        **options: Any,
+    ) -> MedDiffusion3DPipelineOutput | Any:
+        if count < 1 or not callable(reward):
+            raise ValueError(f"best_of must be at least 1, with a reward to choose by, got {count}, {reward!r}.")
+        if latents is not None or output_type == "latent":
+            raise ValueError("best_of draws several noises and scores volumes; give no latents and ask for none.")
+        made: list[MedDiffusion3DPipelineOutput] = []
+
+        def sample() -> torch.Tensor:
+            made[:] = [self(num_samples=batch, class_labels=class_labels, conditions=conditions, **options)]
+            return made[0].volumes
+
+        columns = {**(conditions or {}), **({} if class_labels is None else {"class_label": class_labels})}
+        lists = {name: _one_each(value, batch) for name, value in columns.items()}
+        best, scores = choose(sample, reward, count, lists)
+        volumes = best if output_type == "pt" else best.cpu().numpy()
+        output = MedDiffusion3DPipelineOutput(volumes, made[0].affine, made[0].spacing, scores)
+        return output if return_dict else (output.volumes, output.affine, output.spacing)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -569,6 +608,8 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         affine: np.ndarray | torch.Tensor | None = None,
         spacing: Sequence[float] | None = None,
         conditions: Mapping[str, Any] | None = None,
+        best_of: int = 1,
+        reward: Callable[..., Any] | None = None,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
@@ -597,6 +638,10 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             spacing: voxel size (mm) to generate, for a network that takes it (MAISI); by default the pipeline's own.
             conditions: other conditions of such a network by name (``unet.condition_names``), such as
                 ``{"top_region": "chest", "bottom_region": "abdomen"}``; for the whole batch or one per sample.
+            best_of: make so many samples in the place of each and keep the one with the highest ``reward``. It takes so
+                many times as long, and what is kept is less diverse.
+            reward: ``f(volumes, **conditions)`` as for ``DDPOTrainer``, such as ``load_reward("brain-t1-reward-3d")``;
+                gets ``class_label`` as it was given.
             callback_on_step_end: called as ``f(pipeline, step, timestep, tensors)`` after each step, may return changed
                 tensors.
             callback_on_step_end_tensor_inputs: which of "latents", "class_labels" it gets.
@@ -628,6 +673,15 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         latent_shape = (batch, self.unet.config.in_channels, *self._check_volume_shape(volume_shape))
         labels = self.encode_class_labels(class_labels, batch)
         encoded_conditions = self.encode_conditions(conditions, spacing, batch)
+
+        if best_of != 1:
+            return self._best_of(
+                best_of, reward, batch, latents, class_labels, conditions, output_type, return_dict,
+                volume_shape=volume_shape, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                eta=eta, generator=generator, volumes=volumes, strength=strength, affine=affine, spacing=spacing,
+                callback_on_step_end=callback_on_step_end,
+                callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            )  # fmt: skip
 
         # 2. Where sampling starts
         timesteps = self._timesteps(num_inference_steps, strength)

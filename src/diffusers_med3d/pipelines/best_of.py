@@ -1,0 +1,42 @@
+"""The best of several samples by a reward: what choice among samples gives without any training."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..rl import as_reward_tensor
+
+
+def choose(
+    sample: Callable[[], torch.Tensor],
+    reward: Callable[..., Any],
+    count: int,
+    columns: Mapping[str, Sequence[Any]],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sample a batch `count` times and keep the best of each place.
+
+    Args:
+        sample: gives volumes (B, C, X, Y, Z), others at each call.
+        reward: `f(volumes, **columns)` as for `DDPOTrainer`, not async: B numbers, higher is better. A sample without a
+            score is kept only where no other has one.
+        count: at least 2.
+        columns: what the samples are of, lists of B.
+
+    Returns:
+        volumes (B, C, X, Y, Z), the kept ones, and scores (B, count) of all; NaN is "no score".
+    """
+    best, scores = None, []
+    for _ in range(count):
+        volumes = sample()
+        with torch.no_grad():
+            given = reward(volumes.clone(), **{name: list(values) for name, values in columns.items()})
+        scores.append(as_reward_tensor(given, len(volumes), "reward"))
+        if best is None:
+            best = volumes
+            continue
+        before = torch.stack(scores[:-1]).nan_to_num(-torch.inf).amax(0)
+        better = (scores[-1] > before).to(volumes.device)  # never for NaN
+        best = torch.where(better.view(-1, 1, 1, 1, 1), volumes, best)
+    assert best is not None  # count is at least 2
+    return best, torch.stack(scores, dim=1)
