@@ -23,7 +23,7 @@ from diffusers_med3d.rewards.damage import DAMAGE_NAMES, damage
 from diffusers_med3d.rewards.learned import LearnedReward
 from diffusers_med3d.rewards.loading import DEFAULT_REWARDS, load_rewards
 from diffusers_med3d.rewards.scoring import check_signature, reward_names, score
-from diffusers_med3d.rewards.spectrum import REAL, STRENGTHS
+from diffusers_med3d.rewards.spectrum import REAL, STRENGTHS, check_strengths
 from diffusers_med3d.rewards.spectrum_dataset import SpectrumDataset, build_spectrum
 from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, summarise
 from diffusers_med3d.trainers.base import use_all_cores
@@ -69,6 +69,7 @@ class ReportArguments:
     def __post_init__(self) -> None:
         if self.num_subjects is not None and self.num_subjects < 2:
             raise ValueError(f"num_subjects must be at least 2, got {self.num_subjects}.")
+        check_strengths(self.strengths, self.spectrum_steps)
         if not all(0 < severity <= 1 for severity in self.severities):
             raise ValueError(f"severities must lie in (0, 1], got {self.severities}.")
 

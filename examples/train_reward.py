@@ -20,7 +20,7 @@ from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.data import DataArguments, VolumeDataset, settings_of
 from diffusers_med3d.hub.origin import license_of
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
-from diffusers_med3d.rewards.spectrum import STRENGTHS
+from diffusers_med3d.rewards.spectrum import STRENGTHS, check_strengths
 from diffusers_med3d.rewards.spectrum_dataset import build_fold_spectra
 from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer
@@ -71,6 +71,9 @@ class RewardArguments:
     )
     spectrum_steps: int = field(default=20, metadata={"help": "Denoising steps of a full sample of the spectrum."})
     spectrum_batch_size: int = field(default=16, metadata={"help": "Scans at a time when the spectrum is made."})
+
+    def __post_init__(self) -> None:
+        check_strengths(self.strengths, self.spectrum_steps)
 
 
 def build(args: RewardArguments, in_channels: int) -> VolumeRewardModel | SliceRewardModel:

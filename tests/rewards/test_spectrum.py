@@ -26,6 +26,7 @@ from diffusers_med3d.rewards.damage import (
 )
 from diffusers_med3d.rewards.spectrum import (
     REAL,
+    check_strengths,
     clean_label,
     damaged_label,
     dominance,
@@ -346,6 +347,21 @@ def test_neighbours_count_in_order_of_strength_and_ties_do_not_count():
 
 
 # ---------------------------------------------------------------------------------------------------- partial noising
+
+
+@pytest.mark.parametrize(
+    ("strengths", "message"),
+    [
+        ([0, 0.1, 1], "strength 0.1 is no more than half of one of 5 steps; take more denoising steps, at least 6,"),
+        ([0.2, 1], r"must be 0 \(round-trip\) and others up to 1, or 1 alone, got \[0.2, 1\]"),
+        ([0, 1.2], r"got \[0, 1.2\]"),
+    ],
+)
+def test_levels_that_no_spectrum_can_be_made_of_are_refused(strengths, message):
+    check_strengths([0, 0.11, 1], 5)
+    check_strengths([1.0], 1)
+    with pytest.raises(ValueError, match=message):
+        check_strengths(strengths, 5)
 
 
 def test_strength_zero_is_the_round_trip_and_a_version_depends_on_its_own_generator_only(tiny_pipeline, tiny_volumes):

@@ -17,6 +17,7 @@ anatomy changes. Pure functions on one volume (C, X, Y, Z) in [0, 1] in RAS; all
 ``generator``, on the CPU, so a seed gives the same damage on every device.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -66,6 +67,25 @@ def dominance(strengths: torch.Tensor, severities: torch.Tensor, kinds: torch.Te
 
 
 # ---------------------------------------------------------------------------------------------------- partial noising
+
+
+def check_strengths(strengths: Sequence[float], num_inference_steps: int) -> None:
+    """Refuse levels that no spectrum can be made of.
+
+    Raises:
+        ValueError: no round-trip (0) among at least two levels up to 1, unless full samples (1) are all; a level of
+            less than half a denoising step.
+    """
+    if set(strengths) == {FULL_SAMPLE}:
+        return
+    if len(set(strengths)) < 2 or ROUND_TRIP not in strengths or not all(0 <= s <= 1 for s in strengths):
+        raise ValueError(f"strengths must be 0 (round-trip) and others up to 1, or 1 alone, got {list(strengths)}.")
+    least = min(strength for strength in strengths if strength > 0)
+    if round(least * num_inference_steps) == 0:
+        raise ValueError(
+            f"strength {least} is no more than half of one of {num_inference_steps} steps; take more denoising steps, "
+            f"at least {math.floor(0.5 / least) + 1}, or leave it out of the strengths."
+        )
 
 
 def partial_noising(

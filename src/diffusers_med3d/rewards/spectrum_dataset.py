@@ -22,7 +22,7 @@ from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from ..utils.files import whole_file
 from ..utils.hashing import pipeline_hash
 from ..utils.seeding import seeded
-from .spectrum import FULL_SAMPLE, ROUND_TRIP, STRENGTHS, partial_noising
+from .spectrum import FULL_SAMPLE, STRENGTHS, check_strengths, partial_noising
 
 
 def subject_levels(subject: str, strengths: Sequence[float], levels_per_subject: int | None, seed: int) -> list[float]:
@@ -76,8 +76,7 @@ def build_spectrum(
     """
     if set(strengths) != {FULL_SAMPLE}:
         refuse_seen_subjects([item["subject"] for item in volumes], trained_on, "the generator")
-        if len(set(strengths)) < 2 or ROUND_TRIP not in strengths or not all(0 <= s <= 1 for s in strengths):
-            raise ValueError(f"strengths must be 0 (round-trip) and others up to 1, or 1 alone, got {list(strengths)}.")
+    check_strengths(strengths, num_inference_steps)
     if levels_per_subject is not None and levels_per_subject < 2:
         raise ValueError(f"levels_per_subject must be at least 2 (the first and the last), got {levels_per_subject}.")
     asked = scan_rows(pipeline, volumes)
