@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from .base import Med3DConfig
 
-EPSILON = {"ddpo": 3e-5, "awm": 1e-3}  # clip range by loss_type
+EPSILON = {"ddpo": 3e-5, "awm": 1e-2}  # clip range by loss_type
 DDPO_ONLY = ("eta", "sde_window_size", "sde_window_range", "timestep_fraction")
 AWM_ONLY = ("forward_times",)
 
@@ -132,7 +132,7 @@ class DDPOConfig(Med3DConfig):
         default=None,
         metadata={
             "help": "Clip range of the probability ratio. Log-probabilities are means over the latent, so it is small; "
-            "watch clip_ratio, and change it with learning_rate. Not set: 3e-5 with ddpo, 1e-3 with awm."
+            "watch clip_ratio, and change it with learning_rate. Not set: 3e-5 with ddpo, 1e-2 with awm."
         },
     )
     beta: float = field(
