@@ -75,7 +75,15 @@ def test_the_median_of_pairs_is_the_ratio_of_the_table():
     assert "| 0.9 | missed |" in table([row])
 
 
-@pytest.mark.parametrize("switches", [{}, {"sde_window_size": 2, "share_initial_noise": True}, {"beta": 0.0}])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        {"sde_window_size": 0, "share_initial_noise": False},
+        {"sde_window_size": 2, "share_initial_noise": True},
+        {"sde_window_size": 2, "share_initial_noise": False, "beta": 0.0},
+        {"loss_type": "awm", "forward_times": 3},
+    ],
+)
 def test_the_evaluations_counted_are_those_that_a_trainer_makes(tmp_path, switches):
     from measure import Settings
     from suites.evaluations import Iteration
@@ -89,13 +97,12 @@ def test_the_evaluations_counted_are_those_that_a_trainer_makes(tmp_path, switch
 
         return count
 
-    settings = {"sde_window_size": 0, "share_initial_noise": False, "beta": 0.01} | switches
     trainer = DDPOTrainer(
         make_pipeline(Settings(size="tiny")),
         lambda volumes, **conditions: volumes.mean((1, 2, 3, 4)),
         DDPOConfig(
             str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=4, steps_per_generation=2,
-            num_inference_steps=5, picture_steps=0, save_strategy="no", report_to="none", bf16=False, **settings,
+            num_inference_steps=5, picture_steps=0, save_strategy="no", report_to="none", bf16=False, **switches,
         ),
         [{"number": 0}, {"number": 1}],
     )  # fmt: skip
@@ -103,9 +110,9 @@ def test_the_evaluations_counted_are_those_that_a_trainer_makes(tmp_path, switch
     if trainer.reference is not None:
         trainer.reference.register_forward_pre_hook(counter("reference"))
     trainer.train()
-    counted = Iteration(samples=8, num_generations=4, num_inference_steps=5, optimizer_steps=2, **settings)
-    window, _ = trainer._window(trainer.args, 0)
-    expected = counted.evaluations(window.start)
+    counted = Iteration(samples=8, num_generations=4, num_inference_steps=5, optimizer_steps=2, **switches)
+    start = trainer._window(trainer.args, 0)[0].start if trainer.args.loss_type == "ddpo" else None
+    expected = counted.evaluations(start)
     # a backward pass counts as two evaluations
     assert (calls["rollout"], 3 * calls["update"], calls["reference"]) == (
         expected.rollout,
