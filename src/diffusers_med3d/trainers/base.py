@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -48,6 +48,7 @@ from ..hub.publish import model_files, publish
 from ..utils.stopping import SignalWatch, TrainingStopped
 from ..utils.wrappers import unwrapped
 from .checkpoints import COMPLETE_MARKER, damage, keep_newest, last_checkpoint, mark_whole, tidy_after_kill
+from .sharding import whole_weights
 
 _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
     f.name for f in dataclasses.fields(_BaseConfig)
@@ -558,7 +559,8 @@ class Med3DTrainer(_BaseTrainer):
             return
         folder.mkdir(parents=True, exist_ok=True)
         if folder.resolve() == Path(self.args.output_dir).resolve():
-            with self.ema_weights():
+            divided = self.is_fsdp_enabled and state_dict is not None
+            with self.ema_weights(), whole_weights(self.model, state_dict or {}) if divided else nullcontext():
                 self.save_pretrained(folder)
             log = copy.copy(self.state)  # for `evaluate.py --report`
             log.best_model_checkpoint = None  # a local path
