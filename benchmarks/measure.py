@@ -225,7 +225,7 @@ def summarize(suites: Sequence[str], folder: Path) -> str:
     ratios = {
         f"{row.suite}: {row.what}": (row.ratio, row.low or row.ratio, row.high or row.ratio, row.bar)
         for row in rows
-        if row.ratio is not None
+        if row.ratio is not None and row.bar is not None
     }
     if ratios:
         viz.save(viz.ratio_bars(ratios, "ours / peer or floor"), folder / "benchmarks.png")

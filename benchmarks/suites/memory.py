@@ -28,10 +28,18 @@ def rows(settings: Settings) -> Iterator[Row]:
     difference = (decode(1) - decode(SLABS)).abs().max().item()
     what, peer = f"decode {side}^3 in {SLABS} slabs", "the same decode at once"
     ours, theirs = partial(decode, SLABS), partial(decode, 1)
-    named = {"suite": "memory", "what": what, "peer": peer}
-    yield row_of_peaks(ours, theirs, settings.device, bar=0.35, note=f"same values to {difference:.0e}", **named)
+    named = {"suite": "memory", "peer": peer}
+    yield row_of_peaks(
+        ours,
+        theirs,
+        settings.device,
+        what=f"{what}, peak memory",
+        bar=0.35,
+        note=f"same values to {difference:.0e}",
+        **named,
+    )
     pairs = paired(ours, theirs, settings, warm_up=False)
-    yield row_of_pairs(pairs, settings.device, bar=1.3, **named)
+    yield row_of_pairs(pairs, settings.device, what=f"{what}, time", bar=1.3, **named)
 
 
 def _work(settings: Settings, side: int) -> Iterator[Row]:

@@ -25,8 +25,12 @@ MOST_PAIRS = 3  # an iteration of all three takes one and a half minutes of a sl
 
 def rows(settings: Settings) -> Iterator[Row]:
     """Our trainer against two others, in turn within one training run; then one row of counts per switch."""
-    bare = {"what": "one iteration", "peer": "the bare network calls that it needs", "bar": 1.05}
-    plain = {"what": "one iteration", "peer": "plain DDPO on MONAI's network, training the same steps", "bar": 0.7}
+    bare = {"what": "one iteration, against bare calls", "peer": "the bare network calls that it needs", "bar": 1.05}
+    plain = {
+        "what": "one iteration, against plain DDPO",
+        "peer": "plain DDPO on MONAI's network, training the same steps",
+        "bar": 0.7,
+    }
     pairs = _alternate(settings, [_BareCalls, _PlainDDPO])
     for own, description in zip(pairs, (bare, plain), strict=True):
         yield row_of_pairs(own, settings.device, suite="rl", **description)

@@ -207,5 +207,6 @@ def ratio_bars(ratios: Mapping[str, tuple[float, float, float, float | None]], x
     axes.axvline(1, color="#666666", linewidth=0.8)
     axes.set_yticks(range(len(ratios)), list(ratios))
     axes.set_xlabel(f"{xlabel}; orange: at most" if xlabel else "orange: at most")
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     return figure
