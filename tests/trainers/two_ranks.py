@@ -22,7 +22,7 @@ from diffusers_med3d.trainers.checkpoints import checkpoints, damage
 from killing import pipeline
 from test_base_trainer import LineTrainer, make, points, weights
 
-LIMIT = 60.0
+LIMIT = 180.0
 """Seconds after the end of one process at which the other is taken to hang."""
 
 
