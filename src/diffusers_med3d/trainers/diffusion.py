@@ -315,7 +315,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
             raise ValueError("evaluate judges the eval_dataset that the trainer was made with, and no other.")
         self.model.eval()
         generator = torch.Generator().manual_seed(self.args.seed)
-        results = {}
+        results: dict[str, float] = {}
         with self.ema_weights(), self.accelerator.autocast():
             losses = []
             for i, mean in enumerate(self.eval_latents.mean[:, 0]):
