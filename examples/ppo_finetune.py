@@ -27,6 +27,7 @@ from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.ddpo_report import RewardProgress, compare, log_pictures, table
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 from diffusers_med3d.utils.files import write_whole
+from diffusers_med3d.utils.stopping import stopped_in_one_line
 
 
 @dataclass
@@ -98,7 +99,8 @@ def main() -> None:
     seconds, start = {}, time.perf_counter()
     before = trainer.sample_and_score(conditions, script.eval_volumes, script.eval_seed, "Evaluation before")
     seconds["evaluation before"] = time.perf_counter() - start
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with stopped_in_one_line():
+        trainer.train(resume_from_checkpoint=checkpoint)
     start = time.perf_counter()
     after = trainer.sample_and_score(conditions, script.eval_volumes, script.eval_seed, "Evaluation after")
     seconds["evaluation after"] = time.perf_counter() - start

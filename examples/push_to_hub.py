@@ -20,7 +20,7 @@ from huggingface_hub import HfApi, ModelCard
 from diffusers_med3d import __version__
 from diffusers_med3d.hub import cards
 from diffusers_med3d.hub.origin import license_of
-from diffusers_med3d.hub.publish import check_publishable, model_files, publish
+from diffusers_med3d.hub.publish import check_publishable, model_files, publish, warn_without_audit
 from diffusers_med3d.hub.resolve import CHECKPOINTS, bundled_names, resolve
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
@@ -108,6 +108,8 @@ def main() -> None:
                 for file in staged[repo_id][1]:
                     print(f"  {os.path.getsize(folder / file):>12,} {file}")
         if args.dry_run:
+            for repo_id, (folder, files) in staged.items():
+                warn_without_audit(folder, files, repo_id)
             print("Dry run: nothing was uploaded.")
             return
         api = HfApi()

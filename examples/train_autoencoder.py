@@ -14,6 +14,7 @@ from diffusers_med3d.models.haar import haar_init_
 from diffusers_med3d.trainers.autoencoder import AutoencoderConfig, AutoencoderTrainer
 from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+from diffusers_med3d.utils.stopping import stopped_in_one_line
 
 
 @dataclass
@@ -97,7 +98,8 @@ def main() -> None:
             eval_dataset=VolumeDataset.from_arguments(data, "validation"),
         )
         checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with stopped_in_one_line():
+        trainer.train(resume_from_checkpoint=checkpoint)
     print(trainer.evaluate())
     trainer.save_model()
     trainer.accelerator.end_training()

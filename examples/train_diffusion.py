@@ -20,6 +20,7 @@ from diffusers_med3d.hub.resolve import resolve
 from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer, default_scheduler
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+from diffusers_med3d.utils.stopping import stopped_in_one_line
 
 
 @dataclass
@@ -166,7 +167,8 @@ def main() -> None:
             ),
         )
         checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with stopped_in_one_line():
+        trainer.train(resume_from_checkpoint=checkpoint)
     print(trainer.evaluate())
     trainer.save_model()
     trainer.accelerator.end_training()

@@ -25,6 +25,7 @@ from diffusers_med3d.rewards.spectrum_dataset import build_fold_spectra
 from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.reward import RewardModelConfig, RewardModelTrainer
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+from diffusers_med3d.utils.stopping import stopped_in_one_line
 
 
 @dataclass
@@ -131,7 +132,8 @@ def main() -> None:
     trainer.inherited_license = license_of(reward.fold_a_model)  # it is trained on what that generator makes
     with refused_in_one_line():
         checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with stopped_in_one_line():
+        trainer.train(resume_from_checkpoint=checkpoint)
     results = trainer.evaluate()
     trainer.save_model()
     print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))

@@ -142,13 +142,15 @@ def test_a_reward_that_is_the_true_damage_ranks_samples_and_a_random_one_or_the_
     labels = scans("seed", 48, 3).labels
     scores = {
         "true": (-shares).tolist(),
-        "random": torch.rand(48, generator=g).tolist(),
+        "random": [*torch.rand(45, generator=g).tolist(), *3 * [float("nan")]],
         "of_class": [float(label) for label in labels],
         "made_of_edges": (-shares).tolist(),
     }
     found = broken_down(0.05, shares, scores, seen={"made_of_edges": ["edges"]})
     ranks = {one.reward: one.ranks for one in found.rewards}
     assert ranks == {"true": True, "random": False, "of_class": False, "made_of_edges": None}
+    unscored = [note for note in found.notes if "no score" in note]
+    assert unscored == ["3 of 48 samples have no score by random; they are in neither of its thirds."]
     sentences = {one.reward: one.sentence for one in found.rewards}
     assert "true ranks samples" in sentences["true"] and "does not rank samples" in sentences["random"]
     assert "is not judged" in sentences["made_of_edges"] and "edges (its own)" in sentences["made_of_edges"]

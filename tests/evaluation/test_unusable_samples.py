@@ -10,6 +10,7 @@ import torch
 from conftest import SPLIT
 from diffusers_med3d import evaluation
 from diffusers_med3d.data import DataArguments, VolumeDataset
+from diffusers_med3d.evaluation.breakdown import scan_versions
 from diffusers_med3d.evaluation.evaluate import evaluate
 from diffusers_med3d.evaluation.sampling import volume_file
 from diffusers_med3d.evaluation.volume_set import LeftOut, VolumeSet
@@ -59,6 +60,27 @@ def test_a_sample_of_nan_is_left_out_now_and_at_every_later_try_and_the_rest_is_
     assert any("2 of 6 volumes of mine cannot be judged" in note for note in report.notes)
     assert "left_out" not in report.counts["reference"]
     assert np.isfinite(report.figure("KID", "coarse").sets["mine"].value)
+
+
+def test_a_version_of_a_scan_that_is_nan_is_counted_in_the_breakdown_and_bears_the_subject_of_its_scan(
+    data, tiny_pipeline, tmp_path
+):
+    scans = evaluation.volume_set(VolumeDataset.from_arguments(data, "validation"))
+    honest, calls = tiny_pipeline.decode_latents, []
+
+    def broken(latents, chunk_size=4):
+        volumes = honest(latents, chunk_size)
+        if not calls:  # the round trips
+            volumes[1] = torch.nan
+        calls.append(len(volumes))
+        return volumes
+
+    tiny_pipeline.decode_latents = broken
+    with pytest.warns(UserWarning, match="1 of 3 volumes of the folder round-trips cannot be judged"):
+        versions = scan_versions(tiny_pipeline, scans, tmp_path / "versions", data, (0.5,), num_inference_steps=2)
+    rounded = versions["round-trips"]
+    assert rounded.subjects == [scans.subjects[0], scans.subjects[2]] and rounded.left_out[0].row == 1
+    assert len(versions["noised-0.5"]) == 3 and rounded.volumes.isfinite().all()
 
 
 @pytest.mark.parametrize("damage", ["cut off", "no NIfTI", "empty file"])

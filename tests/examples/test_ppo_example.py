@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import EXAMPLES
+from conftest import EXAMPLES, run_example
 from diffusers_med3d import MedDiffusion3DPipeline
 from diffusers_med3d.models.reward import SliceRewardModel, VolumeRewardModel
 
@@ -84,3 +84,17 @@ def test_the_example_runs_and_is_resumed(tiny_pipeline_folder, tiny_rewards, tmp
     for name, figures in first["rewards"].items():
         # the same noise; accelerate gave the first run all cores, and threads round otherwise
         assert resumed["rewards"][name]["before"] == pytest.approx(figures["before"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_go_on_ends_the_script_in_one_line(tiny_pipeline_folder, tmp_path, monkeypatch):
+    (tmp_path / "blind.py").write_text("def blind(volumes, **conditions):\n    return [None] * len(volumes)\n")
+    flags = ["--model_name_or_path", tiny_pipeline_folder, "--reward_funcs", f"{tmp_path}/blind.py:blind"]
+    flags += ["--output_dir", tmp_path / "out", "--eval_volumes", "1", "--num_inference_steps", "3", "--bf16", "false"]
+    flags += ["--per_device_train_batch_size", "4", "--num_generations", "4", "--eval_num_inference_steps", "1"]
+    flags += ["--picture_steps", "0"]
+    with pytest.raises(SystemExit) as ended:
+        run_example(monkeypatch, "ppo_finetune.py", *flags)
+    said = str(ended.value)
+    assert said.startswith("ppo_finetune.py: stopped: Reward 'blind' has not scored any sample yet")
+    assert "\n" not in said

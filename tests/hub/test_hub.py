@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ from diffusers_med3d import (
 from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.data.training_subjects import read_training_subjects
 from diffusers_med3d.evaluation.sampling import check_unseen
-from diffusers_med3d.hub.cards import NOT_FOR_CLINICAL_USE, missing, of_folder, sections
+from diffusers_med3d.hub.cards import NO_AUDIT, NOT_FOR_CLINICAL_USE, missing, of_folder, sections
 from diffusers_med3d.hub.origin import public_name
 from diffusers_med3d.hub.publish import PublishMixin, check_publishable, model_files, publish
 from diffusers_med3d.hub.resolve import bundled_names, resolve
@@ -181,6 +182,26 @@ def test_the_card_beside_a_pipeline_does_not_travel_with_other_weights(hub, fold
     assert hub.files("tester/changed") == PIPELINE_FILES
     card = hub.read("tester/changed", "README.md").decode()
     assert "0.7" not in card and ModelCard(card).data.license == "cc-by-4.0"
+
+
+def test_a_generator_without_a_search_for_copies_is_published_with_a_warning(
+    hub, folder_with_card, tiny_vae, tmp_path, monkeypatch
+):
+    unknown = "Nobody has looked whether samples of tester/mine are copies of training scans: run `python examples/eval"
+    pipeline = MedDiffusion3DPipeline.from_pretrained(folder_with_card)
+    with pytest.warns(UserWarning, match=unknown):
+        pipeline.push_to_hub("tester/mine")
+    dry = ("--model_name_or_path", folder_with_card, "--namespace", "tester", "--dry_run")
+    with pytest.warns(UserWarning, match=unknown):
+        run_example(monkeypatch, "push_to_hub.py", *dry)
+    card = folder_with_card / "README.md"
+    card.write_text(card.read_text().replace(NO_AUDIT, "None of 24 samples is flagged as a copy."))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        MedDiffusion3DPipeline.from_pretrained(folder_with_card).push_to_hub("tester/mine")
+        run_example(monkeypatch, "push_to_hub.py", *dry)
+        tiny_vae.push_to_hub("tester/vae")  # makes no samples
+    assert "None of 24 samples" in hub.read("tester/mine", "README.md").decode()
 
 
 def test_a_card_without_the_warning_gets_it(hub, tiny_vae, tmp_path):

@@ -26,6 +26,7 @@ from diffusers_med3d.trainers import ddpo
 from diffusers_med3d.trainers.base import last_checkpoint
 from diffusers_med3d.trainers.ddpo import DDPOTrainer
 from diffusers_med3d.trainers.ddpo_config import DDPOConfig
+from diffusers_med3d.trainers.ddpo_report import compare, table
 from diffusers_med3d.trainers.lora import add_lora, default_targets
 from diffusers_med3d.utils.stopping import TrainingStopped
 
@@ -665,6 +666,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_pipeline, tmp_path):
         TrainingStopped, match="'brightness' has not scored any sample yet; 12 of 12 samples are not finite"
     ):
         trainer.train()
+
+
+def test_a_sample_of_nan_in_an_evaluation_is_counted_and_the_others_are_judged(tiny_pipeline, tmp_path):
+    def blind(volumes, **conditions):
+        return [0.5] * (len(volumes) - 1) + [None]
+
+    trainer = make_trainer(tiny_pipeline, tmp_path, rewards=[brightness, blind], num_generations_eval=2)
+    decode, calls = trainer.decode, []
+
+    def broken(latents):
+        volumes = decode(latents)
+        if not calls:
+            volumes[1] = torch.nan
+        calls.append(len(volumes))
+        return volumes
+
+    trainer.decode = broken
+    with pytest.warns(UserWarning, match="1 of 6 samples of an evaluation are NaN or infinite"):
+        results = trainer.evaluate()
+    assert results["eval_unjudged"] == 1 and "nan" not in str(results.values())
+    assert results["eval_rewards/brightness/unscored"] == pytest.approx(1 / 6)
+    assert results["eval_rewards/blind/unscored"] == pytest.approx(2 / 6) and results["eval_rewards/blind"] == 0.5
+    calls.clear()
+    scored = trainer.sample_and_score(trainer.eval_dataset, 2)
+    text = table(compare(trainer, scored, trainer.sample_and_score(trainer.eval_dataset, 2), {}))
+    assert "| samples with NaN, left out | 1 | 0 | -1 |" in " ".join(text.split()) and "nan" not in text
 
 
 def test_the_reference_follows_when_asked(tiny_pipeline, tmp_path):

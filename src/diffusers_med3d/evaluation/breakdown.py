@@ -530,6 +530,12 @@ def breakdown(
         }
         declared = list((seen or {}).get(reward, ()))
         rewards.append(RewardFinding(reward, declared, differences, ranks_samples(differences, declared)))
+    unscored = [(reward, sum(map(math.isnan, own)), len(own)) for reward, own in scores.items()]
+    sets.notes += [
+        f"{lost} of {count} samples have no score by {reward}; they are in neither of its thirds."
+        for reward, lost, count in unscored
+        if lost
+    ]
     return Breakdown(found, sets.models, sets.counts, spaces, rewards, sets.notes)
 
 

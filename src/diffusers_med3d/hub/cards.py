@@ -54,6 +54,9 @@ CITATION = """```bibtex
 }
 ```"""
 
+NO_AUDIT = "Not done: nobody has compared samples with the training scans."
+"""What a card says where no copies were looked for."""
+
 _UNKNOWN = "Not stated by whoever published these weights."
 
 
@@ -104,7 +107,7 @@ class Card:
     training: str = _UNKNOWN
     evaluation: str = ""
     limits: str = _UNKNOWN
-    memorisation: str = "Not done: nobody has compared samples with the training scans."
+    memorisation: str = NO_AUDIT
     citation: str = CITATION
     license: str = "other"
     pipeline_tag: str = GENERATION
@@ -321,6 +324,12 @@ def sections(text: str) -> dict[str, str]:
         elif heading is not None:
             found[heading].append(line)
     return {name: "\n".join(lines).strip() for name, lines in found.items()}
+
+
+def has_audit(text: str) -> bool:
+    """Return whether a card says what a search for copies of training scans found."""
+    found = sections(text).get("Memorisation audit", "")
+    return bool(found) and not found.startswith("Not done")
 
 
 def missing(text: str) -> list[str]:

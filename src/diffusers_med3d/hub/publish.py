@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import struct
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from glob import escape
@@ -96,6 +97,24 @@ def check_publishable(folder: str | os.PathLike, files: Iterable[str]) -> None:
         raise ValueError("Nothing was uploaded, because this must not leave the machine: " + "; ".join(found) + ".")
 
 
+def warn_without_audit(folder: str | os.PathLike, files: Iterable[str], repo_id: str) -> None:
+    """Warn of a generator whose card does not say whether its samples are copies of training scans.
+
+    Args:
+        folder: where the files are.
+        files: paths below ``folder`` that are published.
+        repo_id: for the message.
+    """
+    card = Path(folder) / "README.md"
+    if "model_index.json" in files and not (card.is_file() and cards.has_audit(card.read_text())):
+        warnings.warn(
+            f"Nobody has looked whether samples of {repo_id} are copies of training scans: run `python "
+            "examples/evaluate.py --model_name_or_path FOLDER --data_dir DATA --split_file split.json` and write what "
+            "its report says of copies under 'Memorisation audit' in the README.md of the folder.",
+            stacklevel=3,
+        )
+
+
 def _safetensors_metadata(path: Path) -> str:
     with open(path, "rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
@@ -115,7 +134,7 @@ def publish(
     path_in_repo: str | None = None,
     run_as_future: bool = False,
 ) -> CommitInfo | Future[CommitInfo]:
-    """Upload ``files`` of ``folder``, and nothing else, after `check_publishable`.
+    """Upload ``files`` of ``folder``, and nothing else, after `check_publishable` and `warn_without_audit`.
 
     Args:
         folder: where the files are.
@@ -128,6 +147,7 @@ def publish(
         ValueError: something that must not leave the machine.
     """
     check_publishable(folder, files)
+    warn_without_audit(folder, files, repo_id)
     upload: Callable[..., Any] = HfApi().upload_folder  # whose overloads want to know run_as_future beforehand
     return upload(
         repo_id=repo_id,

@@ -45,7 +45,7 @@ from .. import viz
 from ..data import VolumeDataset
 from ..hub import cards
 from ..hub.publish import model_files, publish
-from ..utils.stopping import SignalWatch, TrainingStopped
+from ..utils.stopping import SignalWatch, TrainingStopped, is_lost_process, lost_process_named
 from ..utils.wrappers import unwrapped
 from .checkpoints import COMPLETE_MARKER, damage, keep_newest, last_checkpoint, mark_whole, tidy_after_kill
 from .sharding import whole_weights
@@ -586,7 +586,10 @@ class Med3DTrainer(_BaseTrainer):
             if self.args.should_save:
                 mark_whole(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            if is_lost_process(error):  # not the disk; the folder has no marker and passes for no checkpoint
+                raise
+            if self.args.should_save:  # else another process may be writing there
+                shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free / 1e6
             raise TrainingStopped(
                 f"{folder} could not be written ({error}); {free:.0f} MB are free there. Older checkpoints are as they "
@@ -673,7 +676,7 @@ class Med3DTrainer(_BaseTrainer):
                     best if self.args.load_best_model_at_end and best else resume_from_checkpoint
                 )
                 return None
-        with self.signals:
+        with self.signals, lost_process_named():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.in_any_process(self.signals.received is not None):
             self._exit_after_signal()

@@ -88,6 +88,11 @@ PIPELINE_CONFIG = (
 )  # fmt: skip
 
 
+def usable(volumes: torch.Tensor) -> torch.Tensor:
+    """Which of the volumes (N, C, X, Y, Z) hold neither NaN nor infinity: bool (N,)."""
+    return volumes.isfinite().flatten(1).all(1)
+
+
 class ForwardSamples(NamedTuple):
     """What a forward-process update needs of B samples: the noise is drawn again from its keys."""
 
@@ -380,7 +385,7 @@ class DDPOTrainer(Med3DTrainer):
             columns = {name: list(conditions[name]) for name in conditions.column_names}
             self._update_rewards(volumes, rows)
             own_rewards = self._score(volumes, columns)
-            broken = ~volumes.isfinite().flatten(1).all(1).cpu()
+            broken = ~usable(volumes).cpu()
             own_rewards[broken] = torch.nan  # whatever a reward made of them
         rewards = self.accelerator.gather(own_rewards.to(self.accelerator.device)).cpu()  # (G * P, R), by sample index
         self._count_failures(rewards, int(self.accelerator.gather(broken.to(self.accelerator.device)).sum()))
@@ -705,6 +710,7 @@ class DDPOTrainer(Med3DTrainer):
         columns = {name: list(rows[name]) for name in rows.column_names}
         device = self.accelerator.device
         rewards = self._score(own_volumes.to(device), columns)
+        rewards[~usable(own_volumes)] = torch.nan  # whatever a reward made of them
         rewards = self.accelerator.gather(rewards.to(device)).cpu()[:total]
         batches = own_volumes.split(self.args.per_device_eval_batch_size)
         # every batch (1, b, ...) becomes (processes, b, ...): not all volumes are on the device at once
@@ -731,14 +737,30 @@ class DDPOTrainer(Med3DTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Rewards and quality of `num_generations_eval` samples per condition, from the same noise every time."""
+        """Rewards and quality of `num_generations_eval` samples per condition, from the same noise every time.
+
+        Samples that are NaN or infinite are left out and counted as `unjudged`, those that a reward could not score as
+        `rewards/<name>/unscored`, a share.
+        """
         conditions = self.eval_dataset if eval_dataset is None else eval_dataset
         start = time.perf_counter()
         scored = self.sample_and_score(conditions, self.args.num_generations_eval)
-        metrics = {f"rewards/{name}": scored.rewards[:, r].nanmean().item() for r, name in enumerate(self.reward_names)}
-        metrics["quality/sharpness"] = sharpness(scored.volumes).nanmean().item()
-        if len(scored.volumes) > 1:
-            metrics["quality/diversity"] = diversity(scored.volumes[:DIVERSITY_OF]).mean
+        volumes = scored.volumes[usable(scored.volumes)]
+        metrics = {}
+        for r, name in enumerate(self.reward_names):
+            metrics[f"rewards/{name}"] = scored.rewards[:, r].nanmean().item()
+            if scored.rewards[:, r].isnan().any():
+                metrics[f"rewards/{name}/unscored"] = scored.rewards[:, r].isnan().float().mean().item()
+        if len(volumes) < len(scored.volumes):
+            metrics["unjudged"] = float(len(scored.volumes) - len(volumes))
+            warnings.warn(
+                f"{len(scored.volumes) - len(volumes)} of {len(scored.volumes)} samples of an evaluation are NaN or "
+                "infinite and are left out.",
+                stacklevel=2,
+            )
+        metrics["quality/sharpness"] = sharpness(volumes).nanmean().item() if len(volumes) else math.nan
+        if len(volumes) > 1:
+            metrics["quality/diversity"] = diversity(volumes[:DIVERSITY_OF]).mean
         metrics["runtime"] = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         picture = viz.volume_rows({"samples": scored.volumes[:4]}, spacing=self.pipeline.config.spacing)

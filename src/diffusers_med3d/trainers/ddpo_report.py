@@ -12,7 +12,7 @@ from transformers import ProgressCallback
 from .. import viz
 from ..metrics import diversity, noise_level, sharpness
 from ..pipelines.conditions import names_by_index
-from .ddpo import DDPOTrainer, Scored
+from .ddpo import DDPOTrainer, Scored, usable
 
 PICTURED_PER_CLASS = 2
 DIVERSITY_OF = 8  # volumes of a class; the number of pairs grows with its square
@@ -42,11 +42,12 @@ def mean_and_interval(values: torch.Tensor) -> tuple[float, float]:
 
 
 def by_class(scored: Scored, function: Callable[[torch.Tensor], float]) -> float:
-    """Mean over classes of a measure of one class's volumes."""
+    """Mean over classes of a measure of one class's volumes; those that hold NaN or infinity are left out."""
+    kept = usable(scored.volumes)
     groups = (
-        [scored.volumes]
+        [scored.volumes[kept]]
         if scored.labels is None
-        else [scored.volumes[scored.labels == c] for c in scored.labels.unique()]
+        else [scored.volumes[kept & (scored.labels == c)] for c in scored.labels.unique()]
     )
     values = [function(group[:DIVERSITY_OF]) for group in groups if len(group) > 1]
     return sum(values) / len(values) if values else math.nan
@@ -68,6 +69,10 @@ def compare(trainer: DDPOTrainer, before: Scored, after: Scored, seconds: dict[s
             "after": mean_and_interval(after.rewards[:, r]),
             "difference": mean_and_interval(after.rewards[:, r] - before.rewards[:, r]),
         }
+    results["unusable"] = {
+        "before": int((~usable(before.volumes)).sum()),
+        "after": int((~usable(after.volumes)).sum()),
+    }
     measures = {
         "diversity (1 - MS-SSIM within a class)": lambda s: by_class(s, lambda v: diversity(v).mean),
         "sharpness": lambda s: sharpness(s.volumes).nanmean().item(),
@@ -103,6 +108,10 @@ def table(results: dict) -> str:
     for name, figures in results["quality"].items():
         difference = figures["after"] - figures["before"]
         rows.append((name, f"{figures['before']:.4f}", f"{figures['after']:.4f}", f"{difference:+.4f}"))
+    lost = results["unusable"]
+    if any(lost.values()):
+        difference = f"{lost['after'] - lost['before']:+d}"
+        rows.append(("samples with NaN, left out", str(lost["before"]), str(lost["after"]), difference))
     rows.append(("optimizer steps", "", f"{results['steps']} of {results['max_steps']}", ""))
     rows.append(("KL to the start", "0", "not measured" if results["kl"] is None else f"{results['kl']:.2e}", ""))
     rows.append(
@@ -125,12 +134,12 @@ def table(results: dict) -> str:
 def log_pictures(trainer: DDPOTrainer, before: Scored, after: Scored) -> None:
     """Write the reward curve and a picture of the same samples before and after to output_dir/figures."""
     history = [entry for entry in trainer.state.log_history if "rewards/unscored" in entry]
-    series = {
-        name: ([e["step"] for e in history], [e[f"rewards/{name}/mean"] for e in history])
-        for name in trainer.reward_names
-        if all(f"rewards/{name}/mean" in e for e in history)
-    }
-    if history and series:
+    series = {}
+    for name in trainer.reward_names:
+        scored = [entry for entry in history if f"rewards/{name}/mean" in entry]  # not a rollout that it failed on
+        if scored:
+            series[name] = [e["step"] for e in scored], [e[f"rewards/{name}/mean"] for e in scored]
+    if series:
         trainer.log_figure("reward_curve", viz.curves(series, "optimizer step", "mean reward of the rollout"))
     config = trainer.pipeline.config
     names = names_by_index(trainer.pipeline)

@@ -1,6 +1,7 @@
 """Stage 2: pre-train the latent diffusion model."""
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -314,7 +315,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
             raise ValueError("evaluate judges the eval_dataset that the trainer was made with, and no other.")
         self.model.eval()
         generator = torch.Generator().manual_seed(self.args.seed)
-        results = {}
+        results: dict[str, float] = {}
         with self.ema_weights(), self.accelerator.autocast():
             losses = []
             for i, mean in enumerate(self.eval_latents.mean[:, 0]):
@@ -326,7 +327,7 @@ class LatentDiffusionTrainer(Med3DTrainer):
                     self.pipeline.unet, latents, labels, noise, shift, others, uniform_times=True
                 )
                 losses.append(loss)
-            results[f"{metric_key_prefix}_loss"] = torch.stack(losses).mean().item()
+            results |= _validation_loss(torch.stack(losses).cpu(), metric_key_prefix)
             step = self.state.global_step
             due = step // self.state.eval_steps % self.args.sample_every == 0 or step >= self.args.max_steps
             if self.args.eval_samples and due:
@@ -396,6 +397,22 @@ class LatentDiffusionTrainer(Med3DTrainer):
         write_json(Path(folder) / TRAINING_SUBJECTS, sorted(self.training_subjects))
 
 
+def _validation_loss(losses: Tensor, prefix: str) -> dict[str, float]:
+    """Mean of the losses (N,) of the scans that have one, and the number of those whose loss is NaN or infinite, which
+    a warning names; where no scan has one the mean is infinite, because NaN would pass for the best checkpoint."""
+    usable = losses.isfinite()
+    if usable.all():
+        return {f"{prefix}_loss": losses.mean().item()}
+    lost = (~usable).nonzero()[:, 0].tolist()
+    warnings.warn(
+        f"The loss of {len(lost)} of {len(losses)} validation scans is NaN or infinite, the first is scan {lost[0]} "
+        f"(counted from 0): they are left out of {prefix}_loss.",
+        stacklevel=3,
+    )
+    mean = losses[usable].mean().item() if usable.any() else math.inf
+    return {f"{prefix}_loss": mean, f"{prefix}_loss_left_out": float(len(lost))}
+
+
 class _PatienceCallback(TrainerCallback):
     """Stops, with a checkpoint, where the validation loss has not fallen for ``patience`` evaluations. It looks at the
     logs, which a checkpoint holds, so a run may be resumed as often as needed."""
@@ -407,9 +424,15 @@ class _PatienceCallback(TrainerCallback):
 
 
 def progress(log_history: Sequence[dict[str, float]], batch_size: int) -> list[dict[str, float]]:
-    """Evaluations of a log, each with ``volumes_seen``: optimizer steps times ``batch_size``, the volumes per step."""
+    """Evaluations of a log, each with ``volumes_seen``: optimizer steps times ``batch_size``, the volumes per step.
+
+    What is not finite is left out: JSON has no such numbers.
+    """
     evaluations = [row for row in log_history if "eval_loss" in row]
-    return [{"volumes_seen": int(row["step"] * batch_size)} | row for row in evaluations]
+    return [
+        {"volumes_seen": int(row["step"] * batch_size)} | {k: v for k, v in row.items() if math.isfinite(v)}
+        for row in evaluations
+    ]
 
 
 def progress_figure(rows: Sequence[dict[str, float]]) -> Figure:

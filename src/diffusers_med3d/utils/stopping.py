@@ -26,6 +26,25 @@ def stopped_in_one_line() -> Iterator[None]:
         raise SystemExit(f"{Path(sys.argv[0]).name}: stopped: {' '.join(str(error).split())}") from error
 
 
+@contextmanager
+def lost_process_named() -> Iterator[None]:
+    """Inside, what a collective call says when another process is gone becomes `TrainingStopped`, in plain words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        raise TrainingStopped(
+            "Another process of this run has ended, and this one cannot go on without it; the message of that process "
+            "says why. Checkpoints are whole: go on with --resume_from_checkpoint latest."
+        ) from error
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Return whether an error is gloo's of a connection that the other process no longer holds."""
+    return "closed by peer" in str(error) or "reset by peer" in str(error)
+
+
 class SignalWatch:
     """Remembers the first of `SIGNALS` that arrives while it is entered; a second Ctrl-C interrupts at once.
 
