@@ -5,7 +5,6 @@ the workspaces of a GPU's convolutions more. Weights, gradients, AdamW's moments
 reference policy are in it; rewards are not: they score one decoded volume at a time.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,10 +113,7 @@ def _decode_bytes(make: Callable, preset: dict, volume_shape: tuple[int, ...]) -
         vae = make()
     vae.to("meta").eval()
     shape = vae.latent_shape(volume_shape)
-    splits = preset["decode_num_splits"]
-    if isinstance(vae, AutoencoderKLMaisi3D):
-        splits = math.gcd(splits, shape[1] // 4)
-    vae.set_num_splits(splits)
+    vae.set_num_splits(vae.fitting_splits(preset["decode_num_splits"], shape))
     with torch.no_grad(), _Peak() as peak:
         vae.decode(torch.empty(preset["decode_batch_size"], vae.latent_channels, *shape, device="meta"))
     return peak.most

@@ -342,6 +342,7 @@ def test_splitting_convolutions_changes_nothing_and_sizes_that_do_not_split_are_
     split = vae.encode(volumes).latent_dist.mean
     with pytest.raises(ValueError, match=r"latent side of 16 .* cannot be computed in 8 parts"):
         vae.encode(volumes[:, :, :, :64])
+    assert [vae.fitting_splits(16, (4, side, 4)) for side in (16, 32, 12, 7, 64)] == [4, 8, 3, 1, 16]
     vae.set_num_splits(1)
     torch.testing.assert_close(vae.encode(volumes).latent_dist.mean, split, atol=1e-5, rtol=1e-5)
     assert vae.to(torch.bfloat16).decode_latents(torch.randn(1, 4, 4, 4, 4)).isfinite().all()

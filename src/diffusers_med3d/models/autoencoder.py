@@ -195,6 +195,10 @@ class AutoencoderKL3D(KLCodecMixin, ModelMixin, AutoencoderKL, ConfigMixin):
             raise ValueError(f"num_splits must be a whole number of at least 1, got {num_splits!r}.")
         self.num_splits = num_splits
 
+    def fitting_splits(self, at_most: int, latent_shape: Sequence[int]) -> int:
+        """The largest number up to `at_most` that `set_num_splits` takes for latents of this size (x, y, z): any."""
+        return at_most
+
     def _decode_blocks(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.num_splits == 1 or torch.is_grad_enabled():
             return super()._decode_blocks(hidden)

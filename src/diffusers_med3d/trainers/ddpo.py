@@ -231,7 +231,8 @@ class DDPOTrainer(Med3DTrainer):
         if args.decode_num_splits > 1:
             if isinstance(pipeline.vae, VQModel3D):
                 raise ValueError(f"decode_num_splits must be 1 for a VQModel3D, got {args.decode_num_splits}.")
-            pipeline.vae.set_num_splits(args.decode_num_splits)
+            latent_shape = pipeline.vae.latent_shape(tuple(pipeline.config.volume_shape))
+            pipeline.vae.set_num_splits(pipeline.vae.fitting_splits(args.decode_num_splits, latent_shape))
         self.reference: nn.Module | None = None
         if peft_config is not None:
             if args.sync_ref_model:

@@ -112,7 +112,7 @@ class DDPOConfig(Med3DConfig):
         default=1,
         metadata={
             "help": "Slabs in which a volume is decoded (AutoencoderKL3D, AutoencoderKLMaisi3D): less memory, the same "
-            "volumes."
+            "volumes. Where MAISI's network cannot have so many for its size, the largest number that fits."
         },
     )
 

@@ -108,6 +108,11 @@ class AutoencoderKLMaisi3D(KLCodecMixin, ModelMixin, AutoencoderKlMaisi, ConfigM
             if isinstance(module, MaisiConvolution):
                 module.num_splits = num_splits
 
+    def fitting_splits(self, at_most: int, latent_shape: Sequence[int]) -> int:
+        """The largest number up to `at_most` that `set_num_splits` takes for latents of this size (x, y, z)."""
+        side = latent_shape[self.config.dim_split]
+        return max(n for n in range(1, at_most + 1) if n == 1 or (side % n == 0 and side // n >= MIN_SPLIT))
+
     def _check_splits(self, latent_side: int) -> None:
         splits = self.config.num_splits
         if splits > 1 and (latent_side % splits or latent_side // splits < MIN_SPLIT):
