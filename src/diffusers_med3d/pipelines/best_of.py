@@ -1,5 +1,7 @@
 """The best of several samples by a reward: what choice among samples gives without any training."""
 
+import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,23 +22,39 @@ def choose(
         sample: gives volumes (B, C, X, Y, Z), others at each call.
         reward: `f(volumes, **columns)` as for `DDPOTrainer`, not async: B numbers, higher is better. A sample without a
             score is kept only where no other has one.
-        count: at least 2.
+        count: at least 1.
         columns: what the samples are of, lists of B.
 
     Returns:
         volumes (B, C, X, Y, Z), the kept ones, and scores (B, count) of all; NaN is "no score".
+
+    Raises:
+        ValueError: a reward that does not take these columns, or returns something else than B numbers.
     """
-    best, scores = None, []
-    for _ in range(count):
-        volumes = sample()
+    try:
+        inspect.signature(reward).bind(None, **columns)
+    except TypeError as error:
+        raise ValueError(
+            f"the reward cannot be called with volumes and {list(columns)} ({error}); define it as "
+            "reward(volumes, **conditions)."
+        ) from error
+    except ValueError:  # some compiled functions have no signature
+        pass
+    best, scores = sample(), []
+    for number in range(count):
+        volumes = best if number == 0 else sample()
         with torch.no_grad():
             given = reward(volumes.clone(), **{name: list(values) for name, values in columns.items()})
         scores.append(as_reward_tensor(given, len(volumes), "reward"))
-        if best is None:
-            best = volumes
-            continue
-        before = torch.stack(scores[:-1]).nan_to_num(-torch.inf).amax(0)
-        better = (scores[-1] > before).to(volumes.device)  # never for NaN
-        best = torch.where(better.view(-1, 1, 1, 1, 1), volumes, best)
-    assert best is not None  # count is at least 2
-    return best, torch.stack(scores, dim=1)
+        if number:
+            before = torch.stack(scores[:-1]).nan_to_num(-torch.inf).amax(0)
+            better = (scores[-1] > before).to(volumes.device)  # never for NaN
+            best = torch.where(better.view(-1, 1, 1, 1, 1), volumes, best)
+    together = torch.stack(scores, dim=1)
+    unscored = int(together.isnan().all(1).sum())
+    if unscored:
+        warnings.warn(
+            f"the reward scored none of the {count} samples for {unscored} of {len(best)} volumes: the first was kept.",
+            stacklevel=2,
+        )
+    return best, together

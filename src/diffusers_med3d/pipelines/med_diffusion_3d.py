@@ -574,8 +574,13 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         return_dict: bool,
         **options: Any,
     ) -> MedDiffusion3DPipelineOutput | Any:
-        if count < 1 or not callable(reward):
-            raise ValueError(f"best_of must be at least 1, with a reward to choose by, got {count}, {reward!r}.")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"best_of must be a whole number of at least 1, got {count!r}.")
+        if not callable(reward):
+            raise ValueError(
+                f"best_of needs a reward to choose by, a function f(volumes, **conditions); got {reward!r:.60}. "
+                "diffusers_med3d.rewards.load_reward makes one of a name or folder."
+            )
         if latents is not None or output_type == "latent":
             raise ValueError("best_of draws several noises and scores volumes; give no latents and ask for none.")
         made: list[MedDiffusion3DPipelineOutput] = []
@@ -674,7 +679,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         labels = self.encode_class_labels(class_labels, batch)
         encoded_conditions = self.encode_conditions(conditions, spacing, batch)
 
-        if best_of != 1:
+        if best_of != 1 or reward is not None:
             return self._best_of(
                 best_of, reward, batch, latents, class_labels, conditions, output_type, return_dict,
                 volume_shape=volume_shape, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
