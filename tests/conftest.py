@@ -180,17 +180,15 @@ def hub(tmp_path, monkeypatch) -> Iterator[minihub.Hub]:
         yield hub
 
 
-@pytest.fixture(scope="session")
-def brains_folder(tmp_path_factory) -> str:
-    """A niftifolder of nine scans of eight subjects; `metadata.csv` has file_name, participant_id and age.
+def write_brains(folder: Path) -> None:
+    """Write a niftifolder of nine scans of eight subjects; `metadata.csv` has file_name, participant_id and age.
 
     About 6 mm voxels, every scan another shape, int16, background exactly 0; affines with an offset, one stored LAS and
     one stored (anterior, superior, right) so that only a real reorientation puts the bright spot to the right, front
     and top. One subject has two scans, one has no age; the ages give three young (<= 35), two middle and two old (>=
     60) subjects.
     """
-    folder = tmp_path_factory.mktemp("brains")
-    (folder / "images").mkdir()
+    (folder / "images").mkdir(parents=True)
     rows = []
     ages = ["22.5", "31", "34", "45", "51", "62", "74", ""]
     for scan in range(9):
@@ -209,4 +207,11 @@ def brains_folder(tmp_path_factory) -> str:
         rows.append((f"images/{name}.nii.gz", f"sub-{subject + 1:02d}", ages[subject]))
     with open(Path(folder) / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([("file_name", "participant_id", "age"), *rows])
+
+
+@pytest.fixture(scope="session")
+def brains_folder(tmp_path_factory) -> str:
+    """The niftifolder of `write_brains`."""
+    folder = tmp_path_factory.mktemp("brains")
+    write_brains(folder)
     return str(folder)

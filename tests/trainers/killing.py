@@ -1,4 +1,6 @@
-"""Kills training runs and resumes them, for test_killed.py: python killing.py {every_write,random,disk} STAGE FOLDER.
+"""Kills training runs and resumes them, for test_killed.py and tests/slow/kills.py.
+
+    python killing.py {every_write,random,disk} STAGE FOLDER BRAINS
 
 One process imports everything and forks the runs, so that hundreds of them take no longer than their training. A
 fault point is a call that creates, writes, renames or deletes something in the folder of the run; files of tensors
@@ -225,17 +227,23 @@ def every_write(stage: str, folder: Path, brains: Path) -> dict:
 
 
 def at_random(stage: str, folder: Path, brains: Path, kills: int = 3) -> dict:
-    """Kill one run `kills` times at random moments and resume it each time."""
-    make, whole_folder = STAGES[stage], folder / "whole" / "run"
+    """Kill runs at random moments, `kills` times in all, and resume each run until it ends.
+
+    A run that ends before its next kill is compared, and another one is begun.
+    """
+    make, whole_folder, part = STAGES[stage], folder / "whole" / "run", folder / "part" / "run"
     start = time.monotonic()
     assert forked(run, make, whole_folder, brains) == 0
     duration, whole = time.monotonic() - start, contents(whole_folder)
-    part, moments = folder / "part" / "run", [random.uniform(0.1, 0.9) * duration for _ in range(kills)]
-    codes = [forked(run, make, part, brains, wait=moment) for moment in moments]
-    return {
-        "killed": codes.count(-signal.SIGKILL),
-        "problems": {"end": w} if (w := finish(make, part, brains, whole)) else {},
-    }
+    killed, runs, problems = 0, 0, {}
+    while killed < kills and not problems:
+        shutil.rmtree(part, ignore_errors=True)
+        runs, before = runs + 1, killed
+        while killed < kills and forked(run, make, part, brains, wait=random.uniform(0.1, 0.9) * duration) < 0:
+            killed += 1
+        if wrong := finish(make, part, brains, whole):
+            problems[f"run {runs}, killed {killed - before} times"] = wrong
+    return {"killed": killed, "runs": runs, "problems": problems}
 
 
 def disk_full(stage: str, folder: Path, brains: Path) -> dict:

@@ -74,7 +74,8 @@ def plan(what: Preparation) -> Found:
     found = find_scans(what.layout, what.input, what.options)
     if not found.scans:
         reasons = Counter(entry.reason for entry in found.left_out).most_common(3)
-        why = "; ".join(f"{count} x {reason}" for reason, count in reasons) or "no file of that layout"
+        why = "; ".join([*(f"{count} x {reason}" for reason, count in reasons), *found.notes])
+        why = why or "no file of that layout"
         raise FileNotFoundError(f"no scan to prepare of layout {what.layout} in {what.input}: {why}.")
     return found
 

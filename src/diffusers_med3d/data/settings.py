@@ -1,6 +1,5 @@
 """How a data set becomes volumes and classes: said once, kept with the data, stored in every model, compared later."""
 
-import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -59,6 +58,11 @@ class DataSettings:
     class_edges: list[float] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("intensity", "registration", "subject_column", "label_column"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} must be a text, got {getattr(self, name)!r:.60}.")
+        if not isinstance(self.antialias, bool | None):
+            raise ValueError(f"antialias must be true or false, got {self.antialias!r:.60}.")
         for name, kind in (
             *((name, numbers.Real) for name in ("volume_shape", "spacing", "class_edges")),
             *((name, object) for name in ("channel_names", "class_names")),
@@ -72,11 +76,11 @@ class DataSettings:
                 )
         for name in ("volume_shape", "spacing"):
             values = getattr(self, name)
-            if values is not None and (
-                len(values) != 3 or any(not math.isfinite(value) or value <= 0 for value in values)
-            ):
-                raise ValueError(f"{name} must be three positive numbers (X, Y, Z), got {list(values)}.")
+            if values is not None and (len(values) != 3 or any(not 0 < value < 1e9 for value in values)):
+                raise ValueError(f"{name} must be three positive numbers (X, Y, Z), got {list(values)!r:.200}.")
         if self.volume_shape is not None:
+            if any(side != int(side) for side in self.volume_shape):
+                raise ValueError(f"volume_shape must be whole numbers, got {list(self.volume_shape)}.")
             self.volume_shape = [int(side) for side in self.volume_shape]
         if self.spacing is not None:
             self.spacing = [float(side) for side in self.spacing]
@@ -86,6 +90,8 @@ class DataSettings:
             if getattr(self, name) is not None:
                 setattr(self, name, [str(value) for value in getattr(self, name)])
         if self.class_edges is not None:
+            if any(not abs(edge) < 1e300 for edge in self.class_edges):
+                raise ValueError(f"class_edges must be finite, got {self.class_edges!r:.200}.")
             self.class_edges = [float(edge) for edge in self.class_edges]
             if self.class_edges != sorted(self.class_edges):
                 raise ValueError(f"class_edges must rise, got {self.class_edges}.")

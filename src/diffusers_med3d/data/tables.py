@@ -41,7 +41,10 @@ def decode_text(path: Path) -> str:
     """Text of a table: UTF-8, UTF-16 with its mark, or else Latin-1 (Windows-1252) with a warning."""
     content = path.read_bytes()
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return content.decode("utf-16")
+        try:
+            return content.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} begins as UTF-16, but is none; save it as CSV in UTF-8.") from error
     if b"\0" in content:
         raise ValueError(f"{path} holds zero bytes, so it is no text in UTF-8; save it as CSV in UTF-8.")
     try:
@@ -57,11 +60,12 @@ def read_table(path: Path) -> dict[str, list]:
     The separator is the one of comma, semicolon and tab that the first line has most of. Spaces around values go.
 
     Raises:
-        ValueError: no rows, two columns of one name, or a row with another number of values than the first line.
+        ValueError: no rows, two columns of one name, a row with another number of values than the first line, or what
+            is no table at all.
     """
     text = decode_text(path)
     if path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = [_json_row(line, path, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         names = list(dict.fromkeys(name for row in rows for name in row))
         table = {name: [row.get(name) for row in rows] for name in names}
     else:
@@ -69,7 +73,10 @@ def read_table(path: Path) -> dict[str, list]:
         separator = max(",;\t", key=first.count)
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=separator != "\t")
         stripped = ((reader.line_num, [value.strip() for value in row]) for row in reader)
-        lines = [(number, row) for number, row in stripped if any(row)]
+        try:
+            lines = [(number, row) for number, row in stripped if any(row)]
+        except csv.Error as error:
+            raise ValueError(f"{path} is no table: {error}.") from error
         names = lines[0][1] if lines else []
         for number, row in lines[1:]:
             if len(row) != len(names):
@@ -83,6 +90,16 @@ def read_table(path: Path) -> dict[str, list]:
     if not table or not next(iter(table.values())):
         raise ValueError(f"{path} has no rows.")
     return table
+
+
+def _json_row(line: str, path: Path, number: int) -> dict:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} line {number} is no JSON: {error}.") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path} line {number} must be a JSON object, got {row!r:.60}.")
+    return row
 
 
 def _file_column(path: Path, columns: Iterable[str]) -> str:

@@ -77,10 +77,10 @@ def write_scan(scan: Scan, path: Path, print_path: Path) -> dict[str, Any]:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             array, affine = load_scan(scan)
+        stored = "".join(nibabel.aff2axcodes(affine))
+        image = nibabel.as_closest_canonical(nibabel.Nifti1Image(array, affine))
     except Exception as error:  # a damaged file makes readers raise almost anything; one of them must not stop the rest
         return {"reason": _public(error, scan)}
-    stored = "".join(nibabel.aff2axcodes(affine))
-    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(array, affine))
     array = np.asarray(image.dataobj)
     if not np.isfinite(array).all():
         return {"reason": f"{int((~np.isfinite(array)).sum())} NaN or infinite voxels"}

@@ -38,7 +38,7 @@ def damage(folder: str | Path) -> str | None:
         return None
     try:
         files = {str(name): (int(size), str(digest)) for name, (size, digest) in json.loads(text).items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"its file {COMPLETE_MARKER!r} cannot be read"
     for name, (size, digest) in files.items():
         path = folder / name

@@ -57,7 +57,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError too; thousands of open brackets
         raise ValueError(f"{path} is no JSON: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got {found!r:.60}.")
