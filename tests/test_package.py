@@ -175,3 +175,17 @@ def test_the_example_in_the_docstring_of_the_pipelines_call_runs():
     names = {"torch": torch, "MedDiffusion3DPipeline": MedDiffusion3DPipeline}
     example = doctest.DocTestParser().get_doctest(text, names, "example", None, None)
     assert doctest.DocTestRunner().run(example) == (0, 4)
+
+
+def test_every_dependency_stands_with_its_reason_in_the_documentation():
+    """docs/dependencies.md; the extra test repeats those of the other extras without a reason of its own."""
+    rows = [re.findall(r"[^|]+", line) for line in (REPOSITORY / "docs" / "dependencies.md").read_text().split("\n")]
+    table = [[cell.strip(" `") for cell in row] for row in rows if len(row) in (2, 3) and "`" in row[0]]
+    assert all(row[-1] for row in table)
+    given = {("", normalised(row[0])) if len(row) == 2 else (row[0], normalised(row[1])) for row in table}
+    extras = PROJECT["optional-dependencies"]
+    wanted = {("", normalised(line)) for line in PROJECT["dependencies"]}
+    wanted |= {(name, normalised(line)) for name in extras if name != "test" for line in extras[name]}
+    known = {package for _, package in wanted}
+    wanted |= {("test", normalised(line)) for line in extras["test"] if normalised(line) not in known}
+    assert len(given) == len(table) and given == wanted, given ^ wanted

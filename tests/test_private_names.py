@@ -45,7 +45,7 @@ PRIVATE = {
 }
 """Where each is, and what stops working without it."""
 
-ASSIGNED = {"_disable_adapters", "_n_gpu"}
+ASSIGNED = {"_actions", "_disable_adapters", "_modules", "_n_gpu"}
 """Attributes of instances: looked for in the source of their class."""
 
 ARGUMENTS = {

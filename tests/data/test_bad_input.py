@@ -352,6 +352,7 @@ JSONS = {
     "a text": '"train"',
     "nothing": "null",
     "binary": b"\xff\xfe\x00\x01",
+    "a tower of lists": "[" * 100000,
     "unknown keys": '{"no_such_key": 1}',
 }
 SPLITS = {
@@ -383,6 +384,12 @@ SETTINGS = {
     "edges of texts": '{"class_edges": ["a"], "class_names": ["x", "y"]}',
     "edges that fall": '{"class_edges": [60, 35], "class_names": ["x", "y", "z"]}',
     "another orientation": '{"orientation": "LPS"}',
+    "a shape of broken voxels": '{"volume_shape": [16, 16, 0.5]}',
+    "spacing beyond all numbers": '{"spacing": [1, 1, 1%s]}' % ("0" * 400),
+    "edges beyond all numbers": '{"class_edges": [1%s]}' % ("0" * 400),
+    "an edge that is NaN": '{"class_edges": [NaN], "class_names": ["x", "y"]}',
+    "a label that is a list": '{"label_column": ["age"]}',
+    "antialiasing that is a text": '{"antialias": "no"}',
 }
 
 
@@ -391,6 +398,22 @@ def test_settings_that_are_none_are_refused_by_their_path(tmp_path, kind):
     content = SETTINGS[kind]
     (tmp_path / "dataset.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     assert "dataset.json" in refused(read_settings, tmp_path)
+
+
+TABLES = {
+    "rows that are no objects": ("metadata.jsonl", b'["a.nii.gz"]\n'),
+    "a row that is no JSON": ("metadata.jsonl", b'{"file_name": "a.nii.gz"}\n{"file_name":\n'),
+    "half of UTF-16": ("metadata.csv", "file_name,age\na.nii.gz,3\n".encode("utf-16")[:-1]),
+    "a value of a megabyte": ("metadata.csv", b'file_name,age\na.nii.gz,"' + b"3" * 2**20 + b'"\n'),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_that_is_none_is_refused_by_its_path(tmp_path, kind):
+    name, content = TABLES[kind]
+    nifti(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    assert name in refused(VolumeDataset, tmp_path, **GRID)
 
 
 # Saved models

@@ -118,12 +118,9 @@ def test_where_every_file_is_damaged_the_script_says_so_and_writes_nothing(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("register", ["none", "group"])
 def test_a_tree_with_damaged_files_is_prepared_from_the_others_and_nothing_tells_who_they_are(
-    tmp_path, monkeypatch, capfd, caplog, register
+    tmp_path, monkeypatch, capfd, caplog
 ):
-    if register == "group":
-        pytest.importorskip("SimpleITK")
     source, output, rng = tmp_path / "QUAGMIRE_JANE", tmp_path / "out", random.Random(0)
     for number in range(12):
         folder = source / f"quagmire^jane{number}" / trees.SCANNED
@@ -132,15 +129,12 @@ def test_a_tree_with_damaged_files_is_prepared_from_the_others_and_nothing_tells
         for path in (source / f"quagmire^jane{number}" / trees.SCANNED).iterdir():
             damage(path, rng)
     flags = ["--layout", "dicom", "--input", source, "--output", output, "--num_proc", 1, "--max_voxels", 32**3]
-    flags += [] if register == "none" else ["--register", "group", "--rounds", 1, "--jittered_copies", 1]
     with caplog.at_level(logging.DEBUG):
         run_example(monkeypatch, "prepare_dataset.py", *flags)
     report = (output / "report.md").read_text()
     assert "damaged and were left out" in report and "10 people" in report
     files = [path for path in output.rglob("*") if path.is_file()]
-    volumes = [path for path in files if path.suffix == ".gz"]
-    assert len(volumes) == (10 if register == "none" else 10 + 7 + 1)  # copies of the training scans, the template
-    assert {path.name for path in files if path.suffix != ".gz"} >= {"metadata.csv", "report.html", "montage.png"}
+    assert len([path for path in files if path.suffix == ".gz"]) == 10 and len(files) == 16  # no half-written one
     said = {"log": caplog.text, "output": "".join(capfd.readouterr()).replace(str(output), "OUTPUT")}
     for path in files:
         content = path.read_bytes()

@@ -32,7 +32,12 @@ LAYOUTS = {
     "niftifolder": (trees.niftifolder, ["--label_column", "group"]),
     "dicom": (trees.dicom, ["--label_column", "finding"]),
     "phantom": (None, ["--num_subjects", 8]),
+    "dicom, registered": (
+        trees.dicom,
+        ["--label_column", "finding", "--register", "group", "--rounds", 1, "--jittered_copies", 1],
+    ),
 }
+REGISTERED = {"registration.json", ".registration/template.nii.gz"}
 
 
 @dataclass
@@ -56,12 +61,14 @@ def plant(folder: Path) -> None:
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def prepared(request, tmp_path_factory) -> Prepared:
-    layout = request.param
+    layout, _, registered = request.param.partition(", ")
     if layout == "dicom":
         pytest.importorskip("pydicom")
+    if registered:
+        pytest.importorskip("SimpleITK")
     if layout == "phantom":
         pytest.importorskip("nilearn")
-    make, flags = LAYOUTS[layout]
+    make, flags = LAYOUTS[request.param]
     place = tmp_path_factory.mktemp("Quagmire_Jane")
     flags = ["--layout", layout, "--output", place / "out", "--max_voxels", 32**3, "--num_proc", 1, *flags]
     if make is not None:
@@ -72,7 +79,7 @@ def prepared(request, tmp_path_factory) -> Prepared:
             flags += ["--metadata", source / "labels.csv"]
     with pytest.MonkeyPatch.context() as patch:
         run_example(patch, "prepare_dataset.py", *flags)
-    return Prepared(layout, place, place / "out")
+    return Prepared(request.param, place, place / "out")
 
 
 def without_pictures(page: str) -> tuple[str, list[bytes]]:
@@ -95,6 +102,7 @@ def test_nothing_that_identifies_a_person_or_a_machine_is_in_any_file(prepared):
     paths = [path for path in prepared.output.rglob("*") if path.is_file()]
     names = {path.relative_to(prepared.output).as_posix() for path in paths}
     written = {"metadata.csv", "dataset.json", "split.json", "report.md", "report.html", "montage.png"}
+    written |= REGISTERED if "registered" in prepared.layout else set()
     assert {name for name in names if not name.startswith("images/")} == written
     secrets = [*SECRETS, str(prepared.place).lower(), prepared.place.name.lower()]
     for path in paths:

@@ -26,9 +26,8 @@ from pathlib import Path
 import atheris
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "data")]
-PYDICOM = ["pydicom.filereader", "pydicom.dataset", "pydicom.dataelem", "pydicom.valuerep", "pydicom.values"]
-INSTRUMENTED = ["diffusers_med3d", "nibabel.nifti1", "nibabel.analyze", "nibabel.volumeutils", "nibabel.spatialimages"]
-with atheris.instrument_imports(include=INSTRUMENTED + (PYDICOM if "dicom" in sys.argv else [])):
+INSTRUMENTED = ["diffusers_med3d", *(name for name in ("nibabel", "pydicom") if {"nifti", "dicom"} & set(sys.argv))]
+with atheris.instrument_imports(include=INSTRUMENTED):
     import nibabel
     import numpy as np
     import torch

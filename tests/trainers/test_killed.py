@@ -72,6 +72,7 @@ DAMAGE = {
     "gone": (lambda folder: (folder / "ema.safetensors").unlink(), "ema.safetensors is missing"),
     "marker": (lambda folder: (folder / COMPLETE_MARKER).write_text("[1"), "'complete' cannot be read"),
     "kind": (lambda folder: (folder / COMPLETE_MARKER).write_text('{"a": 1}'), "'complete' cannot be read"),
+    "size": (lambda folder: (folder / COMPLETE_MARKER).write_text('{"a": [Infinity, 0]}'), "'complete' cannot be read"),
 }
 
 
