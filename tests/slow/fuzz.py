@@ -68,7 +68,7 @@ def edited(text: bytes, data: bytes) -> bytes:
         elif kind == 1:
             at[key] = choices.ConsumeUnicode(20)
         else:
-            at[key] = choices.PickValueInList(ODD)
+            at[key] = choices.PickValueInList(list(ODD))
     return json.dumps(document[""]).encode()
 
 
