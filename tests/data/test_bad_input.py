@@ -465,6 +465,8 @@ MODELS = {
     "config null": written("config.json", b"null"),
     "config binary": written("config.json", b"\xff\xfe\x00"),
     "no class": config(_class_name="gone"),
+    "no class in a list": config(_class_name=[]),
+    "a class that is a list": config(_class_name=[[]]),
     "another class": config(_class_name="UNet2DModel"),
     "channels a text": config(channels="wide"),
     "channels nothing": config(channels=None),

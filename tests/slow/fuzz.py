@@ -257,7 +257,8 @@ def fuzz(make: Callable[[Path], Target], seconds: float, seed: int, work: Path) 
             if what := fault(error):
                 findings.setdefault(what, f"{str(error)[:200]!r} from {data[:200]!r}")
 
-    flags = [f"-seed={seed + 1}", "-rss_limit_mb=6000", "-timeout=300", "-verbosity=0", "-max_len=4096"]
+    flags = [f"-seed={seed + 1}", "-rss_limit_mb=6000", "-timeout=300", "-verbosity=0"]
+    flags.append(f"-max_len={max(4096, *map(len, seeds))}")
     atheris.Setup([sys.argv[0], *flags, str(work / "corpus")], one)
     atheris.Fuzz()
     raise AssertionError("unreachable")

@@ -76,13 +76,13 @@ def check_class(wanted: type[ConfigMixin], source: str, options: dict[str, Any])
         if config is None:
             continue
         found = config.get("_class_name")
-        found = found[-1] if isinstance(found, list) else found  # diffusers' custom pipelines: [module, class]
+        found = found[-1] if isinstance(found, list) and found else found  # custom pipelines: [module, class]
+        if not isinstance(found, str):
+            raise ValueError(f"{source} holds no {wanted.__name__}: its {name} names no class of diffusers.")
         if name == wanted.config_name and found in {base.__name__ for base in wanted.__mro__}:
             return
-        if found is None:
-            raise ValueError(f"{source} holds no {wanted.__name__}: its {name} names no class of diffusers.")
         use = f"use {REWARDS.get(found, found)}.from_pretrained"
-        parts = [part for part, value in config.items() if isinstance(value, list) and value[-1] == wanted.__name__]
+        parts = [part for part, value in config.items() if isinstance(value, list) and value[-1:] == [wanted.__name__]]
         if name == "model_index.json" and parts:
             use += f", or give subfolder={parts[0]!r} for its {wanted.__name__}"
         raise ValueError(f"{source} was saved by {found}, not by {wanted.__name__}; {use}.")
