@@ -28,6 +28,7 @@ PRIVATE = {
     "torch.nn.Conv3d._conv_forward": "models/convolution.py and trainers/base.py compute small convolutions",
     "torch.nn.Module._apply": "models/vq_model.py keeps its counts where the codebook is",
     "torch.nn.Module._modules": "models/slabs.py asks whether an upsampling is learned",
+    "torch.nn.Module._parameters": "trainers/sharding.py exchanges parameters for whole ones",
     "transformers.Trainer._get_grad_norm": "trainers/base.py skips steps that are not finite",
     "transformers.Trainer._get_output_dir": "trainers/base.py marks whole checkpoints",
     "transformers.Trainer._init_training_state": "trainers/base.py finds the best checkpoint of a moved run",
@@ -45,7 +46,7 @@ PRIVATE = {
 }
 """Where each is, and what stops working without it."""
 
-ASSIGNED = {"_actions", "_disable_adapters", "_modules", "_n_gpu"}
+ASSIGNED = {"_actions", "_disable_adapters", "_modules", "_n_gpu", "_parameters"}
 """Attributes of instances: looked for in the source of their class."""
 
 DOCUMENTED = {"_asdict", "_fields", "_make", "_replace"}
