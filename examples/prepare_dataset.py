@@ -25,7 +25,7 @@ from pathlib import Path
 from diffusers_med3d.data.grid import MAX_VOXELS
 from diffusers_med3d.data.layouts import LAYOUTS, Options
 from diffusers_med3d.data.phantom import CLASS_NAMES, make_phantom
-from diffusers_med3d.data.preparation import PROGRESS, Preparation, plan, prepare_dataset
+from diffusers_med3d.data.preparation import PROGRESS, Preparation, check_table, plan, prepare_dataset
 from diffusers_med3d.data.settings import DATASET_FILE
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
@@ -163,7 +163,7 @@ def preparation(args: PrepareArguments) -> Preparation:
 
 
 def say_plan(what: Preparation) -> None:
-    """Print what would be prepared."""
+    """Print what would be prepared, then refuse what the table shows to be wrong."""
     found = plan(what)
     label = what.options.label_column or found.label_column
     people = {scan.participant_id for scan in found.scans}
@@ -177,6 +177,7 @@ def say_plan(what: Preparation) -> None:
     print(f"{len(found.left_out)} left out")
     for reason, count in Counter(entry.reason for entry in found.left_out).most_common():
         print(f"  {count} x {reason}")
+    check_table(what, found)
 
 
 def main() -> None:

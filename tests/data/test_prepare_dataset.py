@@ -219,7 +219,7 @@ def test_an_interrupted_run_refuses_an_input_that_changed_and_a_finished_one_is_
 def test_the_same_scan_under_two_names_is_refused_or_counts_as_one_person(tmp_path, monkeypatch):
     source = trees.niftifolder(tmp_path / "in", people=12)
     trees.save(source / "images" / "scan7.nii.gz", (3 * trees.anatomy(2))[::-1], axes="LPS")  # mirrored, scaled, turned
-    with pytest.raises(SystemExit, match=r"p02 \(sub-p02.nii.gz\) and p07 \(sub-p07.nii.gz\).*--allow_duplicates"):
+    with pytest.raises(SystemExit, match=r"p02 \(images/scan2.nii.gz\) and p07 \(images/scan7.nii.gz\).*--allow_dup"):
         prepare(monkeypatch, "niftifolder", source, tmp_path / "out", "--label_column", "group")
     prepare(monkeypatch, "niftifolder", source, tmp_path / "out", "--label_column", "group", "--allow_duplicates")
     split = load_split(tmp_path / "out" / "split.json")
@@ -264,7 +264,7 @@ def test_numbers_need_edges_and_too_few_people_are_refused(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="numbers from 20 to 47.5; say --class_names and --class_edges"):
         prepare(monkeypatch, "niftifolder", source, tmp_path / "out", "--label_column", "group")
     edges = ["--label_column", "group", "--class_names", "young", "old", "--class_edges"]
-    with pytest.raises(SystemExit, match="2 people in the smallest class; at least 4 are needed"):
+    with pytest.raises(SystemExit, match=r"2 people in the smallest class \(young\); at least 4 are needed"):
         prepare(monkeypatch, "niftifolder", source, tmp_path / "out", *edges, 23)
     prepare(monkeypatch, "niftifolder", source, tmp_path / "out", *edges, 35)
     assert read_settings(tmp_path / "out").class_edges == [35.0]
@@ -318,7 +318,64 @@ def test_odd_voxel_sizes_are_named_and_the_grid_that_is_chosen_is_said(tmp_path,
     odd = "1 of 10 scans have voxels of another size than the commonest, 8 x 8 x 8 mm: sub-p04.nii.gz (8 x 8 x 16 mm)."
     chosen = f"Grid {' x '.join(map(str, settings.volume_shape))} at 8 x 8 x 8 mm: the finest of at most"
     for text in (capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()):
-        assert odd in text and chosen in text
+        assert f"Warning: {odd}" in text and chosen in text
+
+
+# --- what the table alone shows ---
+
+
+def with_ages(folder: Path, *ages: object) -> Path:
+    """A niftifolder with the ages of its people; its files hold no scans, so reading any of them would fail."""
+    (folder / "images").mkdir(parents=True)
+    for number in range(len(ages)):
+        (folder / "images" / f"scan{number}.nii").touch()
+    rows = [[f"images/scan{number}.nii", f"p{number}", age] for number, age in enumerate(ages)]
+    trees.write_csv(folder / "metadata.csv", [["file_name", "participant_id", "age"], *rows])
+    return folder
+
+
+CLASSES_OF_AGES = ("--label_column", "age", "--class_names", "young", "old", "--class_edges", 50)
+GOOD_AGES = (20, 30, 40, 45, 60, 70, 80, 90)
+
+
+@pytest.mark.parametrize(
+    ("age", "flags", "reason"),
+    [
+        ("24,76", CLASSES_OF_AGES, r"'24,76' is no number \(a decimal comma\?\)"),
+        ("24,76", CLASSES_OF_AGES[:2], r"'24,76' is no number \(a decimal comma\?\)"),
+        (-5, CLASSES_OF_AGES, "'-5' is nobody's age"),
+        (430, (*CLASSES_OF_AGES, "--dry_run"), "'430' is nobody's age"),
+    ],
+)
+def test_a_bad_label_is_refused_with_file_and_row_before_a_scan_is_read(tmp_path, monkeypatch, age, flags, reason):
+    source = with_ages(tmp_path / "in", *GOOD_AGES, 21, 22, 23, age)
+    where = r"row 13 of metadata.csv \(images/scan11.nii\), column 'age': "
+    with pytest.raises(SystemExit, match=where + reason):
+        prepare(monkeypatch, "niftifolder", source, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_people_of_a_class_are_refused_before_a_scan_is_read(tmp_path, monkeypatch):
+    source = with_ages(tmp_path / "in", *GOOD_AGES[:7], "")
+    few_old = r"3 people in the smallest class \(old\); .*1 of 8 files were left out: images/scan7.nii \(no age"
+    with pytest.raises(SystemExit, match=few_old):
+        prepare(monkeypatch, "niftifolder", source, tmp_path / "out", *CLASSES_OF_AGES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_after_reading_names_what_was_left_out(tmp_path, monkeypatch):
+    source, output = trees.niftifolder(tmp_path / "in", people=8), tmp_path / "out"
+    for number in (0, 2):
+        (source / "images" / f"scan{number}.nii.gz").write_bytes(b"no image")
+    said = (
+        r"2 people in the smallest class \(a\); .* 2 of 8 files were left out: images/scan0.nii.gz \(.*cannot be read.*"
+        r"\); images/scan2.nii.gz \(.*\)\. All of them: .*report.html"
+    )
+    with pytest.raises(SystemExit, match=said):
+        prepare(monkeypatch, "niftifolder", source, output, "--label_column", "group")
+    report = (output / "report.md").read_text()
+    assert report.startswith("# Refused") and "| images/scan2.nii.gz |" in report and str(tmp_path) not in report
+    assert (output / "report.html").is_file() and not (output / "dataset.json").exists()
 
 
 # --- names and grids ---

@@ -3,7 +3,8 @@
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .writing import people_and_names, write_metadata, write_scan
 
 PROGRESS = ".progress"
 MOST_CLASSES = 10
+OLDEST = 120  # years
 IN_MONTAGE = 12
 
 
@@ -80,6 +82,20 @@ def plan(what: Preparation) -> Found:
     return found
 
 
+def check_table(what: Preparation, found: Found) -> None:
+    """Refuse what the table alone shows to be wrong, before any scan is read.
+
+    Raises:
+        ValueError: labels that make no classes, with file and row, or too few people for a split.
+    """
+    column, names, edges = _classes_of_set(what, found, found.scans)
+    labels = [_class_of_scan(what, scan, column, names, edges) for scan in found.scans]
+    people, _ = people_and_names(found.scans, _is_renumbered(what))
+    classes, _ = class_of_each(people, labels, max(1, len(names)))
+    with _left_out_named(found.left_out, len(found.scans) + len(found.left_out)):
+        _split(what, classes, {name: name for name in people}, names)
+
+
 def prepare_dataset(what: Preparation) -> tuple[DataSettings, list[str]]:
     """Prepare a data set; one that was interrupted goes on. Returned are its settings and what its user should know.
 
@@ -97,24 +113,27 @@ def prepare_dataset(what: Preparation) -> tuple[DataSettings, list[str]]:
     if output.resolve() == what.input.resolve():
         raise ValueError(f"input and output are the same folder, {output}.")
     found = plan(what)
+    check_table(what, found)
     written, damaged = _convert(what, found)
-    left_out = [*found.left_out, *damaged]
-    doubles, people = _duplicates(what, written)
-    settings = _settings(what, found, written)
-    for entry in written:
-        value = entry.scan.columns.get(settings.label_column or "", "")
-        entry.label = class_of(value, settings.class_names, settings.class_edges or []) if settings.class_names else 0
-    num_classes = max(1, len(settings.class_names or ()))
-    persons, labels = [people[entry.person] for entry in written], [entry.label for entry in written]
-    classes, several = class_of_each(persons, labels, num_classes)
-    split, unsplit = _split(what, classes, people, num_classes)
-    notes = [*found.notes, *say_several_classes(several, settings.class_names or ())]
+    left_out = [*damaged, *found.left_out]
+    with _left_out_named(left_out, len(written) + len(left_out), what):
+        doubles, people = _duplicates(what, written)
+        settings = _settings(what, found, written)
+        column, class_names, edges = settings.label_column, settings.class_names or [], settings.class_edges or []
+        for entry in written:
+            entry.label = _class_of_scan(what, entry.scan, column, class_names, edges)
+        persons, labels = [people[entry.person] for entry in written], [entry.label for entry in written]
+        classes, several = class_of_each(persons, labels, max(1, len(class_names)))
+        split, unsplit = _split(what, classes, people, class_names)
+        boxes, sides = ([entry.record[name] for entry in written] for name in ("foreground", "spacing"))
+        shape, spacing, sentence = choose_grid(boxes, sides, what.spacing, what.volume_shape, what.max_voxels)
+    notes = [*found.notes, *say_several_classes(several, class_names)]
     if unsplit:
         notes.append(f"{len(unsplit)} people are in no part of the split and are not used: {few(unsplit)}.")
+    notes.append(sentence)
     names = [Path(entry.file).name for entry in written]
-    boxes, sides = ([entry.record[name] for entry in written] for name in ("foreground", "spacing"))
-    shape, spacing, sentence = choose_grid(boxes, sides, what.spacing, what.volume_shape, what.max_voxels)
-    notes += [sentence, *filter(None, (odd_spacings(names, sides), odd_sizes(names, boxes)))]
+    for odd in filter(None, (odd_spacings(names, sides), odd_sizes(names, boxes))):
+        notes.append(f"Warning: {odd} They are kept; remove them or mend their headers if the size is wrong.")
     settings.volume_shape, settings.spacing = shape, spacing
     coarser = np.array(spacing) > 1.25 * np.median(sides, axis=0)
     settings.antialias = bool(what.register == "none" and coarser.any())
@@ -130,11 +149,35 @@ def prepare_dataset(what: Preparation) -> tuple[DataSettings, list[str]]:
     return settings, notes
 
 
+@contextmanager
+def _left_out_named(left_out: Sequence[LeftOut], total: int, what: Preparation | None = None) -> Iterator[None]:
+    """Inside, a refusal ends with what was left out; with ``what``, a report with all of it is written as well."""
+    try:
+        yield
+    except ValueError as error:
+        if not left_out:
+            raise
+        listed = ""
+        if what is not None:
+            refused = "The data set was refused after its scans were read; the script's message says why."
+            # The message itself stays out of the report, since it may name folders of this machine
+            write_report(what.output, f"Refused: data set from {what.layout}", [_left_out_section(left_out, [refused])])
+            listed = f" All of them: {what.output / 'report.html'}"
+        reasons = [f"{entry.path} ({entry.reason.rstrip('.')})" for entry in left_out]
+        raise ValueError(
+            f"{error} {len(left_out)} of {total} files were left out: {few(reasons, 3, '; ')}.{listed}"
+        ) from error
+
+
+def _is_renumbered(what: Preparation) -> bool:
+    return what.renumber or what.layout == "dicom"
+
+
 def _convert(what: Preparation, found: Found) -> tuple[list[Entry], list[LeftOut]]:
     """Write every scan that is not written yet; the unusable ones with their reasons."""
     progress = what.output / PROGRESS
     folder = progress if what.register != "none" else what.output
-    people, names = people_and_names(found.scans, what.renumber or what.layout == "dicom")
+    people, names = people_and_names(found.scans, _is_renumbered(what))
     files = [
         [path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for scan in found.scans for path in scan.files
     ]
@@ -186,21 +229,13 @@ def _duplicates(what: Preparation, written: list[Entry]) -> tuple[list[list[str]
     prints = [np.load(progress / f"{Path(entry.file).name}.npy") for entry in written]
     pairs = find_duplicates(prints)
     names = [Path(entry.file).name for entry in written]
-    people = people_of([entry.person for entry in written], names, pairs, what.allow_duplicates)
+    inputs = [_public_name(entry.scan, entry.file, what.input) for entry in written]
+    people = people_of([entry.person for entry in written], inputs, pairs, what.allow_duplicates)
     return [[names[pair.first], names[pair.second], f"{pair.score:.3f}"] for pair in pairs], people
 
 
 def _settings(what: Preparation, found: Found, written: list[Entry]) -> DataSettings:
-    label = what.options.label_column or found.label_column
-    names, edges = what.class_names or found.class_names, what.class_edges or found.class_edges
-    if what.class_names and not what.class_edges:
-        edges = ()
-    if label is None:
-        if what.class_names:
-            raise ValueError("--class_names needs --label_column.")
-        names, edges = (), ()
-    elif not names:
-        names = _classes([entry.scan.columns.get(label, "") for entry in written], label)
+    label, names, edges = _classes_of_set(what, found, [entry.scan for entry in written])
     channels = list(found.channel_names)
     count = written[0].record["channels"]
     if len(channels) != count:
@@ -212,8 +247,8 @@ def _settings(what: Preparation, found: Found, written: list[Entry]) -> DataSett
         channel_names=channels,
         subject_column="participant_id",
         label_column=label,
-        class_names=list(names),
-        class_edges=list(edges),
+        class_names=names,
+        class_edges=edges,
     )
 
 
@@ -221,24 +256,76 @@ def _frame(register: str) -> str:
     return "group" if register == "group" else Path(register).name
 
 
-def _classes(values: Sequence[str], column: str) -> tuple[str, ...]:
+def _classes_of_set(
+    what: Preparation, found: Found, scans: Sequence[Scan]
+) -> tuple[str | None, list[str], list[float]]:
+    """Label column, names of the classes and edges between them; without labels None and two empty lists."""
+    column = what.options.label_column or found.label_column
+    names, edges = what.class_names or found.class_names, what.class_edges or found.class_edges
+    if column is None:
+        if what.class_names:
+            raise ValueError("--class_names needs --label_column.")
+        return None, [], []
+    if what.class_names and not what.class_edges:
+        edges = ()
+    return column, list(names or _classes(what, scans, column)), list(edges)
+
+
+def _class_of_scan(
+    what: Preparation, scan: Scan, column: str | None, names: Sequence[str], edges: Sequence[float]
+) -> int:
+    """Class index of a scan's label by `class_of`, 0 without labels.
+
+    Raises:
+        ValueError: a label that cannot be read, or an age that no person has, with file and row.
+    """
+    if column is None:
+        return 0
+    value = scan.columns.get(column, "")
+    try:
+        label = class_of(value, names, edges)
+        is_age = column.lower() == "age" and edges and not is_missing(value)
+        if is_age and not 0 <= number_of(value) <= OLDEST:
+            raise ValueError(
+                f"{value!r} is nobody's age in years, 0 to {OLDEST}; a column of months or days must have another name."
+            )
+    except ValueError as error:
+        raise ValueError(f"{_where(what, scan)}, column {column!r}: {error}") from error
+    return label
+
+
+def _where(what: Preparation, scan: Scan) -> str:
+    """Where a scan's label stands, for a message: its row, where the layout knows it, and its file."""
+    name = _public_name(scan, scan.participant_id, what.input)
+    return f"{scan.row} ({name})" if scan.row else name
+
+
+def _classes(what: Preparation, scans: Sequence[Scan], column: str) -> tuple[str, ...]:
     """Names of the classes in a column of few different values.
 
     Raises:
         ValueError: a column of many values, with what it holds.
     """
+    values = [scan.columns.get(column, "") for scan in scans]
     distinct = sorted({value for value in values if not is_missing(value)})
     if not distinct:
         raise ValueError(f"no scan has a value in the column {column!r}.")
     if len(distinct) <= MOST_CLASSES:
         return tuple(distinct)
-    try:
-        numbers = [number_of(value) for value in distinct]
-    except ValueError:
+    numbers, refusals = [], {}
+    for value in distinct:
+        try:
+            numbers.append(number_of(value))
+        except ValueError as error:
+            refusals[value] = error
+    if len(refusals) > len(numbers):
         raise ValueError(
             f"the column {column!r} has {len(distinct)} different values such as {distinct[0]!r}; say which are "
             "classes with --class_names."
-        ) from None
+        )
+    if refusals:
+        first = next(scan for scan, value in zip(scans, values, strict=True) if value in refusals)
+        raise ValueError(f"{_where(what, first)}, column {column!r}: {refusals[first.columns[column]]}")
     raise ValueError(
         f"the column {column!r} holds numbers from {min(numbers):g} to {max(numbers):g}; say --class_names and "
         "--class_edges, such as: --class_names young old --class_edges 50."
@@ -246,7 +333,7 @@ def _classes(values: Sequence[str], column: str) -> tuple[str, ...]:
 
 
 def _split(
-    what: Preparation, classes: dict[str, int], people: dict[str, str], num_classes: int
+    what: Preparation, classes: dict[str, int], people: dict[str, str], class_names: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """The split that is there, or one with as many people of every class in test, and in validation.
 
@@ -270,13 +357,13 @@ def _split(
                 )
         return {name: known[name] for name in (*PARTS, "folds")}, sorted(set(people) - set(part_of))
     counts = Counter(classes.values())
-    labelled = range(num_classes)  # who has no label only trains
-    smallest = min((counts[label] for label in labelled if counts[label]), default=0)
+    labelled = range(max(1, len(class_names)))  # who has no label only trains
+    smallest, which = min(((counts[label], label) for label in labelled if counts[label]), default=(0, 0))
     test, validation = (max(1, round(share * smallest)) for share in (what.test_share, what.validation_share))
     if smallest < test + validation + 2:
         raise ValueError(
-            f"{smallest} people in the smallest class; at least {test + validation + 2} are needed for a test set, a "
-            "validation set and two folds of training people."
+            f"{smallest} people in the smallest class{f' ({class_names[which]})' if class_names else ''}; at least "
+            f"{test + validation + 2} are needed for a test set, a validation set and two folds of training people."
         )
     number = [counts[label] > 0 for label in labelled]
     of_all = {name: classes[person] for name, person in people.items()}
@@ -394,10 +481,15 @@ def _sections(
                 doubles,
             )
         )
+    sections.append(_left_out_section(left_out))
+    return sections
+
+
+def _left_out_section(left_out: Sequence[LeftOut], first: Sequence[str] = ()) -> Section:
+    """Reasons with their counts, below the sentences ``first``, and all that was left out."""
     reasons = Counter(entry.reason for entry in left_out)
     sentences = [f"{count} x {reason}" for reason, count in reasons.most_common(10)] or ["Nothing."]
-    sections.append(Section("Left out", sentences, ["what", "why"], [list(entry) for entry in left_out]))
-    return sections
+    return Section("Left out", [*first, *sentences], ["what", "why"], [list(entry) for entry in left_out])
 
 
 def _range(values: np.ndarray) -> str:

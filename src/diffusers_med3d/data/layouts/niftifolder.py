@@ -47,6 +47,7 @@ def find(folder: Path, options: Options) -> Found:
         elif label and not columns[label] and not options.keep_unlabelled:
             left_out.append(LeftOut(below(file, folder), f"no {label} (kept with --keep_unlabelled)"))
         else:
-            scans.append(Scan((file,), row[names["person"]], columns, cell(row, session)))
+            where = f"row {number} of {path.name}"
+            scans.append(Scan((file,), row[names["person"]], columns, cell(row, session), row=where))
     left_out += [LeftOut(name, f"not in {path.name}") for name, file in files.items() if file not in used]
     return Found(scans, left_out, channel_names, label)

@@ -18,6 +18,7 @@ class Scan:
     session: str = ""
     run: str = ""
     kind: Literal["nifti", "analyze", "dicom"] = "nifti"
+    row: str = ""  # "row 4 of metadata.csv", where the layout knows it
 
 
 class LeftOut(NamedTuple):
