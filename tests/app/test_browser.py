@@ -124,28 +124,44 @@ def test_compare_two_checkpoints_from_the_same_noise(page, tmp_path):
     assert pressed == "true"  # both show the same
 
 
-def test_score_an_uploaded_scan_and_start_from_it(page, tmp_path, tiny_volumes):
+def test_score_a_scan_and_start_from_another(page, tmp_path, tiny_volumes):
     affine = np.diag([*SPACING, 1.0])
     affine[:3, 3] = [-80, -100, 300]
     nibabel.save(nibabel.Nifti1Image(tiny_volumes[0, 0].numpy(), affine), tmp_path / "head.nii.gz")
-    page.locator("input[type=file]").set_input_files(tmp_path / "head.nii.gz")
-    page.get_by_text("16 x 16 x 16 voxels of 12 x 12 x 12 mm").wait_for()
     page.get_by_role("tab", name="Score a scan").click()
+    page.get_by_text("Scan to score (NIfTI)").wait_for()
+    page.locator("input[type=file]").last.set_input_files(tmp_path / "head.nii.gz")
+    page.get_by_text("head.nii.gz (16 x 16 x 16 voxels of 12 x 12 x 12 mm) is in memory").wait_for()
     page.get_by_role("button", name="Score the uploaded scan").click()
     assert download(page, "score", tmp_path).affine[2, 3] == pytest.approx(300, abs=13)
     assert re.search(r"brightness\s+0\.\d{3}", scores(page))
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_text("Both start from the same noise.").wait_for()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "head.nii.gz")
+    page.get_by_text("Both start from your scan, with the same noise added.").wait_for()
     page.get_by_role("tab", name="Generate").click()
     page.get_by_role("button", name="Generate", exact=True).click()
     made = download(page, "generate", tmp_path)
     assert made.affine[2, 3] == pytest.approx(300, abs=13) and "strength0.5" in made.get_filename()
+    page.get_by_role("button", name="Start from noise again").click()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_text("Both start from the same noise.").wait_for()
 
 
-def test_a_bad_upload_is_answered_with_one_sentence(page, tmp_path):
+def test_a_bad_upload_is_answered_with_one_sentence_beside_an_empty_box(page, tmp_path):
     (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
-    page.locator("input[type=file]").set_input_files(tmp_path / "bad.nii.gz")
-    said = page.get_by_test_id("toast-body")
-    said.wait_for()
-    assert "(bad.nii.gz) cannot be read as NIfTI" in said.inner_text()
+    page.locator("input[type=file]").first.set_input_files(tmp_path / "bad.nii.gz")
+    page.get_by_text("bad.nii.gz cannot be read as NIfTI: it is damaged or no NIfTI file.", exact=True).wait_for()
+    playwright.expect(page.locator("a[download^='bad']")).to_have_count(0)
     page.get_by_role("tab", name="Score a scan").click()
     page.get_by_role("button", name="Score the uploaded scan").click()
     page.get_by_text("there is no scan to score; upload one first.").wait_for()
+
+
+def test_on_a_narrow_screen_the_button_comes_before_the_settings(page):
+    page.set_viewport_size({"width": 800, "height": 600})
+    button, seed = page.get_by_role("button", name="Generate", exact=True), page.get_by_label("Seed")
+    assert button.bounding_box()["y"] < min(600, seed.bounding_box()["y"])
+    page.set_viewport_size({"width": 1280, "height": 1100})
+    assert button.bounding_box()["x"] > seed.bounding_box()["x"]
+    assert page.get_by_label("Checkpoint", exact=True).bounding_box()["y"] < 250  # both columns begin at the top

@@ -163,6 +163,7 @@ def test_scans_stay_with_who_sent_them_and_their_files_are_deleted(address, temp
         image = nibabel.Nifti1Image((1000 * tiny_volumes[i, 0].numpy()).astype(np.int16), affine)
         nibabel.save(image, tmp_path / f"Jane-Doe-{i}.nii.gz")
         client.predict(handle_file(tmp_path / f"Jane-Doe-{i}.nii.gz"), api_name="/scan")
+        client.predict(handle_file(tmp_path / f"Jane-Doe-{i}.nii.gz"), api_name="/score_scan")
     assert files_in(temporary_folder) == []
     for i, client in enumerate(clients):
         shown, _ = client.predict("tiny-pipeline", SETTINGS["fit"], api_name="/score")
@@ -174,12 +175,35 @@ def test_scans_stay_with_who_sent_them_and_their_files_are_deleted(address, temp
         client_of(address).predict("tiny-pipeline", SETTINGS["fit"], api_name="/score")
 
 
+def saved(path: Path, voxels: torch.Tensor) -> Path:
+    nibabel.save(nibabel.Nifti1Image(voxels.numpy(), np.diag([*SPACING, 1.0])), path)
+    return path
+
+
 @pytest.mark.slow
-def test_a_bad_upload_gives_one_sentence(address, tmp_path, temporary_folder):
+def test_a_scan_to_score_is_not_what_volumes_start_from(address, tmp_path, tiny_volumes):
+    client, path = client_of(address), saved(tmp_path / "scan.nii.gz", tiny_volumes[0, 0])
+    client.predict(handle_file(path), api_name="/score_scan")
+    made, _ = client.predict("tiny-pipeline", **SETTINGS, api_name="/generate")
+    assert "strength" not in made["file_name"]
+    client.predict(handle_file(path), api_name="/scan")
+    made, _ = client.predict("tiny-pipeline", **SETTINGS, api_name="/generate")
+    assert "strength" in made["file_name"]
+    client.predict(api_name="/remove_scan")
+    made, _ = client.predict("tiny-pipeline", **SETTINGS, api_name="/generate")
+    assert "strength" not in made["file_name"]
+
+
+@pytest.mark.slow
+def test_a_bad_upload_gives_one_sentence_and_leaves_no_scan(address, tmp_path, temporary_folder, tiny_volumes):
+    client = client_of(address)
+    client.predict(handle_file(saved(tmp_path / "scan.nii.gz", tiny_volumes[0, 0])), api_name="/score_scan")
     (tmp_path / "bad.nii.gz").write_bytes(b"no scan")
-    with pytest.raises(AppError, match=r"^[^\n]*\(bad.nii.gz\) cannot be read as NIfTI[^\n]*$"):
-        client_of(address).predict(handle_file(tmp_path / "bad.nii.gz"), api_name="/scan")
+    said = client.predict(handle_file(tmp_path / "bad.nii.gz"), api_name="/score_scan")
+    assert "bad.nii.gz cannot be read as NIfTI: it is damaged or no NIfTI file." in said
     assert files_in(temporary_folder) == []
+    with pytest.raises(AppError, match="no scan to score"):
+        client.predict("tiny-pipeline", SETTINGS["fit"], api_name="/score")
 
 
 @pytest.mark.slow

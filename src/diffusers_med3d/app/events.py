@@ -31,6 +31,9 @@ from .work import (
 FITS = {"refuse the scan": "refuse", "shrink the scan": "shrink", "crop the scan": "crop"}
 """What becomes of anatomy that is larger than a checkpoint's grid, in words of the page."""
 
+FROM_NOISE = "Both start from the same noise."
+FROM_SCAN = "Both start from your scan, with the same noise added."
+
 
 @contextmanager
 def shown_in_one_sentence() -> Iterator[None]:
@@ -73,14 +76,28 @@ class Events:
             about(pipeline),
         )
 
-    def take_scan(self, path: str | None) -> tuple[MetaTensor | None, Any, str]:
-        """An uploaded scan in memory, the controls that need one, and a sentence about it; the file is deleted."""
-        if path is None:
-            return None, gr.Group(visible=False), ""
-        with shown_in_one_sentence():
-            scan = read_scan(_read_and_delete(Path(path)), Path(path).name)
+    def take_scan(self, path: str) -> tuple[MetaTensor | None, str, Any]:
+        """An uploaded scan in memory, or None where it cannot be read; a sentence about it; and an empty upload box.
+
+        The box is emptied because it would link to the file, which is deleted.
+        """
+        file = Path(path)
+        try:
+            scan = read_scan(_read_and_delete(file), file.name)
+        except ValueError as error:
+            return None, " ".join(str(error).split()), None
         sides, spacing = times(scan.shape[-3:]), times(scan.affine[:3, :3].norm(dim=0).tolist())
-        return scan, gr.Group(visible=True), f"{sides} voxels of {spacing} mm. The uploaded file is deleted already."
+        sentence = f"{file.name} ({sides} voxels of {spacing} mm) is in memory for this page; its file is deleted."
+        return scan, sentence, None
+
+    def take_start(self, path: str) -> tuple[MetaTensor | None, str, Any, Any, Any]:
+        """What `take_scan` returns, for the scan to start from; the controls that need one; and Compare's choice."""
+        scan, sentence, empty = self.take_scan(path)
+        return scan, sentence, empty, *_with_start(scan)
+
+    def remove_start(self) -> tuple[None, str, Any, Any]:
+        """No scan to start from, no sentence, and the controls of `take_start` without one."""
+        return None, "", *_with_start(None)
 
     def generate(
         self,
@@ -124,7 +141,7 @@ class Events:
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[dict[str, Any], dict[str, Any], str]:
-        """One volume of each of two generators, from the same noise, and their scores side by side."""
+        """One volume of each of two generators, from the same noise and scan, and their scores side by side."""
         with shown_in_one_sentence():
             if model == other_model:
                 raise ValueError(f"both checkpoints are {model!r}; choose another one to compare it with.")
@@ -188,6 +205,11 @@ def table(columns: dict[str, dict[str, float | str]]) -> str:
     return "\n".join([*lines, "", *dict.fromkeys(reasons)])
 
 
+def _with_start(scan: MetaTensor | None) -> tuple[Any, Any]:
+    """The controls that need a scan to start from, and Compare's choice, which says what both start from."""
+    return gr.Group(visible=scan is not None), gr.Dropdown(info=FROM_NOISE if scan is None else FROM_SCAN)
+
+
 def _settings(
     class_label: str | None,
     conditions: str | None,
@@ -216,7 +238,7 @@ def _file_name(name: str, settings: Settings, scan: object | None) -> str:
 
 
 def _to_progress_bar(progress: gr.Progress) -> Any:
-    progress(0, desc="loaded")
+    progress(0, desc="generating")
     return lambda done, total: progress((done, total), desc="denoising", unit="steps")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import gradio as gr
 
 from ..pipelines.conditions import condition_names
-from .events import FITS, Events, about
+from .events import FITS, FROM_NOISE, Events, about
 from .store import VolumeStore
 from .work import (
     LARGEST_SEED,
@@ -20,7 +20,7 @@ Generate 3D volumes, turn them, compare two checkpoints, score a scan.
 **Never for clinical use**: generated volumes show no real person, and scores are no diagnosis."""
 CONDITIONS_HELP = "The network's further conditions, as a JSON object."
 VIEWER_HELP = """Drag a rendering to turn it, click in a plane to move the crosshair, scroll to go through the slices.
-L, R, A, P, S and I are left, right, anterior, posterior, superior and inferior. The ruler is 10 cm long."""
+L, R, A, P, S and I are left, right, anterior, posterior, superior and inferior."""
 SCORES_HELP = """A higher reward means that the reward model takes the volume for more real. The bundled rewards know
 only brain-extracted T1 scans like those that `brain-t1` was trained on. Sharpness is no reward: it is about 2.1 for
 those scans."""
@@ -49,7 +49,8 @@ def build_page(
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(INTRODUCTION)
         scan = gr.State(None)
-        with gr.Row():
+        score_scan = gr.State(None)
+        with gr.Row(elem_classes="med3d-columns"):
             with gr.Column(scale=1, min_width=280):
                 model = gr.Dropdown(
                     names, value=names[0], label="Checkpoint", info=typed_in, allow_custom_value=any_model
@@ -66,20 +67,14 @@ def build_page(
                     sampler = gr.Dropdown(samplers, value=samplers[0], label="Sampler", min_width=120)
                 steps = gr.Slider(1, 200, 20, step=1, label="Denoising steps")
                 guidance = gr.Slider(0, 10, 1, step=0.1, label="Guidance", info="1 is off.")
-                upload = gr.File(
-                    label="Start from a scan (NIfTI, optional)",
-                    file_types=[".nii", ".gz"],
-                    height=150,
-                    elem_classes="med3d-upload",
-                )
+                upload = _upload("Start from a scan (NIfTI, optional)")
                 scan_facts = gr.Markdown(elem_classes="med3d-note")
                 with gr.Group(visible=False) as with_scan:
                     strength = gr.Slider(
                         0, 1, 0.5, step=0.01, label="Strength", info="0 keeps the scan, 1 keeps nothing of it."
                     )
-                    fit = gr.Radio(
-                        list(FITS), value=next(iter(FITS)), label="If the scan is larger than the checkpoint's grid"
-                    )
+                    fit = _fit()
+                    remove = gr.Button("Start from noise again")
             with gr.Column(scale=3, min_width=480):
                 settings = [label, conditions, seed, steps, guidance, sampler, scan, strength, fit]
                 with gr.Tab("Generate"):
@@ -91,7 +86,7 @@ def build_page(
                             names,
                             value=names[1] if len(names) > 1 else None,
                             label="Checkpoint to compare with",
-                            info="Both start from the same noise.",
+                            info=FROM_NOISE,
                             allow_custom_value=any_model,
                             scale=2,
                         )
@@ -103,17 +98,23 @@ def build_page(
                             right, right_view = _viewer("right")
                     both_scores = gr.Markdown()
                 with gr.Tab("Score a scan"):
+                    score_upload = _upload("Scan to score (NIfTI)")
+                    score_facts = gr.Markdown(elem_classes="med3d-note")
+                    score_fit = _fit()
                     make_scores = gr.Button("Score the uploaded scan", variant="primary")
                     scored, scored_view, scan_scores = _result("score")
                 gr.Markdown(f"{VIEWER_HELP}\n\n{SCORES_HELP}", elem_classes="med3d-note")
 
         model.change(events.choose, model, [label, conditions, sampler, facts], api_name="checkpoint", **MODEL_QUEUE)
-        gr.on(
-            [upload.upload, upload.clear],
+        start = [scan, scan_facts]
+        needing = [with_scan, other]
+        upload.upload(events.take_start, upload, [*start, upload, *needing], api_name="scan", concurrency_limit=1)
+        remove.click(events.remove_start, None, [*start, *needing], api_name="remove_scan")
+        score_upload.upload(
             events.take_scan,
-            upload,
-            [scan, with_scan, scan_facts],
-            api_name="scan",
+            score_upload,
+            [score_scan, score_facts, score_upload],
+            api_name="score_scan",
             concurrency_limit=1,
         )
         make.click(
@@ -136,7 +137,7 @@ def build_page(
         both.success(None, right, js=SHOW)
         make_scores.click(
             events.score,
-            [model, scan, fit],
+            [model, score_scan, score_fit],
             [scored, scan_scores],
             show_progress_on=scored_view,
             api_name="score",
@@ -149,6 +150,14 @@ def build_page(
 def _viewer(slot: str) -> tuple[gr.JSON, gr.HTML]:
     """A hidden component with what viewer.js needs to know of a volume, and the place where it shows it."""
     return gr.JSON(visible="hidden"), gr.HTML(f'<div class="med3d-viewer" data-slot="{slot}"></div>')
+
+
+def _upload(label: str) -> gr.File:
+    return gr.File(label=label, file_types=[".nii", ".gz"], height=150)
+
+
+def _fit() -> gr.Radio:
+    return gr.Radio(list(FITS), value=next(iter(FITS)), label="If the scan is larger than the checkpoint's grid")
 
 
 def _result(slot: str) -> tuple[gr.JSON, gr.HTML, gr.Markdown]:

@@ -31,15 +31,13 @@ class Viewer {
       fontColor: [1, 0.85, 0.4, 1],
       isRadiologicalConvention: true, // as the pictures of diffusers_med3d.viz: the patient's right is on the left
       isResizeCanvas: true,
-      isRuler: true,
-      rulerColor: [1, 0.85, 0.4, 1],
       sagittalNoseLeft: true,
       showAllOrientationMarkers: true,
       loadingText: "",
       multiplanarLayout: MULTIPLANAR_TYPE.GRID,
       multiplanarShowRender: SHOW_RENDER.ALWAYS,
       show3Dcrosshair: false,
-      tileMargin: 4,
+      tileMargin: 16,
     });
     this.canvas = element("canvas", { tabIndex: 0 });
     this.title = element("span", { className: "title" });

@@ -19,7 +19,7 @@ from diffusers import (
 from monai.data import MetaTensor
 
 from ..data import decode_nifti, prepare, to_meta_tensor
-from ..data.nifti import open_nifti
+from ..data.nifti import open_nifti, scan_name
 from ..hub import bundled_names
 from ..hub.resolve import CHECKPOINTS
 from ..metrics import sharpness
@@ -40,6 +40,7 @@ SAMPLERS = {
 }
 """For a variance-preserving diffusion; a rectified flow is sampled as it was saved."""
 
+UNREADABLE = "cannot be read as NIfTI"  # as diffusers_med3d.data.nifti says it, followed by nibabel's words
 MAX_UPLOAD_BYTES = 2**29  # of the file as it is sent
 MAX_UNPACKED_BYTES = 2**31
 MAX_UPLOAD_VOXELS = 2**27  # 512^3
@@ -149,12 +150,21 @@ def read_scan(content: bytes, file_name: str) -> MetaTensor:
     Raises:
         ValueError: no NIfTI, a file or an image that is too large, or voxels and affines that cannot be used.
     """
-    plain = _unpacked(content, file_name)
-    entry = {"path": file_name, "bytes": plain}
-    voxels = math.prod(open_nifti(entry, "the upload").shape)
-    if voxels > MAX_UPLOAD_VOXELS:
-        raise ValueError(f"{file_name} has {voxels} voxels, more than the {MAX_UPLOAD_VOXELS} that this page takes.")
-    return to_meta_tensor(*decode_nifti(entry, "the upload"))
+    entry = {"path": file_name, "bytes": _unpacked(content, file_name)}
+    try:
+        voxels = math.prod(open_nifti(entry, "the upload").shape)
+        if voxels > MAX_UPLOAD_VOXELS:
+            raise ValueError(
+                f"{file_name} has {voxels} voxels, more than the {MAX_UPLOAD_VOXELS} that this page takes."
+            )
+        return to_meta_tensor(*decode_nifti(entry, "the upload"))
+    except ValueError as error:
+        message = str(error).replace(scan_name(entry, "the upload"), file_name)
+        raise ValueError(_unreadable(file_name) if UNREADABLE in message else message) from error
+
+
+def _unreadable(file_name: str) -> str:
+    return f"{file_name} {UNREADABLE}: it is damaged or no NIfTI file."
 
 
 def _unpacked(content: bytes, file_name: str) -> bytes:
@@ -164,11 +174,11 @@ def _unpacked(content: bytes, file_name: str) -> bytes:
     try:
         plain = unpacker.decompress(content, MAX_UNPACKED_BYTES)
     except zlib.error as error:
-        raise ValueError(f"{file_name} cannot be read as NIfTI: it is a damaged gzip file ({error}).") from error
+        raise ValueError(_unreadable(file_name)) from error
     if unpacker.unconsumed_tail:
         raise ValueError(f"{file_name} unpacks to more than {MAX_UNPACKED_BYTES} bytes, the most that this page takes.")
     if not unpacker.eof:
-        raise ValueError(f"{file_name} cannot be read as NIfTI: the gzip file ends too early.")
+        raise ValueError(f"{file_name} {UNREADABLE}: the gzip file ends too early.")
     return plain
 
 
