@@ -164,6 +164,7 @@ def foreign_imports() -> list[tuple[str, str, str]]:
     )
 
 
+@pytest.mark.slow
 def test_every_name_that_is_imported_from_inside_a_library_is_where_it_was():
     imports, moved = foreign_imports(), []
     for place, module, name in imports:

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_winograds_convolution_and_its_gradients_are_torchs(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[2] / "benchmarks" / "fast_cpu"), *sys.path])

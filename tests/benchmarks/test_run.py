@@ -75,6 +75,7 @@ def test_the_median_of_pairs_is_the_ratio_of_the_table():
     assert "| 0.9 | missed |" in table([row])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switches",
     [

@@ -68,6 +68,7 @@ def test_a_copy_is_found_in_every_disguise(people, disguise):
     assert found[0].score > 0.85
 
 
+@pytest.mark.slow
 def test_different_people_are_not_taken_for_one(people):
     assert find_duplicates(people, progress=False) == []
     # alike enough to be compared closely, and more alike than any two of 140 real people (0.70)

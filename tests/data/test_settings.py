@@ -167,6 +167,7 @@ def split_of(monkeypatch, folder, *flags) -> dict:
     return json.loads((folder / "split.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_split_across_two_names_of_one_scan_is_refused_or_counts_them_as_one_person(tmp_path, monkeypatch):
     folder = folder_of_people(tmp_path, [(f"p{i}", "ab"[i % 2]) for i in range(10)])
     trees.save(folder / "images" / "scan7.nii.gz", (2 * trees.anatomy(2))[::-1], axes="LPS", step=5.0)
@@ -179,6 +180,7 @@ def test_a_split_across_two_names_of_one_scan_is_refused_or_counts_them_as_one_p
     assert sum(len(split[part]) for part in ("train", "validation", "test")) == 10
 
 
+@pytest.mark.slow
 def test_a_subject_whose_scans_have_several_classes_is_named_and_has_the_commonest(tmp_path, monkeypatch, capsys):
     people = [(f"p{i}", "ab"[i % 2]) for i in range(8)]
     folder = folder_of_people(tmp_path, [*people, ("p1", "a"), ("p1", "a"), ("p0", ""), ("p0", ""), ("p9", "")])
@@ -325,6 +327,7 @@ def test_a_stack_of_eight_slices_trains_when_the_discriminator_comes_in(tmp_path
 # --- no classes ---
 
 
+@pytest.mark.slow
 def test_scans_without_classes_train_a_generator_without_classes_and_judge_it(brains_folder, tmp_path, tiny_vae):
     data = arguments(brains_folder, volume_shape=[16] * 3, spacing=[12.0] * 3, class_names=[])
     scans = VolumeDataset(brains_folder, ["sub-01", "sub-06"], **data.reading())

@@ -90,8 +90,15 @@ def workplace(tmp_path, monkeypatch, brains_folder) -> Path:
     return tmp_path
 
 
+LONGEST = REPOSITORY / "docs" / "quickstart.md"  # it has what the README has, and more
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", having("python", PAGES), ids=identifier)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.long] * (path == LONGEST)) for path in having("python", PAGES)],
+    ids=identifier,
+)
 def test_the_python_of_a_page_runs(path, workplace):
     scope: dict[str, object] = {}
     for code, line, reason in blocks(path, "python"):

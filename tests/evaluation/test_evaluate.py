@@ -69,6 +69,7 @@ def test_what_is_generated_off_centre_dark_and_hazy_is_cropped_scaled_and_cleare
         evaluation.reload_volumes(made, [1], ["a", "b"], tmp_path, data, tiny_pipeline.affine())
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_where_it_stopped_and_does_not_depend_on_the_batch(data, tiny_pipeline, tmp_path):
     def sample(folder: str, batch_size: int, labels=(0, 0, 2), **kwargs) -> VolumeSet:
         return evaluation.sample_volumes(
@@ -240,6 +241,7 @@ def test_what_could_not_be_measured_is_refused_before_anything_is_sampled(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_script_breaks_the_distance_down_from_folders_without_a_split_alike_with_two_processes(
     data, tiny_pipeline_folder, brains_folder, tmp_path
 ):

@@ -26,6 +26,7 @@ def named(name: str, count: int, seed: int) -> VolumeSet:
     return VolumeSet(volumes(count, seed), [0] * count, [f"{name}{i}" for i in range(count)])
 
 
+@pytest.mark.slow
 def test_a_second_evaluation_calls_no_extractor_and_gives_the_same_figures(tmp_path):
     def report(extractor, cache):
         sets = named("m", 6, 1), named("person", 6, 2), named("other", 8, 3)

@@ -170,6 +170,7 @@ def test_similarity_and_spectra_equal_loops_over_pairs_and_shells(report):
     assert report.spectra["reference"]["decibel"] == pytest.approx(decibels(REFERENCE).tolist(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_frechet_and_nearest_neighbours_equal_scipys_on_the_components_and_balls_of_numpy():
     """With as many training scans as samples every draw of the floor is all of them."""
     bad, train = volumes("seed", 10, 3, blurred=True), volumes("train", 10, 2)

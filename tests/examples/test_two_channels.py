@@ -94,6 +94,7 @@ def test_a_scan_of_two_channels_comes_back_as_a_file_of_four_axes_that_overlays_
     assert prepare(saved, like=pipeline).shape == scan.shape == (2, 16, 16, 16)
 
 
+@pytest.mark.long
 def test_generators_of_two_channels_are_compared_and_drawn(trained, tmp_path, monkeypatch):
     scans = ("--data_dir", trained / "data", "--split_file", trained / "data" / "split.json")
     models = ("--model_name_or_path", trained / "generator-train", trained / "tuned")

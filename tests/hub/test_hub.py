@@ -100,6 +100,7 @@ def test_saving_with_push_to_hub_publishes_the_same_and_nothing_else_in_the_fold
     assert NOT_FOR_CLINICAL_USE in hub.read("tester/saved", "README.md").decode()
 
 
+@pytest.mark.slow
 def test_what_was_loaded_from_a_folder_does_not_tell_the_folder_on_the_hub(hub, tiny_pipeline_folder, tmp_path):
     MedDiffusion3DPipeline.from_pretrained(tiny_pipeline_folder).push_to_hub("tiny")
     DiffusionUNet3D.from_pretrained(tiny_pipeline_folder, subfolder="unet").push_to_hub("unet")
@@ -184,6 +185,7 @@ def test_the_card_beside_a_pipeline_does_not_travel_with_other_weights(hub, fold
     assert "0.7" not in card and ModelCard(card).data.license == "cc-by-4.0"
 
 
+@pytest.mark.slow
 def test_a_generator_without_a_search_for_copies_is_published_with_a_warning(
     hub, folder_with_card, tiny_vae, tmp_path, monkeypatch
 ):
@@ -526,6 +528,7 @@ def test_a_checkpoint_whose_card_lacks_something_is_not_published(hub, monkeypat
     assert hub.repos == {}
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own_is_published_with_a_card_and_without_what_else_lies_in_it(
     hub, monkeypatch, tmp_path, tiny_pipeline_folder, tiny_vae
 ):

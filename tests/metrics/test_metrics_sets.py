@@ -421,6 +421,7 @@ def test_an_unknown_extractor_and_one_that_cannot_be_reached_say_what_works(monk
         metrics.extractor("inception")
 
 
+@pytest.mark.slow
 def test_radimagenets_weights_load_under_the_names_they_were_published_with():
     torch.manual_seed(0)
     source = resnet50(spatial_dims=2, n_input_channels=3, feed_forward=False, bias_downsample=False, conv1_t_stride=2)

@@ -272,6 +272,7 @@ def test_statistics_that_cannot_be_are_refused(tiny_vae, mean, std):
         tiny_vae.set_latent_statistics(torch.tensor(mean), torch.tensor(std))
 
 
+@pytest.mark.slow
 def test_a_generator_draws_from_the_posterior_and_none_is_its_mean(tiny_vae):
     volumes = torch.rand(1, 1, 16, 16, 16)
     with torch.no_grad():
@@ -299,6 +300,7 @@ def test_vq_latents_are_quantised_before_they_are_decoded(tiny_vq):
 # --- precision and memory
 
 
+@pytest.mark.slow
 def test_fp16_safetensors_load_as_float32_and_dtype_asks_for_another(model, tmp_path):
     before = run(model).item()
     model.to(torch.float16).save_pretrained(tmp_path)

@@ -227,6 +227,7 @@ def test_settings_that_would_lose_or_leak_work_are_refused(tmp_path, settings, m
         Med3DConfig(output_dir=str(tmp_path), **settings)
 
 
+@pytest.mark.slow
 def test_accumulated_small_batches_train_like_one_large_batch(tmp_path):
     class Open(Line):
         # with labels in the batch, Trainer would take the loss for scaled (docs/pitfalls.md, P13)
@@ -255,6 +256,7 @@ def test_accumulated_small_batches_train_like_one_large_batch(tmp_path):
 # --- logs and pictures ---
 
 
+@pytest.mark.slow
 def test_tensorboard_starts_on_a_diffusers_model_and_receives_figures(tmp_path):
     class Drawing(LineTrainer):
         def training_step(self, *args, **kwargs):

@@ -94,6 +94,7 @@ def raised(before, after):
 # What is trained
 
 
+@pytest.mark.slow
 def test_every_parameter_moves(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=1)
     before = weights(trainer)
@@ -143,6 +144,7 @@ def test_the_ratio_is_one_before_the_first_update_of_every_rollout(tiny_pipeline
             assert log["ratio/max_deviation"] >= abs(log["ratio/mean"] - 1) > 1e-6
 
 
+@pytest.mark.slow
 def test_guidance_left_out_of_the_update_would_be_seen(tiny_pipeline, tmp_path):
     """Pitfall 11."""
     trainer = make_trainer(tiny_pipeline, tmp_path, guidance_scale=3.0, max_steps=1)
@@ -158,6 +160,7 @@ def test_guidance_left_out_of_the_update_would_be_seen(tiny_pipeline, tmp_path):
     assert training_logs(trainer)[0]["ratio/first_step"] > 1e-4
 
 
+@pytest.mark.slow
 def test_dropout_is_off_in_rollout_and_update(tiny_pipeline, tmp_path):
     """Pitfall 10: a UNet whose blocks drop half of their activations in training mode."""
     for block in tiny_pipeline.unet.down_blocks:
@@ -216,7 +219,7 @@ def test_awm_has_a_ratio_of_one_and_keeps_clean_latents_alone(tiny_pipeline, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["vp", "flow", "lora"])
+@pytest.mark.parametrize("kind", ["vp", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("flow", "lora"))])
 def test_awm_raises_a_reward_that_can_be_reached(tiny_pipeline, tmp_path, kind):
     if kind == "flow":
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -321,6 +324,7 @@ def gradient_of_one_step(trainer):
     return gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "batches"), [(12, 1), (3, 4)])
 def test_the_gradient_of_a_step_is_that_of_the_mean_over_all_samples_and_trained_steps(
     tiny_pipeline, tmp_path, batch_size, batches
@@ -392,6 +396,7 @@ def test_conditions_are_repeated_to_fill_rollouts_and_permuted(tiny_pipeline, tm
 # Rewards
 
 
+@pytest.mark.slow
 def test_async_and_plain_rewards_with_missing_scores_are_weighed(tiny_pipeline, tmp_path):
     """Pitfall 14."""
     seen = {}
@@ -414,6 +419,7 @@ def test_async_and_plain_rewards_with_missing_scores_are_weighed(tiny_pipeline, 
         assert key in log
 
 
+@pytest.mark.slow
 def test_advantages_compare_samples_of_one_condition(tiny_pipeline, tmp_path):
     """A reward that only says which class was asked for prefers nothing."""
 
@@ -426,6 +432,7 @@ def test_advantages_compare_samples_of_one_condition(tiny_pipeline, tmp_path):
     assert training_logs(trainer)[0]["rewards/class_itself/frac_zero_std"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_brighter_sample_of_a_condition_has_the_higher_advantage(tiny_pipeline, tmp_path):
     """Pitfall 15: rewards and advantages come back in the order of the samples."""
     seen = []
@@ -443,6 +450,7 @@ def test_a_brighter_sample_of_a_condition_has_the_higher_advantage(tiny_pipeline
         assert torch.equal(seen[0][labels == label].argsort(), advantages[labels == label].argsort())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -574,6 +582,7 @@ def test_evaluation_of_a_sample_does_not_depend_on_how_many_are_made(tiny_pipeli
     torch.testing.assert_close(many.volumes[:2], few.volumes, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_out_of_time_ends_with_its_rollout_and_leaves_a_checkpoint(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=8, max_minutes=1e-6)
     trainer.train()
@@ -607,6 +616,7 @@ def small_witness():
     return WitnessReward(WitnessRewardModel.of_scans(network, torch.rand(4, 1, 16, 16, 16), buffer_size=20))
 
 
+@pytest.mark.slow
 def test_a_stateful_reward_sees_every_rollout_before_it_scores_it(tiny_pipeline, tmp_path):
     reward = Novelty()
     trainer = make_trainer(tiny_pipeline, tmp_path, [reward], max_steps=4)
@@ -694,6 +704,7 @@ def test_a_sample_of_nan_in_an_evaluation_is_counted_and_the_others_are_judged(t
     assert "| samples with NaN, left out | 1 | 0 | -1 |" in " ".join(text.split()) and "nan" not in text
 
 
+@pytest.mark.slow
 def test_the_reference_follows_when_asked(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=4, sync_ref_model=True, ref_model_sync_steps=2)
     trainer.train()
@@ -766,6 +777,7 @@ def test_a_lora_file_that_does_not_fit_is_refused(tiny_pipeline, tiny_unet, tmp_
 # What is written for others
 
 
+@pytest.mark.slow
 def test_the_card_tells_how_it_was_made(tiny_pipeline, tmp_path):
     trainer = make_trainer(tiny_pipeline, tmp_path, [brightness, contrast], max_steps=2)
     trainer.train()
@@ -776,6 +788,7 @@ def test_the_card_tells_how_it_was_made(tiny_pipeline, tmp_path):
     assert str(Path(tmp_path)) not in card
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_rewards(tiny_pipeline, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -788,6 +801,7 @@ def test_tensorboard_gets_the_rewards(tiny_pipeline, tmp_path):
     assert any(tag.endswith("rewards/brightness/mean") for tag in tags) and any(tag.endswith("kl") for tag in tags)
 
 
+@pytest.mark.slow
 def test_trajectories_are_offloaded_and_only_one_rollout_is_kept(tiny_pipeline, tmp_path, monkeypatch):
     """Pitfall 24; where the device is a CPU, only what `rollout` is told shows that they are offloaded."""
     told = []

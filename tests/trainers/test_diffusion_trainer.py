@@ -234,6 +234,7 @@ def test_the_last_timestep_is_pure_noise_unless_the_noise_is_predicted(predictio
 # --- training ---
 
 
+@pytest.mark.slow
 def test_every_parameter_of_the_unet_moves_and_the_autoencoder_stays(tiny_pipeline, scans, tmp_path):
     trainer = make(tmp_path, tiny_pipeline, scans, class_dropout=0.5, max_steps=4)
     before = {name: p.detach().clone() for name, p in tiny_pipeline.unet.named_parameters()}
@@ -399,6 +400,7 @@ def test_the_script_guides_no_network_that_has_learned_nothing(monkeypatch, tmp_
     assert "--autoguide needs --init_from" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_the_average_in_a_pipeline_that_names_its_training_subjects(tiny_pipeline, scans, tmp_path):
     trainer = make(tmp_path, tiny_pipeline, scans, ema_decay=0.9)
     trainer.train()
@@ -419,7 +421,7 @@ def test_a_generator_that_goes_on_from_another_remembers_its_subjects_too(tiny_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("muon", "eval_samples"), [(False, 0), pytest.param(True, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("muon", "eval_samples"), [(False, 0), pytest.param(True, 3, marks=pytest.mark.long)])
 def test_a_resumed_run_repeats_the_uninterrupted_one_exactly(tiny_pipeline_folder, scans, tmp_path, muon, eval_samples):
     class Killed(LatentDiffusionTrainer):
         def training_step(self, *args, **kwargs):

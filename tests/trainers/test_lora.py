@@ -108,6 +108,7 @@ def test_switched_off_or_unloaded_the_base_is_back(tiny_pipeline, adapters):
     assert list(tiny_pipeline.unet.state_dict()) == keys and not lora_layers(tiny_pipeline.unet)
 
 
+@pytest.mark.slow
 def test_several_adapters_add_up_with_their_weights(tiny_pipeline, adapters):
     plain = copy_of(tiny_pipeline.unet)
     weights = {name: value.clone() for name, value in plain.state_dict().items()}
@@ -150,6 +151,7 @@ def test_an_adapter_is_swapped_in_place_with_its_own_scale(tiny_pipeline, adapte
     assert_same(volumes_of(tiny_pipeline), expected)
 
 
+@pytest.mark.slow
 def test_a_hot_swap_of_unequal_adapters_is_refused_and_changes_nothing(tiny_pipeline, adapters, tmp_path):
     make_adapter(copy_of(tiny_pipeline.unet), tmp_path / "smaller", seed=3, rank=1)
     tiny_pipeline.load_lora_weights(adapters[0], adapter_name="a")
@@ -225,6 +227,7 @@ def test_fused_weights_give_the_same_volumes_and_can_be_taken_apart(tiny_pipelin
     assert_same(volumes_of(tiny_pipeline), base, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_half_an_adapter_is_fused_as_half_an_adapter_is_weighed(tiny_pipeline, adapters):
     tiny_pipeline.load_lora_weights(adapters[0], adapter_name="a")
     tiny_pipeline.set_adapters("a", 0.5)
@@ -263,6 +266,7 @@ def test_a_saved_adapter_loads_into_a_fresh_pipeline(tiny_pipeline, tiny_pipelin
     assert_same(volumes_of(fresh), expected)
 
 
+@pytest.mark.slow
 def test_a_half_precision_pipeline_takes_an_adapter(tiny_pipeline, adapters):
     tiny_pipeline.load_lora_weights(adapters[0])
     expected = volumes_of(tiny_pipeline)

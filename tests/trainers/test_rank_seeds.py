@@ -40,6 +40,7 @@ os._exit(0)  # while the interpreter shuts down, a thread of gloo that asks for 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_draw_different_noise_for_different_data_and_repeat_it_when_resumed(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

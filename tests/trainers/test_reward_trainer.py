@@ -465,6 +465,7 @@ def script_arguments(tiny_pipeline, data, tmp_path) -> dict[str, list]:
     return {"common": common, "train": train, "generators": generators}
 
 
+@pytest.mark.slow
 def test_each_fold_is_denoised_by_the_generator_of_the_other_and_the_one_to_be_tuned_adds_full_samples(
     script_arguments, data, tmp_path
 ):
