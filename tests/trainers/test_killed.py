@@ -110,12 +110,15 @@ def test_a_checkpoint_of_an_earlier_version_has_an_empty_marker_and_is_whole(tmp
 
 def test_folders_that_are_no_checkpoints_are_left_alone(tmp_path):
     make(tmp_path, **SAVING).train()
+    (tmp_path / "figures").mkdir(exist_ok=True)
+    (tmp_path / "figures" / ".samples.png.123.tmp").write_text("half of a picture")  # of a run that was killed
     for name in ("checkpoint-best", "checkpoint-6-copy", "checkpoint-", "my-checkpoint-9"):
         shutil.copytree(tmp_path / "checkpoint-4", tmp_path / name)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
     make(tmp_path, **{**SAVING, "max_steps": 8}).train(resume_from_checkpoint="latest")
     assert (tmp_path / "checkpoint-best").is_dir() and (tmp_path / "checkpoint-6-copy").is_dir()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8", "checkpoint-6"]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def whole(folder: Path, step: int) -> Path:

@@ -112,7 +112,7 @@ def tidy_after_kill(resumed: str | Path, limit: int | None, best: str | None) ->
         best: see `keep_newest`.
     """
     resumed = Path(resumed)
-    for pattern in (".*.[0-9]*.tmp", "checkpoint-*/.*.[0-9]*.tmp"):
+    for pattern in (".*.[0-9]*.tmp", "*/.*.[0-9]*.tmp"):  # in checkpoints, figures and film too
         for path in resumed.parent.glob(pattern):
             path.unlink(missing_ok=True)
     if _marked_whole(resumed.parent)[:1] == [resumed]:
