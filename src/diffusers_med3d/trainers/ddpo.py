@@ -375,11 +375,11 @@ class DDPOTrainer(Med3DTrainer):
         asked = encode_rows(self.pipeline, conditions)
         size, storage = args.per_device_train_batch_size, self._storage
         parts = [slice(first, first + size) for first in range(0, len(samples), size)]
-        chunk_conditions = [asked.take(part) for part in parts]
+        chunks = [(samples[part], asked.take(part)) for part in parts]
 
         with self._record.timed("rollout"):
             make = self._trajectories if args.loss_type == "ddpo" else self._forward_samples
-            trajectories = make(model, index, rows, [samples[part] for part in parts], chunk_conditions)
+            trajectories = make(model, index, rows, chunks)
         with self._record.timed("decode"):
             volumes = torch.cat([self.decode(t.final).to(storage or t.final.device) for t in trajectories])
         with self._record.timed("reward"):
@@ -404,22 +404,17 @@ class DDPOTrainer(Med3DTrainer):
         with self._record.timed("metrics"):
             self._record_rollout(rewards, advantages.frac_zero_std, volumes, rows, samples)
         values = values.to(self.accelerator.device).split(args.per_device_train_batch_size)
-        return [Chunk(*parts) for parts in zip(trajectories, chunk_conditions, values, strict=True)]
+        return [Chunk(made, own, some) for made, (_, own), some in zip(trajectories, chunks, values, strict=True)]
 
     def _trajectories(
-        self,
-        model: nn.Module,
-        index: int,
-        rows: list[int],
-        chunks: list[range],
-        conditions: list[Conditions],
+        self, model: nn.Module, index: int, rows: list[int], chunks: list[tuple[range, Conditions]]
     ) -> list[Trajectory | ForwardSamples]:
         """Samples of rollout `index` with the stochastic steps that made them."""
         args, seed = self.args, self.args.seed
         window, trained = self._window(args, index)
         shared = self._until_window(model, index, rows, window) if args.share_initial_noise else None
         trajectories: list[Trajectory | ForwardSamples] = []
-        for chunk, own in zip(chunks, conditions, strict=True):
+        for chunk, own in chunks:
             if shared is not None:
                 initial = shared[[i % len(rows) for i in chunk]]
             else:
@@ -441,18 +436,13 @@ class DDPOTrainer(Med3DTrainer):
 
     @torch.no_grad()
     def _forward_samples(
-        self,
-        model: nn.Module,
-        index: int,
-        rows: list[int],
-        chunks: list[range],
-        conditions: list[Conditions],
+        self, model: nn.Module, index: int, rows: list[int], chunks: list[tuple[range, Conditions]]
     ) -> list[Trajectory | ForwardSamples]:
         """Samples of rollout `index` by the pipeline's own sampler, with the log-densities of their noised versions."""
         seed, steps = self.args.seed, self.args.num_inference_steps
         times = forward_timesteps(self.scheduler, self.args.forward_times, derive_seed(seed, index))
         made: list[Trajectory | ForwardSamples] = []
-        for chunk, own in zip(chunks, conditions, strict=True):
+        for chunk, own in chunks:
             asked = self.train_dataset.select([rows[i % len(rows)] for i in chunk])
             final = self._latents(asked, [(seed, index, INITIAL, i) for i in chunk], steps).float()
             samples = ForwardSamples(times, [(seed, index, FORWARD, i) for i in chunk], torch.empty(0), final)
