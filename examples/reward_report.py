@@ -1,4 +1,5 @@
-"""How well do rewards tell real from unreal volumes, on subjects that nothing was trained on?
+"""How well do rewards tell real import math
+from unreal volumes, on subjects that nothing was trained on?
 
     python examples/reward_report.py --data_dir DATA --split_file split.json --model_name_or_path brain-t1 \\
         --reward_funcs brain-t1-reward-3d brain-t1-reward-2d --output_dir outputs/reward-report
@@ -7,6 +8,7 @@ Prints a table, and whether the rewards prefer the scans that they were trained 
 spectrum.png and damage.png. --part test is for the final proof only.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +24,11 @@ from diffusers_med3d.pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from diffusers_med3d.rewards.damage import DAMAGE_NAMES, damage
 from diffusers_med3d.rewards.learned import LearnedReward
 from diffusers_med3d.rewards.loading import DEFAULT_REWARDS, load_rewards
-from diffusers_med3d.rewards.scoring import check_signature, reward_names, score
+from diffusers_med3d.rewards.scoring import score
 from diffusers_med3d.rewards.spectrum import REAL, STRENGTHS, check_strengths
 from diffusers_med3d.rewards.spectrum_dataset import SpectrumDataset, build_spectrum
-from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, summarise
+from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, summarise, usable_scans
+from diffusers_med3d.rl import check_signature, reward_names
 from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 from diffusers_med3d.utils.files import write_json, write_whole
@@ -101,6 +104,10 @@ def named_rewards(given: list[str], device: str) -> dict[str, Callable[[torch.Te
     }
 
 
+def _finite(row: dict[str, float]) -> dict[str, float | None]:
+    return {name: score if math.isfinite(score) else None for name, score in row.items()}
+
+
 def main() -> None:
     """Make the spectrum of the unseen subjects, damage their scans, score, write."""
     args, data = ScriptParser(ReportArguments, DataArguments, description=__doc__).parse()
@@ -127,23 +134,42 @@ def main() -> None:
     )
     dataset = SpectrumDataset(paths)
     rows = {name: score_spectrum(reward, dataset, args.severities, args.seed) for name, reward in rewards.items()}
-    reports = {name: summarise(scores) for name, scores in rows.items()}
+    usable = {name: usable_scans(scores) for name, scores in rows.items()}
+    for name, kept in usable.items():
+        if not kept:
+            raise SystemExit(f"the reward {name} gives no scan a finite score.")
+    judged = {name: [rows[name][i] for i in kept] for name, kept in usable.items()}
+    reports = {name: summarise(scores) for name, scores in judged.items()}
     spread = {
         name: {f"score/{v}": torch.tensor([row[v] for row in scores]).std(unbiased=False).item() for v in scores[0]}
-        for name, scores in rows.items()
+        for name, scores in judged.items()
     }
     seen = VolumeDataset.from_arguments(data, "train")
     seen_volumes = seen.stack()
     seen_scores = {
         name: torch.cat([reward(batch) for batch in seen_volumes.split(8)]).tolist() for name, reward in rewards.items()
     }
-    subjects = [[item["subject"] for item in part] for part in (seen, scans)]
-    labels = [[item["class_label"] for item in part] for part in (seen, scans)]
+    for name, scores in seen_scores.items():
+        if not all(math.isfinite(score) for score in scores):
+            raise SystemExit(f"the reward {name} gives a training scan a score that is NaN or infinite.")
+    seen_subjects, subjects = ([item["subject"] for item in part] for part in (seen, scans))
+    seen_labels, labels = ([item["class_label"] for item in part] for part in (seen, scans))
     memory = {
-        name: training_above_unseen(seen_scores[name], [row["real"] for row in scores], *subjects, *labels)
-        for name, scores in rows.items()
+        name: training_above_unseen(
+            seen_scores[name],
+            [row["real"] for row in judged[name]],
+            seen_subjects,
+            [subjects[i] for i in kept],
+            seen_labels,
+            [labels[i] for i in kept],
+        )
+        for name, kept in usable.items()
     }
-    text = f"{len(scans)} scans of the {args.part} subjects\n\n{table(reports, spread)}\n\n"
+    text = f"{len(scans)} scans of the {args.part} subjects\n\n"
+    for name, kept in usable.items():
+        if len(kept) < len(scans):
+            text += f"{name}: {len(scans) - len(kept)} scans without a finite score are left out\n\n"
+    text += f"{table(reports, spread)}\n\n"
     text += f"Memorisation: of {len(seen)} training scans, share above an unseen scan of their class (0.5 by chance): "
     text += ", ".join(f"{name} {interval}" for name, interval in memory.items()) + "\n"
     print(text)
@@ -155,7 +181,7 @@ def main() -> None:
             "part": args.part,
             "scans": len(scans),
             "report": reports,
-            "scores": rows,
+            "scores": {name: [_finite(row) for row in scores] for name, scores in rows.items()},
             "training_scores": seen_scores,
             "training_above_unseen": {name: interval and asdict(interval) for name, interval in memory.items()},
         },

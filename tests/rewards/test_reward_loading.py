@@ -6,7 +6,8 @@ import torch
 
 from diffusers_med3d import DDPOConfig, DDPOTrainer, SliceReward, SliceRewardModel, VolumeReward, VolumeRewardModel
 from diffusers_med3d.rewards.loading import default_rewards, load_reward, load_rewards
-from diffusers_med3d.rewards.scoring import reward_names, score
+from diffusers_med3d.rewards.scoring import score
+from diffusers_med3d.rl import reward_names
 from diffusers_med3d.utils.importing import load_function
 
 MINE = """

@@ -9,8 +9,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from diffusers_med3d.rl import clipped_loss, forward_timesteps, gaussian_kl, log_prob, matching, noised
-from diffusers_med3d.schedulers.flow import FLOW_PREDICTION, flow_batch
+from diffusers_med3d.rl import clipped_loss, forward_timesteps, gaussian_kl, log_prob, matching
+from diffusers_med3d.schedulers.flow import FLOW_PREDICTION
+from diffusers_med3d.schedulers.noising import noised, training_timesteps
 
 CLEAN, NOISE, OUTPUT = (torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().manual_seed(s)) for s in range(3))
 
@@ -20,8 +21,8 @@ CLEAN, NOISE, OUTPUT = (torch.randn(3, 2, 4, 4, 4, generator=torch.Generator().m
 def test_states_and_targets_are_those_of_pre_training(kind, prediction):
     scheduler = kind(beta_schedule="scaled_linear", prediction_type=prediction)
     plain = DDIMScheduler(beta_schedule="scaled_linear", prediction_type=prediction)
-    state, target = noised(scheduler, CLEAN, NOISE, 700)
-    t = torch.tensor([700])
+    t = torch.tensor([700, 0, 999])
+    state, target = noised(scheduler, CLEAN, NOISE, t)
     torch.testing.assert_close(state, plain.add_noise(CLEAN, NOISE, t))
     expected = {"epsilon": NOISE, "sample": CLEAN, "v_prediction": plain.get_velocity(CLEAN, NOISE, t)}[prediction]
     torch.testing.assert_close(target, expected)
@@ -35,10 +36,11 @@ def test_states_and_targets_are_those_of_pre_training(kind, prediction):
     ],
 )
 def test_those_of_a_flow_too(scheduler):
-    expected = flow_batch(FlowMatchEulerDiscreteScheduler(shift=3.0), CLEAN, NOISE, torch.full((3,), 0.4))
-    state, target = noised(scheduler, CLEAN, NOISE, expected.timesteps[0].item())
-    torch.testing.assert_close(state, expected.noisy)
-    torch.testing.assert_close(target, expected.velocity)
+    timesteps = training_timesteps(scheduler, torch.full((3,), 0.4))
+    torch.testing.assert_close(timesteps, torch.full((3,), 1000 * 2 / 3))  # 3 * 0.4 / (1 + 2 * 0.4)
+    state, target = noised(scheduler, CLEAN, NOISE, timesteps)
+    torch.testing.assert_close(state, CLEAN / 3 + NOISE * 2 / 3)
+    torch.testing.assert_close(target, NOISE - CLEAN)
     # shift(u) lies in its part of the shifted times
     times = torch.tensor(forward_timesteps(scheduler, 4, 0)) / 1000
     unshifted = times / (3.0 - 2.0 * times)
@@ -54,7 +56,7 @@ def test_timesteps_are_spread_and_repeat_with_their_seed():
 
 def test_an_unknown_prediction_type_is_refused():
     with pytest.raises(ValueError, match="epsilon, sample or v_prediction; found 'other'"):
-        noised(DDIMScheduler(prediction_type="other"), CLEAN, NOISE, 3)
+        noised(DDIMScheduler(prediction_type="other"), CLEAN, NOISE, torch.tensor([3, 3, 3]))
 
 
 def test_the_log_density_is_minus_the_error_and_the_kl_the_square_of_the_difference():
@@ -79,7 +81,7 @@ def test_the_gradient_is_the_derivative_of_the_expected_reward(timestep):
 
     mean = torch.tensor(0.3, requires_grad=True)
     slope = (t - (1 - t) * s**2) / ((1 - t) ** 2 * s**2 + t**2)
-    state, target = noised(scheduler, (mean + s * z).detach(), noise, timestep)
+    state, target = noised(scheduler, (mean + s * z).detach(), noise, torch.full((len(z),), timestep))
     velocity = -mean + slope * (state - (1 - t) * mean)
     new = log_prob(target, matching(velocity))
     advantages = reward(mean.detach()) - reward(mean.detach()).mean()

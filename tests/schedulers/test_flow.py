@@ -17,13 +17,13 @@ from diffusers_med3d.data import DataArguments, VolumeDataset
 from diffusers_med3d.models import DiffusionUNet3DOutput
 from diffusers_med3d.rl import check_scheduler, deterministic_step, gaussian_kl, log_prob, rollout, transition
 from diffusers_med3d.schedulers.flow import (
-    flow_batch,
     flow_scheduler,
     logit_normal_times,
     preconditioning,
     set_timesteps,
     shift_times,
 )
+from diffusers_med3d.schedulers.noising import noised, training_timesteps
 from diffusers_med3d.trainers.diffusion import default_scheduler
 from diffusers_med3d.utils.seeding import generators_for
 
@@ -79,12 +79,14 @@ def test_the_shift_of_training_is_that_of_sampling():
 
 def test_a_training_pair_is_a_point_of_the_straight_line_and_its_velocity():
     clean, noise = torch.randn(2, 3, 4, 4, 4), torch.randn(2, 3, 4, 4, 4)
-    batch = flow_batch(flow_scheduler(shift=3.0), clean, noise, torch.tensor([0.25, 0.5]))
-    assert batch.timesteps.tolist() == [500, 750]
-    torch.testing.assert_close(batch.noisy[0], 0.5 * clean[0] + 0.5 * noise[0])
-    torch.testing.assert_close(batch.noisy[1], 0.25 * clean[1] + 0.75 * noise[1])
+    scheduler = flow_scheduler(shift=3.0)
+    timesteps = training_timesteps(scheduler, torch.tensor([0.25, 0.5]))
+    assert timesteps.tolist() == [500, 750]
+    state, velocity = noised(scheduler, clean, noise, timesteps)
+    torch.testing.assert_close(state[0], 0.5 * clean[0] + 0.5 * noise[0])
+    torch.testing.assert_close(state[1], 0.25 * clean[1] + 0.75 * noise[1])
     for sample, t in zip(range(2), (0.5, 0.75), strict=True):  # going back along the velocity for a time t ends at x_0
-        torch.testing.assert_close(batch.noisy[sample] - t * batch.velocity[sample], clean[sample])
+        torch.testing.assert_close(state[sample] - t * velocity[sample], clean[sample])
 
 
 def test_flow_is_one_more_prediction_type_and_a_shift_belongs_to_it_alone():

@@ -257,6 +257,26 @@ def test_evaluation_reports_fidelity_and_detail_of_whole_round_trips(tmp_path, s
         trainer.evaluate()
 
 
+def test_a_round_trip_of_nan_is_counted_named_and_left_out(tmp_path, scans):
+    trainer = make(tmp_path, kl_model(), scans, per_device_eval_batch_size=1)
+    whole = trainer.evaluate()
+    assert "eval_unjudged" not in whole
+    calls, broken = [], [1]
+
+    def breaks(module, inputs, output):
+        calls.append(len(calls) % len(scans))
+        if calls[-1] in broken:
+            output.sample = output.sample * torch.nan
+
+    trainer.autoencoder.register_forward_hook(breaks)
+    with pytest.warns(UserWarning, match=f"round trip of 1 of {len(scans)} validation scans .* the first is scan 1"):
+        results = trainer.evaluate()
+    assert results["eval_unjudged"] == 1 and np.isfinite(results["eval_psnr"])
+    broken[:] = range(len(scans))
+    with pytest.warns(UserWarning, match=f"round trip of {len(scans)} of {len(scans)} validation scans"):
+        assert trainer.evaluate()["eval_psnr"] == -np.inf  # never the best checkpoint
+
+
 # --- latent statistics ---
 
 

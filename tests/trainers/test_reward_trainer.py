@@ -1,6 +1,7 @@
 """Stage 3 as a whole: the spectrum on disk, the trainer, the two scripts."""
 
 import json
+import math
 import runpy
 import shutil
 import subprocess
@@ -234,6 +235,28 @@ def test_the_report_knows_a_perfect_a_constant_and_a_backward_reward(tmp_path):
     assert constant["damage_below_round_trip"] == 0
     backward = summarise(score_spectrum(lambda volumes: -sharpness(volumes), dataset))
     assert backward["rank_correlation"] == pytest.approx(-1)
+
+
+def test_a_scan_whose_score_is_nan_is_counted_named_and_left_out(tmp_path):
+    args = config(tmp_path / "out", save_strategy="no")
+    trainer = RewardModelTrainer(
+        tiny_model(), args, toy_spectrum(tmp_path / "train", 2), toy_spectrum(tmp_path / "val", 3, 50)
+    )
+    whole = trainer.evaluate()
+    scan, broken = trainer.eval_dataset[1]["real"], [True]
+
+    def breaks(module, inputs, output):
+        its = (inputs[0] == scan).flatten(1).all(1)
+        return torch.where(its | (not broken[0]), torch.nan, output)
+
+    trainer.reward_model.register_forward_hook(breaks)
+    with pytest.warns(UserWarning, match=r"1 of 3 scans .* scan 1 \(counted from 0\) with real = nan"):
+        results = trainer.evaluate()
+    assert results.keys() - whole.keys() == {"eval_unjudged"} and results["eval_unjudged"] == 1
+    assert all(math.isfinite(value) for value in results.values())
+    broken[0] = False
+    with pytest.warns(UserWarning, match="3 of 3 scans"):
+        assert trainer.evaluate()["eval_rank_correlation"] == -math.inf  # never the best checkpoint
 
 
 def test_the_report_scores_what_the_names_say(tmp_path):
@@ -542,8 +565,18 @@ def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_argumen
     report = [*script_arguments["common"], "--output_dir", tmp_path / "report", "--model_name_or_path", tmp_path / "a"]
     (tmp_path / "mine.py").write_text(
         "def mean(volumes, **conditions):\n    return volumes.flatten(1).mean(1).tolist()\n"
+        "CALLS = []\n"
+        "def later(volumes, **conditions):\n"
+        "    CALLS.append(0)\n"
+        "    return [None if len(CALLS) == 1 else 0.5] * len(volumes)\n"
     )
-    report += ["--reward_funcs", tmp_path / "3d", tmp_path / "2d", f"{tmp_path}/mine.py:mean"]
+    report += [
+        "--reward_funcs",
+        tmp_path / "3d",
+        tmp_path / "2d",
+        f"{tmp_path}/mine.py:mean",
+        f"{tmp_path}/mine.py:later",
+    ]
     run_example(monkeypatch, "reward_report.py", *report)
     out = capsys.readouterr().out
     assert "2 scans of the validation subjects" in out and "| score/half_swap |" in out
@@ -551,7 +584,12 @@ def test_the_report_script_judges_both_rewards_on_unseen_subjects(script_argumen
         "Memorisation: of 6 training scans" in out and "VolumeReward None, SliceReward None, mean None" in out
     )  # no class on both sides
     written = json.loads((tmp_path / "report" / "report.json").read_text())
-    assert set(written["report"]) == {"VolumeReward", "SliceReward", "mean"} and len(written["scores"]["mean"]) == 2
+    assert [row["real"] for row in written["scores"]["later"]] == [None, 0.5]  # counted and left out
+    assert "later: 1 scans without a finite score are left out" in (tmp_path / "report" / "report.md").read_text()
+    assert (
+        set(written["report"]) == {"VolumeReward", "SliceReward", "mean", "later"}
+        and len(written["scores"]["mean"]) == 2
+    )
     rewards = {
         "VolumeReward": VolumeReward.from_pretrained(str(tmp_path / "3d")),
         "SliceReward": SliceReward.from_pretrained(str(tmp_path / "2d")),

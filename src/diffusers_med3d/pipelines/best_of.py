@@ -1,13 +1,12 @@
 """The best of several samples by a reward: what choice among samples gives without any training."""
 
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..rl import as_reward_tensor
+from ..rl import as_reward_tensor, check_signature, reward_names
 
 
 def choose(
@@ -31,21 +30,14 @@ def choose(
     Raises:
         ValueError: a reward that does not take these columns, or returns something else than B numbers.
     """
-    try:
-        inspect.signature(reward).bind(None, **columns)
-    except TypeError as error:
-        raise ValueError(
-            f"the reward cannot be called with volumes and {list(columns)} ({error}); define it as "
-            "reward(volumes, **conditions)."
-        ) from error
-    except ValueError:  # some compiled functions have no signature
-        pass
+    (name,) = reward_names([reward])
+    check_signature(reward, name, list(columns))
     best, scores = sample(), []
     for number in range(count):
         volumes = best if number == 0 else sample()
         with torch.no_grad():
             given = reward(volumes.clone(), **{name: list(values) for name, values in columns.items()})
-        scores.append(as_reward_tensor(given, len(volumes), "reward"))
+        scores.append(as_reward_tensor(given, len(volumes), name))
         if number:
             before = torch.stack(scores[:-1]).nan_to_num(-torch.inf).amax(0)
             better = (scores[-1] > before).to(volumes.device)  # never for NaN

@@ -22,32 +22,6 @@ LOOP_GRACE = 5.0
 """Seconds after which coroutines that should have ended by themselves are given up."""
 
 
-def reward_names(reward_funcs: Sequence[RewardFunc]) -> list[str]:
-    """One distinct name per reward for the logs: its `__name__` (a partial's is its function's), numbered if needed."""
-    names: list[str] = []
-    for func in reward_funcs:
-        while isinstance(func, partial):
-            func = func.func
-        name = func.__name__ if hasattr(func, "__name__") else type(func).__name__
-        names.append(name if name not in names else f"{name}_{sum(n.startswith(name) for n in names) + 1}")
-    return names
-
-
-def check_signature(func: RewardFunc, name: str, columns: Sequence[str]) -> None:
-    """Refuse a function that cannot be called as `func(volumes, **columns)` (ValueError), before there are volumes."""
-    try:  # a module takes anything by its signature, and hands it to `forward`
-        signature = inspect.signature(func.forward if isinstance(func, torch.nn.Module) else func)
-    except ValueError:  # some compiled functions have none
-        return
-    try:
-        signature.bind(None, **dict.fromkeys(columns))
-    except TypeError as error:
-        raise ValueError(
-            f"the reward {name} cannot be called with volumes and the conditions {list(columns)} ({error}); define it "
-            f"as {name}(volumes, **conditions)."
-        ) from error
-
-
 def score(
     reward_funcs: Sequence[RewardFunc],
     names: Sequence[str],

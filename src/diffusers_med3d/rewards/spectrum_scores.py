@@ -1,5 +1,7 @@
 """Scores of a reward model on the noise spectrum and on damaged scans, and the figures by which it is judged."""
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +12,14 @@ from ..utils.seeding import seeded
 from .damage import DAMAGES, HALF_SWAP, HALF_SWAP_SEVERITY, brightness, damage, nearest_in_brightness
 from .spectrum import FULL_SAMPLE, REAL, ROUND_TRIP, neighbours_in_order, rank_correlation
 from .spectrum_dataset import SpectrumDataset
+
+FIGURES = (
+    "rank_correlation",
+    "rank_correlation_worst",
+    "neighbours_in_order",
+    "real_above_round_trip",
+    "damage_below_round_trip",
+)
 
 
 def level_name(strength: float) -> str:
@@ -59,6 +69,20 @@ def score_spectrum(
     return rows
 
 
+def usable_scans(rows: Sequence[dict[str, float]]) -> list[int]:
+    """Numbers of the scans of ``score_spectrum`` all of whose scores are finite; a warning names the others."""
+    lost = [(i, name, score) for i, row in enumerate(rows) for name, score in row.items() if not math.isfinite(score)]
+    broken = {i for i, _, _ in lost}
+    if lost:
+        index, name, score = lost[0]
+        warnings.warn(
+            f"{len(broken)} of {len(rows)} scans have a score that is NaN or infinite and are left out, the first is "
+            f"scan {index} (counted from 0) with {name} = {score}.",
+            stacklevel=2,
+        )
+    return [i for i in range(len(rows)) if i not in broken]
+
+
 def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """The figures by which a reward model is judged, from the scores of ``score_spectrum``.
 
@@ -67,7 +91,11 @@ def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     neighbouring levels in order; ``real_above_round_trip``: share of scans that score above their round-trip;
     ``damage_below_round_trip``: share of damaged scans that score below the round-trip of the same scan;
     ``score/<name>``: mean scores.
+
+    Where there are no rows the figures are minus infinity, and there are no mean scores.
     """
+    if not rows:
+        return dict.fromkeys(FIGURES, -math.inf)
     correlations, neighbours, real_above, damage_below = [], [], [], []
     for row in rows:
         levels = {name: _strength_of(name) for name in row if _strength_of(name) is not None}
@@ -78,13 +106,14 @@ def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:
         round_trip = row[level_name(ROUND_TRIP)]
         real_above.append(float(row[level_name(REAL)] > round_trip))
         damage_below += [float(v < round_trip) for name, v in row.items() if name not in levels and name != "real"]
-    results = {
-        "rank_correlation": sum(correlations) / len(correlations),
-        "rank_correlation_worst": min(correlations),
-        "neighbours_in_order": sum(neighbours) / len(neighbours),
-        "real_above_round_trip": sum(real_above) / len(real_above),
-        "damage_below_round_trip": sum(damage_below) / len(damage_below),
-    }
+    figures = (
+        sum(correlations) / len(correlations),
+        min(correlations),
+        sum(neighbours) / len(neighbours),
+        sum(real_above) / len(real_above),
+        sum(damage_below) / len(damage_below),
+    )
+    results = dict(zip(FIGURES, figures, strict=True))
     for name in rows[0]:
         values = [row[name] for row in rows if name in row]
         results[f"score/{name}"] = sum(values) / len(values)

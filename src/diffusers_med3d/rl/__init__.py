@@ -1,17 +1,18 @@
 """Reinforcement learning of a diffusion policy as pure functions of tensors: transition, objective and rollout."""
 
-from .forward_process import Noised, forward_timesteps, matching, noised
-from .objective import Advantages, as_reward_tensor, clip_fraction, clipped_loss, group_advantages
+from .forward_process import forward_timesteps, matching
+from .objective import Advantages, clip_fraction, clipped_loss, group_advantages
+from .reward_calls import as_reward_tensor, check_signature, reward_names
 from .rollout import Trajectory, deterministic_steps, rollout, rollout_window
 from .transition import Transition, check_scheduler, deterministic_step, gaussian_kl, log_prob, transition
 
 __all__ = [
     "Advantages",
-    "Noised",
     "Trajectory",
     "Transition",
     "as_reward_tensor",
     "check_scheduler",
+    "check_signature",
     "clip_fraction",
     "clipped_loss",
     "deterministic_step",
@@ -21,7 +22,7 @@ __all__ = [
     "group_advantages",
     "log_prob",
     "matching",
-    "noised",
+    "reward_names",
     "rollout",
     "rollout_window",
     "transition",

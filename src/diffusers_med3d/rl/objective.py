@@ -5,12 +5,9 @@ rewards are normalised one by one and then weighed (GDPO, TRL's `normalize_then_
 1707.06347), equation 7.
 """
 
-import math
-import numbers
-from collections.abc import Collection, Mapping, Sequence, Set
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
 MIN_STD = 1e-4  # a group that spreads less than this has no preference, only rounding: rewards should be of order 1
@@ -21,64 +18,6 @@ class Advantages(NamedTuple):
 
     values: torch.Tensor
     frac_zero_std: torch.Tensor
-
-
-def as_reward_tensor(rewards: Any, size: int, name: str) -> torch.Tensor:
-    """Turn what a reward function returned into float32 (size,) on the CPU; None, NaN and infinities become NaN.
-
-    Args:
-        rewards: a tensor or array of shape (size,) or (size, 1) of any real type, or a list or tuple of `size` numbers
-            or None.
-        size: number of volumes that were scored.
-        name: of the reward, for messages.
-
-    Raises:
-        ValueError: anything else, such as a dict, `(scores, info)`, one number for all volumes, texts or complex
-            numbers; with what came and what is wanted.
-    """
-    wanted = f"expected {size} numbers, or None for what it cannot score"
-    if rewards is None:
-        raise ValueError(f"Reward {name!r} returned None for {size} volumes; {wanted}.")
-    if isinstance(rewards, np.ndarray | np.generic):
-        rewards = (
-            torch.from_numpy(np.asarray(rewards, np.float32)) if rewards.dtype.kind in "biuf" else rewards.tolist()
-        )
-    if isinstance(rewards, torch.Tensor):
-        if rewards.is_complex() or rewards.is_meta:
-            kind = "without values (on the device 'meta')" if rewards.is_meta else f"of {rewards.dtype}"
-            raise ValueError(f"Reward {name!r} gave a tensor {kind} for {size} volumes; {wanted}.")
-        values = rewards.detach().to("cpu", torch.float32)
-    elif isinstance(rewards, str | bytes | Mapping | Set) or not isinstance(rewards, Collection):
-        raise ValueError(f"Reward {name!r} returned {_described(rewards)} for {size} volumes; {wanted}.")
-    else:
-        found = list(rewards)
-        odd = [one for one in found if one is not None and not _is_number(one)]
-        if odd:
-            raise ValueError(
-                f"Reward {name!r} returned a {type(rewards).__name__} of {len(found)} that holds {_described(odd[0])} "
-                f"for {size} volumes; {wanted}."
-            )
-        values = torch.tensor([math.nan if one is None else float(one) for one in found], dtype=torch.float32)
-    if values.shape == (size, 1):
-        values = values[:, 0]
-    if values.shape != (size,):
-        raise ValueError(f"Reward {name!r} gave shape {tuple(values.shape)} for {size} volumes; {wanted}.")
-    return torch.where(values.isfinite(), values, math.nan)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return value.ndim == 0 and not (torch.is_tensor(value) and value.is_complex())
-    return isinstance(value, numbers.Real | np.bool_)
-
-
-def _described(value: Any) -> str:
-    """What a value is, in a few words."""
-    if isinstance(value, numbers.Real | str | bytes):
-        return f"{'the text ' if isinstance(value, str) else ''}{value!r:.60}"
-    keys = f" with the keys {list(value)[:3]}" if isinstance(value, Mapping) else ""
-    shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor | np.ndarray) else ""
-    return f"a {type(value).__name__}{keys}{shape}"
 
 
 def _nan_mean_std(values: torch.Tensor, dim: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Conventions of rectified flow; diffusers' schedulers do the rest."""
+"""Rectified flow and the forward process; diffusers' schedulers do the rest."""
 
 from .flow import flow_scheduler, is_flow
 

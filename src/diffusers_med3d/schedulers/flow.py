@@ -17,14 +17,6 @@ FLOW_PREDICTION = "flow_prediction"
 """``prediction_type`` of diffusers' multistep solvers for a network that predicts the velocity."""
 
 
-class FlowBatch(NamedTuple):
-    """What a training step needs: noisy latents and velocity (B, C, x, y, z), and the network's timesteps (B,)."""
-
-    noisy: torch.Tensor
-    velocity: torch.Tensor
-    timesteps: torch.Tensor
-
-
 def flow_scheduler(shift: float = 1.0) -> FlowMatchEulerDiscreteScheduler:
     """1000 timesteps. A `shift` above 1 spends more of them, in training and sampling, where there is more noise."""
     if not 0 < shift < float("inf"):
@@ -108,20 +100,6 @@ def interpolate(clean: torch.Tensor, noise: torch.Tensor, times: torch.Tensor) -
     """x_t of latents (B, C, x, y, z) and noise like them, at times (B,) in [0, 1]."""
     times = times.to(clean.device, clean.dtype).view(-1, 1, 1, 1, 1)
     return (1.0 - times) * clean + times * noise
-
-
-def flow_batch(
-    scheduler: FlowMatchEulerDiscreteScheduler, clean: torch.Tensor, noise: torch.Tensor, uniform: torch.Tensor
-) -> FlowBatch:
-    """Noisy latents and what to predict from them (conditional flow matching, Lipman et al. 2022, equation 23).
-
-    Args:
-        scheduler: its shift decides which times are trained, as it decides which are sampled.
-        clean, noise: (B, C, x, y, z), normalised latents and standard normal noise.
-        uniform: (B,) in [0, 1], uniform times before the shift.
-    """
-    times = shift_times(uniform, scheduler.config.shift)
-    return FlowBatch(interpolate(clean, noise, times), noise - clean, times * scheduler.config.num_train_timesteps)
 
 
 class Preconditioning(NamedTuple):

@@ -1,5 +1,7 @@
 """Stage 1: train an autoencoder (KL, or VQ with a codebook) on crops of scans."""
 
+import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,7 +271,11 @@ class AutoencoderTrainer(Med3DTrainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Round trips of whole validation volumes: PSNR (all, foreground), high-frequency power over the scan's."""
+        """Round trips of whole validation volumes: PSNR (all, foreground), high-frequency power over the scan's.
+
+        Scans whose round trip is NaN or infinite are left out, counted as `unjudged` and named in a warning. Where no
+        other is left the PSNR is minus infinity, so that such a checkpoint is never the best.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluate needs an eval_dataset: volumes of subjects that nothing was trained on.")
@@ -279,13 +285,26 @@ class AutoencoderTrainer(Med3DTrainer):
         with self.ema_weights(), self.accelerator.autocast():
             chunks = volumes.split(self.args.per_device_eval_batch_size)
             reconstructions = torch.cat([self.reconstruct(chunk.to(device)).cpu() for chunk in chunks])
-        foreground = volumes > FOREGROUND_THRESHOLD
-        values = {
-            "psnr": metrics.psnr(reconstructions, volumes),
-            "psnr_foreground": metrics.psnr(reconstructions, volumes, mask=foreground),
-            "high_frequency_ratio": metrics.high_frequency_ratio(reconstructions, volumes, mask=foreground),
+        usable = reconstructions.isfinite().flatten(1).all(1)
+        reconstructions, scans = reconstructions[usable], volumes[usable]
+        foreground = scans > FOREGROUND_THRESHOLD
+        measures = {
+            "psnr": (metrics.psnr, None),
+            "psnr_foreground": (metrics.psnr, foreground),
+            "high_frequency_ratio": (metrics.high_frequency_ratio, foreground),
         }
-        results = {f"{metric_key_prefix}_{name}": value.mean().item() for name, value in values.items()}
+        results = dict.fromkeys((f"{metric_key_prefix}_{name}" for name in measures), -math.inf)
+        if usable.any():
+            for name, (measure, mask) in measures.items():
+                results[f"{metric_key_prefix}_{name}"] = measure(reconstructions, scans, mask=mask).mean().item()
+        if not usable.all():
+            lost = (~usable).nonzero()[:, 0].tolist()
+            warnings.warn(
+                f"The round trip of {len(lost)} of {len(volumes)} validation scans is NaN or infinite, the first is "
+                f"scan {lost[0]} (counted from 0): they are left out.",
+                stacklevel=2,
+            )
+            results[f"{metric_key_prefix}_unjudged"] = float(len(lost))
         if isinstance(self.autoencoder, VQModel3D):
             results[f"{metric_key_prefix}_codes_used"] = self.codes_used(volumes)
         return self.conclude_evaluation(results)

@@ -408,7 +408,11 @@ class Med3DTrainer(_BaseTrainer):
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write what ``from_pretrained`` reads, with the averaged weights."""
+        """Write what ``from_pretrained`` reads, with the averaged weights.
+
+        Where FSDP has divided the network between processes, call `save_model` in all of them instead: it gathers the
+        weights first.
+        """
         raise NotImplementedError
 
     def create_model_card(self, model_name: str | None = None, dataset_name: str | None = None, tags=None) -> None:

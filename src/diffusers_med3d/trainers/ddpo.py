@@ -50,12 +50,13 @@ from ..pipelines.lora import lora_layers, write_lora
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline, guided_prediction
 from ..rewards.learned import LearnedReward
 from ..rewards.loading import Reward, load_rewards
-from ..rewards.scoring import check_signature, reward_names, score
+from ..rewards.scoring import score
 from ..rewards.stateful import StatefulReward
 from ..rl import (
     Trajectory,
     Transition,
     check_scheduler,
+    check_signature,
     clip_fraction,
     clipped_loss,
     deterministic_steps,
@@ -64,12 +65,13 @@ from ..rl import (
     group_advantages,
     log_prob,
     matching,
-    noised,
+    reward_names,
     rollout,
     rollout_window,
     transition,
 )
 from ..schedulers.flow import set_timesteps
+from ..schedulers.noising import noised
 from ..utils.seeding import derive_seed, generators_for
 from ..utils.stopping import TrainingStopped
 from ..utils.wrappers import unwrapped
@@ -461,8 +463,9 @@ class DDPOTrainer(Med3DTrainer):
         if isinstance(samples, Trajectory):
             timestep = self.scheduler.timesteps[samples.steps[w]].item()
             return timestep, samples.states[w].to(device), samples.next_states[w].to(device)
-        noise = self._noise([(*key, w) for key in samples.keys])
-        return samples.timesteps[w], *noised(self.scheduler, samples.final.to(device), noise, samples.timesteps[w])
+        noise, timestep = self._noise([(*key, w) for key in samples.keys]), samples.timesteps[w]
+        times = torch.full((len(noise),), timestep, device=device)
+        return timestep, *noised(self.scheduler, samples.final.to(device), noise, times)
 
     def _policy(self, output: torch.Tensor, timestep: int | float, states: torch.Tensor) -> Transition:
         """The Gaussian of the actions that a prediction stands for."""

@@ -23,7 +23,8 @@ from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
 from ..pipelines.conditions import call_arguments, encode_rows, scan_rows
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
-from ..schedulers.flow import flow_batch, flow_scheduler, is_flow, logit_normal_times
+from ..schedulers.flow import flow_scheduler, is_flow, logit_normal_times
+from ..schedulers.noising import noised, training_timesteps
 from ..utils.files import write_json
 from ..utils.wrappers import unwrapped
 from .autoencoder import latent_statistics
@@ -242,16 +243,6 @@ class LatentDiffusionTrainer(Med3DTrainer):
         )
         return optimizer
 
-    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        prediction_type = self.pipeline.scheduler.config.prediction_type
-        if prediction_type == "v_prediction":
-            return self.pipeline.scheduler.get_velocity(latents, noise, timesteps)
-        if prediction_type == "sample":
-            return latents
-        if prediction_type == "epsilon":
-            return noise
-        raise ValueError(f"prediction_type must be epsilon, v_prediction or sample, got {prediction_type!r}.")
-
     def _error(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Weighted mean square error of every sample: (B, c, x, y, z) to (B,)."""
         error = (prediction.float() - target).square().flatten(2).mean(2)
@@ -269,13 +260,10 @@ class LatentDiffusionTrainer(Med3DTrainer):
     ) -> Tensor:
         scheduler = self.pipeline.scheduler
         spread = (shift + torch.arange(len(latents), device=latents.device) / len(latents)) % 1.0
-        if is_flow(scheduler):
-            if self.args.time_distribution == "logit_normal" and not uniform_times:
-                spread = logit_normal_times(spread, self.args.logit_mean, self.args.logit_std)
-            noisy, target, timesteps = flow_batch(scheduler, latents, noise, spread)
-        else:
-            timesteps = (spread * scheduler.config.num_train_timesteps).long()
-            noisy, target = scheduler.add_noise(latents, noise, timesteps), self._target(latents, noise, timesteps)
+        if is_flow(scheduler) and self.args.time_distribution == "logit_normal" and not uniform_times:
+            spread = logit_normal_times(spread, self.args.logit_mean, self.args.logit_std)
+        timesteps = training_timesteps(scheduler, spread)
+        noisy, target = noised(scheduler, latents, noise, timesteps)
         if self.guide is not None:
             target = self._guided_target(noisy, timesteps, labels, others)
         error = self._error(_under(unet, others)(noisy, timesteps, labels, return_dict=False)[0], target)

@@ -37,7 +37,7 @@ from ..rewards.damage import (
 )
 from ..rewards.spectrum import REAL, ROUND_TRIP, clean_label, damaged_label, dominance, spectrum_loss
 from ..rewards.spectrum_dataset import SpectrumDataset
-from ..rewards.spectrum_scores import level_name, score_spectrum, summarise
+from ..rewards.spectrum_scores import level_name, score_spectrum, summarise, usable_scans
 from ..utils.seeding import seeded
 from ..utils.wrappers import unwrapped
 from .base import Med3DConfig, Med3DTrainer
@@ -284,7 +284,10 @@ class RewardModelTrainer(Med3DTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Score the validation spectrum with the averaged weights; see ``summarise`` for the figures."""
+        """Score the validation spectrum with the averaged weights; see ``summarise`` for the figures.
+
+        Scans with a score that is NaN or infinite are left out, counted as `unjudged` and named in a warning.
+        """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("evaluate needs an eval_dataset: the spectrum of subjects that nothing was trained on.")
@@ -295,9 +298,13 @@ class RewardModelTrainer(Med3DTrainer):
 
         with self.ema_weights(), self.accelerator.autocast():
             rows = score_spectrum(score, dataset, seed=self.args.seed, batch_size=self.args.per_device_eval_batch_size)
-        summary = summarise(rows)
+        usable = usable_scans(rows)
+        summary = summarise([rows[i] for i in usable])
         results = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
-        self._log_pictures(summary, dataset)
+        if len(usable) < len(rows):
+            results[f"{metric_key_prefix}_unjudged"] = float(len(rows) - len(usable))
+        if usable:
+            self._log_pictures(summary, dataset)
         return self.conclude_evaluation(results)
 
     def _log_pictures(self, summary: dict[str, float], dataset: SpectrumDataset) -> None:

@@ -20,6 +20,11 @@ MIN_SPLIT = 4
 """Shortest part of a latent side that a split convolution can work on: its parts overlap by up to 4 voxels."""
 
 
+def _fits(splits: int, latent_side: int) -> bool:
+    """Whether a latent's side can be computed in this many parts."""
+    return splits == 1 or (latent_side % splits == 0 and latent_side // splits >= MIN_SPLIT)
+
+
 class AutoencoderKLMaisi3D(KLCodecMixin, ModelMixin, AutoencoderKlMaisi, ConfigMixin):
     """KL autoencoder of MAISI and NV-Generate (Guo et al. 2024, arXiv 2409.11169): convolutions split to save memory.
 
@@ -111,11 +116,11 @@ class AutoencoderKLMaisi3D(KLCodecMixin, ModelMixin, AutoencoderKlMaisi, ConfigM
     def fitting_splits(self, at_most: int, latent_shape: Sequence[int]) -> int:
         """The largest number up to `at_most` that `set_num_splits` takes for latents of this size (x, y, z)."""
         side = latent_shape[self.config.dim_split]
-        return max(n for n in range(1, at_most + 1) if n == 1 or (side % n == 0 and side // n >= MIN_SPLIT))
+        return max(n for n in range(1, at_most + 1) if _fits(n, side))
 
     def _check_splits(self, latent_side: int) -> None:
         splits = self.config.num_splits
-        if splits > 1 and (latent_side % splits or latent_side // splits < MIN_SPLIT):
+        if not _fits(splits, latent_side):
             raise ValueError(
                 f"a latent side of {latent_side} (axis {self.config.dim_split}) cannot be computed in {splits} parts: "
                 f"it must be a multiple of {splits} and at least {MIN_SPLIT * splits}. "
