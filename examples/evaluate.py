@@ -45,7 +45,8 @@ from diffusers_med3d.metrics import (
 )
 from diffusers_med3d.metrics.tissue import Segmenter
 from diffusers_med3d.rewards.loading import DEFAULT_REWARDS_FOR, default_rewards, load_rewards
-from diffusers_med3d.rewards.scoring import reward_names, score
+from diffusers_med3d.rewards.scoring import score
+from diffusers_med3d.rl import reward_names
 from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 from diffusers_med3d.utils.importing import load_function

@@ -30,7 +30,8 @@ from diffusers_med3d.pipelines.conditions import (
 )
 from diffusers_med3d.rewards.learned import LearnedReward
 from diffusers_med3d.rewards.loading import load_rewards
-from diffusers_med3d.rewards.scoring import reward_names, score
+from diffusers_med3d.rewards.scoring import score
+from diffusers_med3d.rl import reward_names
 from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
 
 PICTURED = 8  # volumes of a row of the picture

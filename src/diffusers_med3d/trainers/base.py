@@ -473,7 +473,9 @@ class Med3DTrainer(_BaseTrainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            if private is not None:  # newer versions of transformers take it in init_hf_repo
+                self.args.hub_private_repo = private
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
