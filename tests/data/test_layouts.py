@@ -1,5 +1,7 @@
 """Every layout: the right scans of the right people with the right side on the right, and a reason for the rest."""
 
+import re
+
 import nibabel
 import numpy as np
 import pytest
@@ -142,6 +144,30 @@ def test_ixi_people_with_two_ages_have_none(tmp_path):
     found = find_scans("ixi", tmp_path)
     assert [scan.participant_id for scan in found.scans] == ["sub-IXI002"]
     assert found.notes == ("1 people stand in IXI.csv with two ages; both are ignored.",)
+
+
+@pytest.mark.parametrize(
+    ("layout", "header", "row", "column", "value"),
+    [
+        (
+            "ixi",
+            ["IXI_ID", "SEX_ID (1=m, 2=f)", "AGE"],
+            [1, 1, "35,8"],
+            "AGE",
+            "'35,8' is no number (a decimal comma?)",
+        ),
+        ("ixi", ["IXI_ID", "SEX_ID (1=m, 2=f)", "AGE"], ["one", 1, 35], "IXI_ID", "'one' is no number"),
+        ("oasis1", ["ID", "M/F", "Age", "CDR"], ["OAS1_0001_MR1", "F", 61, "0,5"], "CDR", "'0,5' is no number"),
+    ],
+)
+def test_a_value_that_is_no_number_is_refused_with_file_row_and_column(tmp_path, layout, header, row, column, value):
+    folder = trees.oasis1(tmp_path, people=1) if layout == "oasis1" else tmp_path
+    table = folder / ("oasis_cross-sectional.csv" if layout == "oasis1" else "IXI.csv")
+    trees.save(folder / "IXI001-HH-1201-T1.nii.gz", trees.anatomy(1))
+    other = ["OAS1_0002_MR1", "F", 70, "1"] if layout == "oasis1" else [7, 2, 40]
+    trees.write_csv(table, [header, other, row])
+    with pytest.raises(ValueError, match=re.escape(f"{table.name}, row 2, column {column}: {value}")):
+        find_scans(layout, folder)
 
 
 # --- BIDS ---

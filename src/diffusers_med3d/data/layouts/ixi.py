@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from .scans import Found, LeftOut, Options, Scan, below, nifti_files
-from .tables import cell, column, find_table, read_rows
+from .tables import cell, column, find_table, number, read_rows
 
 NAME = re.compile(r"(IXI\d+)-([A-Za-z]+)-(\d+)-(\w+?)(?:\.nii)?(?:\.gz)?$", re.IGNORECASE)
 SEX = {"1": "M", "2": "F"}
@@ -51,17 +51,18 @@ def _demographics(folder: Path, options: Options) -> tuple[dict[int, dict[str, s
     if path is None:
         raise FileNotFoundError("no IXI.xls at or below the input folder (or say --metadata PATH).")
     rows = read_rows(path)
-    number, age = column(rows, "IXI_ID"), column(rows, "AGE")
+    person_id, age = column(rows, "IXI_ID"), column(rows, "AGE")
     sex = column(rows, "SEX_ID (1=m, 2=f)", "SEX_ID")
-    if not number or not age:
+    if not person_id or not age:
         raise ValueError(f"{path.name} must have the columns IXI_ID and AGE, got {list(rows[0]) if rows else []}.")
     people: dict[int, dict[str, str]] = {}
     contradicted = set()
-    for row in rows:
-        if not row[number]:
+    for index, row in enumerate(rows):
+        if not row[person_id]:
             continue
-        person = int(float(row[number]))
-        found = {"age": _years(row[age]), "sex": SEX.get(cell(row, sex), "")}
+        person = int(number(rows, index, person_id, path))
+        years = f"{number(rows, index, age, path):.2f}" if row[age] else ""
+        found = {"age": years, "sex": SEX.get(cell(row, sex), "")}
         if person in people and people[person]["age"] and found["age"] and people[person]["age"] != found["age"]:
             contradicted.add(person)
         if person not in people or not people[person]["age"]:
@@ -72,7 +73,3 @@ def _demographics(folder: Path, options: Options) -> tuple[dict[int, dict[str, s
         [f"{len(contradicted)} people stand in {path.name} with two ages; both are ignored."] if contradicted else []
     )
     return people, notes
-
-
-def _years(text: str) -> str:
-    return f"{float(text):.2f}" if text else ""

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from .scans import Found, LeftOut, Options, Scan, below
-from .tables import column, find_table, read_rows
+from .tables import column, find_table, number, read_rows
 
 SESSION = re.compile(r"(OAS1_\d{4})_MR(\d+)$")
 
@@ -27,7 +27,7 @@ def find(folder: Path, options: Options) -> Found:
     names = {name: column(rows, name) for name in ("ID", "M/F", "Age", "CDR")}
     if not names["ID"] or not names["CDR"]:
         raise ValueError(f"{path.name} must have the columns ID and CDR, got {list(rows[0]) if rows else []}.")
-    clinical = {row[names["ID"]]: row for row in rows}
+    clinical = {row[names["ID"]]: index for index, row in enumerate(rows)}
     scans, left_out = [], []
     for session in sorted(path for path in folder.rglob("OAS1_*_MR*") if path.is_dir()):
         match = SESSION.match(session.name)
@@ -40,18 +40,22 @@ def find(folder: Path, options: Options) -> Found:
         if not images[0].with_suffix(".img").is_file():
             left_out.append(LeftOut(below(images[0], folder), "no .img beside the .hdr"))
             continue
-        row = clinical.get(session.name)
+        index = clinical.get(session.name)
+        row = None if index is None else rows[index]
         rating = row[names["CDR"]] if row else ""
         if not rating and not options.keep_unlabelled:
             reason = "no rating (CDR) in the table" if row else f"not in {path.name}"
             left_out.append(LeftOut(below(session, folder), f"{reason} (kept with --keep_unlabelled)"))
             continue
-        person, number = match.groups()
+        diagnosis = ""
+        if index is not None and rating:
+            diagnosis = "AD" if number(rows, index, names["CDR"], path) > 0 else "CN"
+        person, visit = match.groups()
         columns = {
-            "diagnosis": ("AD" if float(rating) > 0 else "CN") if rating else "",
+            "diagnosis": diagnosis,
             "cdr": rating,
             "age": row[names["Age"]] if row and names["Age"] else "",
             "sex": row[names["M/F"]] if row and names["M/F"] else "",
         }
-        scans.append(Scan((images[0],), person, columns, session=number, kind="analyze"))
+        scans.append(Scan((images[0],), person, columns, session=visit, kind="analyze"))
     return Found(scans, left_out, ("T1",), "diagnosis", ("CN", "AD"))

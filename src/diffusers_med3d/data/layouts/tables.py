@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..labels import is_missing
+from ..labels import is_missing, number_of
 from ..tables import list_files, read_table
 
 ENDINGS = (".csv", ".tsv", ".xlsx", ".xls")
@@ -68,6 +68,18 @@ def column(rows: list[dict[str, str]], *names: str) -> str:
     """The column's name as written, for the first of ``names`` that is there in any case; "" if none is."""
     there = {name.lower(): name for name in rows[0]} if rows else {}
     return next((there[name.lower()] for name in names if name.lower() in there), "")
+
+
+def number(rows: list[dict[str, str]], index: int, name: str, path: Path) -> float:
+    """The number that a row says in a column.
+
+    Raises:
+        ValueError: it is none, with the file, the row (counted from 1, without the header) and the column.
+    """
+    try:
+        return number_of(rows[index][name])
+    except ValueError as error:
+        raise ValueError(f"{path.name}, row {index + 1}, column {name}: {error}") from error
 
 
 def cell(row: dict[str, str], name: str) -> str:
