@@ -81,7 +81,9 @@ def main() -> None:
     settings = Settings(args.device.type, size=size)
     trainer = DDPOTrainer(
         model=make_pipeline(settings),
-        reward_funcs=[VolumeReward(make_reward(settings))],
+        reward_funcs=[
+            VolumeReward(make_reward(settings), batch_size=BATCH)
+        ],  # the same batches in one process and in two
         args=args,
         train_dataset=datasets.Dataset.from_dict({"number": [0, 1]}),
         callbacks=[recorder],

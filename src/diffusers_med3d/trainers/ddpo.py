@@ -514,11 +514,16 @@ class DDPOTrainer(Med3DTrainer):
             self._failed_rollouts[r] = count
 
     def _until_window(self, model: nn.Module, index: int, rows: list[int], window: range) -> torch.Tensor:
-        """States (P, c, x, y, z) at which the samples of each condition part; what comes before is shared."""
-        noise = self._noise([(self.args.seed, index, SHARED_INITIAL, p) for p in range(len(rows))])
-        asked = encode_rows(self.pipeline, self.train_dataset.select(rows))
+        """States (P, c, x, y, z) at which the samples of each condition part; what comes before is shared.
+
+        Each process computes its share of the conditions, and all get all.
+        """
+        share = -(-len(rows) // self.accelerator.num_processes)
+        positions = [min(self.accelerator.process_index * share + i, len(rows) - 1) for i in range(share)]
+        noise = self._noise([(self.args.seed, index, SHARED_INITIAL, p) for p in positions])
+        asked = encode_rows(self.pipeline, self.train_dataset.select([rows[p] for p in positions]))
         states = []
-        for first in range(0, len(rows), self.args.per_device_train_batch_size):
+        for first in range(0, share, self.args.per_device_train_batch_size):
             part = slice(first, first + self.args.per_device_train_batch_size)
             own = asked.take(part)
             states.append(
@@ -529,7 +534,7 @@ class DDPOTrainer(Med3DTrainer):
                     range(window.start),
                 )
             )
-        return torch.cat(states)
+        return self.accelerator.gather(torch.cat(states))[: len(rows)]
 
     def _record_rollout(
         self, rewards: torch.Tensor, frac_zero_std: torch.Tensor, volumes: torch.Tensor, rows: list[int], samples: range
