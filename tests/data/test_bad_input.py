@@ -402,6 +402,8 @@ def test_settings_that_are_none_are_refused_by_their_path(tmp_path, kind):
 
 TABLES = {
     "rows that are no objects": ("metadata.jsonl", b'["a.nii.gz"]\n'),
+    "a file name that is a number": ("metadata.jsonl", b'{"file_name": 3}\n{"file_name": "a.nii.gz"}\n'),
+    "a file name that is a list": ("metadata.jsonl", b'{"file_name": ["a.nii.gz"]}\n'),
     "a row that is no JSON": ("metadata.jsonl", b'{"file_name": "a.nii.gz"}\n{"file_name":\n'),
     "half of UTF-16": ("metadata.csv", "file_name,age\na.nii.gz,3\n".encode("utf-16")[:-1]),
     "a value of a megabyte": ("metadata.csv", b'file_name,age\na.nii.gz,"' + b"3" * 2**20 + b'"\n'),

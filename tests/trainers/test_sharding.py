@@ -1,61 +1,132 @@
-"""A network that FSDP2 has divided between two real processes (gloo) is saved whole."""
+"""Training whose state FSDP2 or DeepSpeed divides between two real processes (gloo) on a CPU.
+
+accelerate divides networks on accelerators only, so the worker tells it that this machine has some; all that follows is
+what runs on GPUs: accelerate's own plugin, torch's `fully_shard`, transformers' saving and loading.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from diffusers_med3d import MedDiffusion3DPipeline
+from conftest import SPACING, VOLUME_SHAPE, write_brains
 
 WORKER = """
-import json, os, sys
+import os, sys
 from pathlib import Path
 import datasets, torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from diffusers_med3d import DDPOConfig, DDPOTrainer, MedDiffusion3DPipeline
-
-out = Path(sys.argv[2])
-trainer = DDPOTrainer(
-    MedDiffusion3DPipeline.from_pretrained(sys.argv[1]),
-    lambda volumes, **conditions: volumes.mean((1, 2, 3, 4)),
-    DDPOConfig(str(out), num_generations=2, per_device_train_batch_size=2, ema_decay=0.0, report_to="none", bf16=False),
-    [{"class_label": 0}],
+from accelerate.state import DistributedType, PartialState
+from peft import LoraConfig
+from diffusers_med3d import (
+    DDPOConfig, DDPOTrainer, LatentDiffusionConfig, LatentDiffusionTrainer, MedDiffusion3DPipeline,
 )
-# accelerate divides networks on GPUs only, so this is done by hand as its plugin does it
-fully_shard(trainer.model, mesh=init_device_mesh("cpu", (2,)))
-trainer.is_fsdp_enabled = True
-options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
-trainer._save(str(out), state_dict=get_model_state_dict(trainer.model, options=options))
-share = sum(p.to_local().numel() for p in trainer.model.parameters())
-report = {"share": share, "kind": type(trainer.model).__name__}
-x = torch.zeros(1, 4, 4, 4, 4)
-report["answer"] = trainer.model(x, 5, torch.tensor([0])).sample.flatten()[:9].tolist()  # still divided, still working
-(out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(report))
-dist.barrier()
+from diffusers_med3d.data import VolumeDataset
+
+base, brains, out, engine, kind, ema, resume = sys.argv[1:]
+torch.set_num_threads(1)
+settings = dict(
+    output_dir=out, max_steps=4, learning_rate=1e-3, save_strategy="steps", save_steps=2, eval_strategy="steps",
+    eval_steps=2, report_to="none", disable_tqdm=True, bf16=False, use_cpu=True, picture_steps=2,
+    ema_decay=float(ema),
+)
+if engine == "deepspeed":
+    settings["deepspeed"] = {
+        "zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
+    }
+if kind in ("stage 2", "muon"):
+    args = LatentDiffusionConfig(
+        per_device_train_batch_size=2, eval_samples=0, muon=kind == "muon", **settings
+    )
+else:
+    args = DDPOConfig(
+        per_device_train_batch_size=3, steps_per_generation=2, gradient_accumulation_steps=2, num_generations=4,
+        num_inference_steps=4, eval_num_inference_steps=2, loss_type="awm" if kind == "awm" else "ddpo",
+        num_iterations=1, sync_ref_model=kind == "full", ref_model_sync_steps=1, **settings,
+    )
+args.device  # starts the processes' group
+if engine == "fsdp2":
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+pipeline = MedDiffusion3DPipeline.from_pretrained(base)
+if kind in ("stage 2", "muon"):
+    scans = VolumeDataset(
+        brains, ["sub-01", "sub-02", "sub-03", "sub-04"], volume_shape=SHAPE, spacing=SPACING,
+        class_names=["young", "middle", "old"], label_column="group",
+    )
+    trainer = LatentDiffusionTrainer(pipeline, args, train_dataset=scans, eval_dataset=scans)
+else:
+    trainer = DDPOTrainer(
+        pipeline, lambda volumes, **conditions: volumes.mean((1, 2, 3, 4)), args,
+        datasets.Dataset.from_dict({"class_label": [0, 1, 2]}),
+        peft_config=LoraConfig(r=2) if kind == "lora" else None,
+    )
+trainer.train(resume_from_checkpoint="latest" if resume == "resume" else None)
+trainer.save_model()
+own = sum(getattr(p, "to_local", lambda: p)().numel() for p in trainer.model.parameters())
+Path(out, f"own-{trainer.args.process_index}").write_text(str(own))
+trainer.accelerator.end_training()
 os._exit(0)  # while the interpreter shuts down, a thread of gloo that asks for the GIL would abort the process
 """
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_OFFLOAD_PARAMS": "false",
+}  # what `accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml` sets, but for bfloat16
 
 
-@pytest.mark.slow
-def test_a_divided_network_is_saved_as_a_pipeline_that_loads(tiny_pipeline, tiny_pipeline_folder, tmp_path):
-    (tmp_path / "worker.py").write_text(WORKER)
-    out = tmp_path / "out"
-    out.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(tmp_path / "worker.py"), tiny_pipeline_folder, str(out)]
+def run(
+    tmp_path: Path, base: str, out: Path, engine: str, kind: str, ema: float, resume: str = ""
+) -> dict[str, torch.Tensor]:
+    """Weights of the generator that two processes save."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER.replace("SHAPE", repr(VOLUME_SHAPE), 1).replace("SPACING", repr(SPACING)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command += [base, str(tmp_path / "brains"), str(out), engine, kind, str(ema), resume]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    environment |= FSDP if engine == "fsdp2" else {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    loaded = MedDiffusion3DPipeline.from_pretrained(out).unet.state_dict()
-    expected = tiny_pipeline.unet.state_dict()
-    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[name], expected[name]) for name in expected)
-    reports = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(2)]
-    whole = sum(p.numel() for p in tiny_pipeline.unet.parameters())
-    assert sum(report["share"] for report in reports) == whole and all(report["share"] < whole for report in reports)
-    assert reports[0]["kind"] == "FSDPDiffusionUNet3D" and reports[0]["answer"] == reports[1]["answer"]
+    return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("engine", "kind"),
+    [
+        *(("fsdp2", kind) for kind in ("full", "lora", "stage 2", "muon")),
+        *(("deepspeed", kind) for kind in ("full", "stage 2")),
+    ],
+)
+def test_a_divided_training_is_resumed_bit_for_bit_and_ends_like_one_that_is_not(
+    engine, kind, tiny_pipeline_folder, tmp_path
+):
+    if engine == "deepspeed":
+        pytest.importorskip("deepspeed")
+    write_brains(tmp_path / "brains")
+    ema = 0.0 if engine == "fsdp2" else 0.5  # an average is refused where the weights are divided
+    whole = run(tmp_path, tiny_pipeline_folder, tmp_path / "whole", engine, kind, ema)
+    count = sum(tensor.numel() for tensor in whole.values())
+    own = [int((tmp_path / "whole" / f"own-{rank}").read_text()) for rank in range(2)]
+    if engine == "fsdp2":
+        assert max(own) < 0.8 * sum(own) and (kind == "lora" or sum(own) == count)  # each holds its part
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    resumed = run(tmp_path, tiny_pipeline_folder, tmp_path / "resumed", engine, kind, ema, "resume")
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    logs = [json.loads((tmp_path / n / "trainer_state.json").read_text())["log_history"] for n in ("whole", "resumed")]
+    assert [row.get("loss") for row in logs[0]] == [row.get("loss") for row in logs[1]]
+    plain = load_file(Path(tiny_pipeline_folder) / "unet" / "diffusion_pytorch_model.safetensors")
+    undivided = run(tmp_path, tiny_pipeline_folder, tmp_path / "undivided", "ddp", kind, ema)
+    moved = sum((undivided[name] - plain[name]).square().sum() for name in plain).sqrt()
+    differs = sum((undivided[name] - whole[name]).square().sum() for name in plain).sqrt()
+    assert differs < 0.1 * moved

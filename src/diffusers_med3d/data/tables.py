@@ -152,6 +152,9 @@ def read_folder(folder: Path) -> tuple[list[Path], dict[str, list]]:
     for table in tables:
         found = read_table(table)
         names = found.pop(_file_column(table, found))
+        odd = [name for name in names if name is not None and not isinstance(name, str)]
+        if odd:
+            raise ValueError(f"{table}: file_name must be text in every row, got {odd[0]!r:.60}.")
         if any(not name for name in names):
             raise ValueError(f"{table}: {sum(not name for name in names)} row(s) have no file_name.")
         resolved = {name: _resolve(name, table.parent) for name in names}

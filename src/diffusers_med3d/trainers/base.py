@@ -48,7 +48,7 @@ from ..hub.publish import model_files, publish
 from ..utils.stopping import SignalWatch, TrainingStopped, is_lost_process, lost_process_named
 from ..utils.wrappers import unwrapped
 from .checkpoints import COMPLETE_MARKER, damage, keep_newest, last_checkpoint, mark_whole, tidy_after_kill
-from .sharding import whole_weights
+from .sharding import load_weights, whole_weights
 
 _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
     f.name for f in dataclasses.fields(_BaseConfig)
@@ -619,7 +619,16 @@ class Med3DTrainer(_BaseTrainer):
         if reason is not None:
             raise ValueError(f"{folder} is no whole checkpoint: {reason}.")
         model = self.model if model is None else model
-        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        load_weights(model, load_file(folder / "model.safetensors"))
+        self._load_extras(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:  # it has read the weights by itself
+            self._load_extras(Path(checkpoint))
+
+    def _load_extras(self, folder: Path) -> None:
+        """Read what `_save_extras` has written."""
         if self.ema is not None:
             shadow = load_file(folder / "ema.safetensors")
             self.ema.optimization_step = int(shadow.pop("optimization_step"))

@@ -79,6 +79,7 @@ from .base import Med3DTrainer, keep_small_convolutions_exact
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
 from .lora import add_lora, check_no_lora, enable_lora, merged
+from .sharding import gathered_weights
 
 INITIAL, SHARED_INITIAL, STEP, EVALUATION, FORWARD = range(5)  # what a random stream is for; part of its seed
 REFERENCE_FILE = "reference.safetensors"
@@ -648,7 +649,7 @@ class DDPOTrainer(Med3DTrainer):
         """Let the reference policy be the current one from here on."""
         if self.reference is None:
             raise ValueError("there is no reference policy to refresh: it needs beta > 0 and no adapters.")
-        self.reference.load_state_dict(self.model.state_dict())
+        self.reference.load_state_dict(gathered_weights(self.model))
 
     # Logs
 
@@ -800,12 +801,12 @@ class DDPOTrainer(Med3DTrainer):
             state = {key: tensor.detach().cpu().contiguous() for key, tensor in stateful.state_dict().items()}
             save_file(state, folder / REWARD_FILE.format(self.reward_names.index(name)))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_extras(self, folder: Path) -> None:
+        super()._load_extras(folder)
         if self.reference is not None and self.args.sync_ref_model:
-            self.reference.load_state_dict(load_file(Path(resume_from_checkpoint) / REFERENCE_FILE))
+            self.reference.load_state_dict(load_file(folder / REFERENCE_FILE))
         for name, stateful in self.stateful.items():
-            path = Path(resume_from_checkpoint) / REWARD_FILE.format(self.reward_names.index(name))
+            path = folder / REWARD_FILE.format(self.reward_names.index(name))
             if not path.is_file():
-                raise ValueError(f"{resume_from_checkpoint} holds no state of the reward {name!r} ({path.name}).")
+                raise ValueError(f"{folder} holds no state of the reward {name!r} ({path.name}).")
             stateful.load_state_dict(load_file(path))

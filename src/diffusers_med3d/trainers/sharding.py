@@ -4,7 +4,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
+
+
+def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict of a network, divided or not, in every process; all of them must call it."""
+    if isinstance(model, FSDPModule):
+        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return model.state_dict()
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """`load_state_dict`, strictly, of the whole state dict into a network that may be divided."""
+    if isinstance(model, FSDPModule):
+        set_model_state_dict(model, dict(state_dict), options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(state_dict, strict=True)
 
 
 @contextmanager
