@@ -35,12 +35,12 @@ settings = dict(
     eval_steps=2, report_to="none", disable_tqdm=True, bf16=False, use_cpu=True, picture_steps=2,
     ema_decay=float(ema),
 )
-if engine == "deepspeed":
-    settings["deepspeed"] = {
-        "zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto",
-        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
+if engine.startswith("zero"):
+    sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    settings["deepspeed"] = dict.fromkeys(sizes, "auto") | {
+        "zero_optimization": {"stage": int(engine[-1])}, "zero_allow_untested_optimizer": True,
     }
-if kind in ("stage 2", "muon"):
+if kind in ("stage 2", "muon", "broken"):
     args = LatentDiffusionConfig(
         per_device_train_batch_size=2, eval_samples=0, muon=kind == "muon", **settings
     )
@@ -54,7 +54,9 @@ args.device  # starts the processes' group
 if engine == "fsdp2":
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 pipeline = MedDiffusion3DPipeline.from_pretrained(base)
-if kind in ("stage 2", "muon"):
+if kind == "broken":
+    pipeline.unet.register_forward_hook(lambda unet, inputs, output: (output[0] * torch.nan,))
+if kind in ("stage 2", "muon", "broken"):
     scans = VolumeDataset(
         brains, ["sub-01", "sub-02", "sub-03", "sub-04"], volume_shape=SHAPE, spacing=SPACING,
         class_names=["young", "middle", "old"], label_column="group",
@@ -84,17 +86,21 @@ FSDP = {
 }  # what `accelerate launch --config_file examples/accelerate_configs/fsdp2.yaml` sets, but for bfloat16
 
 
-def run(
+def start(
     tmp_path: Path, base: str, out: Path, engine: str, kind: str, ema: float, resume: str = ""
-) -> dict[str, torch.Tensor]:
-    """Weights of the generator that two processes save."""
+) -> subprocess.CompletedProcess:
     script = tmp_path / "worker.py"
     script.write_text(WORKER.replace("SHAPE", repr(VOLUME_SHAPE), 1).replace("SPACING", repr(SPACING)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     command += [base, str(tmp_path / "brains"), str(out), engine, kind, str(ema), resume]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     environment |= FSDP if engine == "fsdp2" else {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def run(tmp_path: Path, base: str, out: Path, *settings) -> dict[str, torch.Tensor]:
+    """Weights of the generator that two processes save."""
+    done = start(tmp_path, base, out, *settings)
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
 
@@ -104,13 +110,13 @@ def run(
     ("engine", "kind"),
     [
         *(("fsdp2", kind) for kind in ("full", "lora", "stage 2", "muon")),
-        *(("deepspeed", kind) for kind in ("full", "stage 2")),
+        *(("zero2", kind) for kind in ("full", "stage 2")),
     ],
 )
 def test_a_divided_training_is_resumed_bit_for_bit_and_ends_like_one_that_is_not(
     engine, kind, tiny_pipeline_folder, tmp_path
 ):
-    if engine == "deepspeed":
+    if engine == "zero2":
         pytest.importorskip("deepspeed")
     write_brains(tmp_path / "brains")
     ema = 0.0 if engine == "fsdp2" else 0.5  # an average is refused where the weights are divided
@@ -130,3 +136,18 @@ def test_a_divided_training_is_resumed_bit_for_bit_and_ends_like_one_that_is_not
     moved = sum((undivided[name] - plain[name]).square().sum() for name in plain).sqrt()
     differs = sum((undivided[name] - whole[name]).square().sum() for name in plain).sqrt()
     assert differs < 0.1 * moved
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("engine", "kind", "message"),
+    [
+        ("zero3", "stage 2", "ZeRO stage must be at most 2, got 3"),
+        ("zero2", "broken", "not finite"),
+    ],
+)
+def test_deepspeed_stops_where_it_cannot_go_on(engine, kind, message, tiny_pipeline_folder, tmp_path):
+    pytest.importorskip("deepspeed")
+    write_brains(tmp_path / "brains")
+    done = start(tmp_path, tiny_pipeline_folder, tmp_path / "out", engine, kind, 0.0)
+    assert done.returncode != 0 and message in done.stderr

@@ -329,6 +329,12 @@ class Med3DTrainer(_BaseTrainer):
             raise ValueError(
                 f"ema_decay must be 0 under FSDP, got {args.ema_decay}: FSDP replaces the parameters that are averaged."
             )
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        if deepspeed is not None and deepspeed.zero_stage > 2:
+            raise ValueError(
+                f"DeepSpeed's ZeRO stage must be at most 2, got {deepspeed.zero_stage}: nothing here gathers weights "
+                "that it divides. For a network that does not fit on one GPU use FSDP2."
+            )
         if any(isinstance(callback, TensorBoardCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(TensorBoardCallback)
             self.add_callback(_TensorBoardCallback())
