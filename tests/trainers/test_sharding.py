@@ -59,7 +59,7 @@ if kind == "broken":
 if kind in ("stage 2", "muon", "broken"):
     scans = VolumeDataset(
         brains, ["sub-01", "sub-02", "sub-03", "sub-04"], volume_shape=SHAPE, spacing=SPACING,
-        class_names=["young", "middle", "old"], label_column="group",
+        class_names=["young", "middle", "old"], label_column="age", class_edges=[35, 60],
     )
     trainer = LatentDiffusionTrainer(pipeline, args, train_dataset=scans, eval_dataset=scans)
 else:
