@@ -175,7 +175,7 @@ class _Alternate(TrainerCallback):
         if rest:
             return
         ours = now(self.settings.device) - self.start
-        window, _ = self.trainer._window(args, iteration - 1)
+        window, _ = self.trainer.sampler.window(iteration - 1)
         for pairs, peer in zip(self.pairs, self.peers, strict=True):
             theirs = timed(lambda: peer.iterate(window.start), self.settings.device)  # noqa: B023
             if iteration > 1:  # the first warms up

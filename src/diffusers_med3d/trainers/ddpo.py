@@ -17,13 +17,11 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from matplotlib.figure import Figure
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -42,67 +40,47 @@ from ..pipelines.conditions import (
     LABEL_COLUMN,
     Conditions,
     as_conditions,
-    call_arguments,
     encode_rows,
     names_by_index,
 )
 from ..pipelines.lora import lora_layers, write_lora
-from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline, guided_prediction
+from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from ..rewards.learned import LearnedReward
 from ..rewards.loading import Reward, load_rewards
 from ..rewards.scoring import score
 from ..rewards.stateful import StatefulReward
 from ..rl import (
     Trajectory,
-    Transition,
     check_scheduler,
     check_signature,
     clip_fraction,
     clipped_loss,
-    deterministic_steps,
-    forward_timesteps,
     gaussian_kl,
     group_advantages,
     log_prob,
-    matching,
     reward_names,
-    rollout,
     rollout_window,
-    transition,
 )
 from ..schedulers.flow import set_timesteps
-from ..schedulers.noising import noised
-from ..utils.seeding import derive_seed, generators_for
+from ..utils.seeding import derive_seed
 from ..utils.stopping import TrainingStopped
 from ..utils.wrappers import unwrapped
 from .base import Med3DTrainer, keep_small_convolutions_exact
 from .ddpo_config import DDPOConfig
 from .ddpo_logging import CLIP_RATIO, FIRST_RATIO, LARGEST_RATIO, Recorder, Watch
+from .ddpo_rollout import EVALUATION, ForwardSamples, RolloutSampler, pipeline_with
 from .lora import add_lora, check_no_lora, enable_lora, merged
 from .sharding import gathered_weights
 
-INITIAL, SHARED_INITIAL, STEP, EVALUATION, FORWARD = range(5)  # what a random stream is for; part of its seed
 REFERENCE_FILE = "reference.safetensors"
 REWARD_FILE = "reward_{}.safetensors"  # state of the reward of that number
 FILMED = 4  # conditions of the pictures by which a run is watched
 DIVERSITY_OF = 8  # volumes; the number of pairs grows with its square
-PIPELINE_CONFIG = (
-    "volume_shape", "spacing", "orientation", "class_names", "channel_names", "intensity", "data_settings",
-)  # fmt: skip
 
 
 def usable(volumes: torch.Tensor) -> torch.Tensor:
     """Which of the volumes (N, C, X, Y, Z) hold neither NaN nor infinity: bool (N,)."""
     return volumes.isfinite().flatten(1).all(1)
-
-
-class ForwardSamples(NamedTuple):
-    """What a forward-process update needs of B samples: the noise is drawn again from its keys."""
-
-    timesteps: tuple[float, ...]  # W
-    keys: list[tuple[int, ...]]  # of the noise of each sample, to which the number of the timestep is added
-    log_probs: torch.Tensor  # (W, B), under the policy that sampled
-    final: torch.Tensor  # (B, c, x, y, z)
 
 
 class Chunk(NamedTuple):
@@ -226,7 +204,9 @@ class DDPOTrainer(Med3DTrainer):
         if args.loss_type == "ddpo":
             check_scheduler(pipeline.scheduler, args.eta)
             set_timesteps(self.scheduler, args.num_inference_steps)
-            self._window(args, 0)  # refuses a window that does not fit
+            rollout_window(
+                args.num_inference_steps, args.sde_window_size, args.timestep_fraction, 0, args.sde_window_range
+            )  # refuses a window that does not fit
 
         set_seed(args.seed)  # adapters start the same on every rank and in a resumed run
         unet = unwrapped(pipeline.unet).float()
@@ -289,10 +269,7 @@ class DDPOTrainer(Med3DTrainer):
                 f"eval_steps must be a whole multiple of {self.round_steps} to keep the best checkpoint, which lies "
                 f"between two rollouts; got {args.eval_steps}."
             )
-        vae = pipeline.vae
-        self.latent_shape = (vae.latent_channels, *vae.latent_shape(tuple(pipeline.config.volume_shape)))
-
-        self._storage = "cpu" if args.offload_trajectories else None
+        self.sampler = RolloutSampler(pipeline, self.scheduler, args, self.accelerator)
         self._chunks: list[Chunk] = []
         self._rollout_index = -1
         self._record = Recorder()
@@ -310,15 +287,6 @@ class DDPOTrainer(Med3DTrainer):
 
     # Rollout: what is sampled is a function of (seed, rollout index, sample index) and of the weights, of nothing else.
 
-    def _window(self, args: DDPOConfig, index: int) -> tuple[range, tuple[int, ...]]:
-        return rollout_window(
-            len(self.scheduler.timesteps),
-            args.sde_window_size,
-            args.timestep_fraction,
-            derive_seed(args.seed, index),
-            args.sde_window_range,
-        )
-
     def _condition_rows(self, index: int) -> list[int]:
         """Rows of `train_dataset` for rollout `index`: a new permutation every epoch, filled up by wrapping."""
         epoch, position = divmod(index, self.rollouts_per_epoch)
@@ -326,33 +294,6 @@ class DDPOTrainer(Med3DTrainer):
         order = torch.randperm(len(self.train_dataset), generator=generator).tolist()
         first = position * self.conditions_per_rollout
         return [order[(first + i) % len(order)] for i in range(self.conditions_per_rollout)]
-
-    def _predict(
-        self, model: nn.Module, sample: torch.Tensor, timestep: int | float, asked: Conditions
-    ) -> torch.Tensor:
-        """The one way to ask a policy, in rollout, update and reference: same guidance, same autocast, float32 out."""
-        scale = self.args.guidance_scale
-        with self.accelerator.autocast():
-            return guided_prediction(model, sample, timestep, asked.class_labels, scale, asked.others).float()
-
-    def _noise(self, keys: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        shape = (len(keys), *self.latent_shape)
-        return randn_tensor(shape, generator=generators_for(keys), device=self.accelerator.device)
-
-    @torch.no_grad()
-    def _latents(self, rows: datasets.Dataset, keys: Sequence[tuple[int, ...]], steps: int) -> torch.Tensor:
-        """Normalised latents (B, c, x, y, z), one sample per row, by the pipeline with the trained network."""
-        sampler = self._pipeline_with(self.model)
-        sampler.set_progress_bar_config(disable=True)
-        with self.accelerator.autocast():
-            return sampler(
-                **call_arguments(self.pipeline, rows),
-                latents=self._noise(keys),
-                num_inference_steps=steps,
-                guidance_scale=self.args.guidance_scale,
-                generator=generators_for([(*key, STEP) for key in keys]),
-                output_type="latent",
-            ).volumes
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -371,17 +312,17 @@ class DDPOTrainer(Med3DTrainer):
                      process 0   |   process 1      each cut into chunks of per_device_train_batch_size
         """
         args = self.args
-        rows = self._condition_rows(index)
+        rows = self.train_dataset.select(self._condition_rows(index))
         start = self.accelerator.process_index * self.samples_per_process
         samples = range(start, start + self.samples_per_process)
-        conditions = self.train_dataset.select([rows[i % len(rows)] for i in samples])
+        conditions = rows.select([i % len(rows) for i in samples])
         asked = encode_rows(self.pipeline, conditions)
-        size, storage = args.per_device_train_batch_size, self._storage
+        size, storage = args.per_device_train_batch_size, self.sampler.storage
         parts = [slice(first, first + size) for first in range(0, len(samples), size)]
         chunks = [(samples[part], asked.take(part)) for part in parts]
 
         with self._record.timed("rollout"):
-            make = self._trajectories if args.loss_type == "ddpo" else self._forward_samples
+            make = self.sampler.trajectories if args.loss_type == "ddpo" else self.sampler.forward_samples
             trajectories = make(model, index, rows, chunks)
         with self._record.timed("decode"):
             volumes = torch.cat([self.decode(t.final).to(storage or t.final.device) for t in trajectories])
@@ -405,83 +346,18 @@ class DDPOTrainer(Med3DTrainer):
         )
         values = advantages.values.view(len(rows), args.num_generations).T.reshape(-1)[start : start + len(samples)]
         with self._record.timed("metrics"):
-            self._record_rollout(rewards, advantages.frac_zero_std, volumes, rows, samples)
+            self._record_rollout(rewards, advantages.frac_zero_std, volumes, len(rows), samples)
         values = values.to(self.accelerator.device).split(args.per_device_train_batch_size)
         return [Chunk(made, own, some) for made, (_, own), some in zip(trajectories, chunks, values, strict=True)]
 
-    def _trajectories(
-        self, model: nn.Module, index: int, rows: list[int], chunks: list[tuple[range, Conditions]]
-    ) -> list[Trajectory | ForwardSamples]:
-        """Samples of rollout `index` with the stochastic steps that made them."""
-        args, seed = self.args, self.args.seed
-        window, trained = self._window(args, index)
-        shared = self._until_window(model, index, rows, window) if args.share_initial_noise else None
-        trajectories: list[Trajectory | ForwardSamples] = []
-        for chunk, own in chunks:
-            if shared is not None:
-                initial = shared[[i % len(rows) for i in chunk]]
-            else:
-                initial = self._noise([(seed, index, INITIAL, i) for i in chunk])
-            trajectories.append(
-                rollout(
-                    partial(self._predict, model, asked=own),
-                    self.scheduler,
-                    initial,
-                    generators_for([(seed, index, STEP, i) for i in chunk]),
-                    window,
-                    trained,
-                    args.eta,
-                    self._storage,
-                    first_step=0 if shared is None else window.start,
-                )
-            )
-        return trajectories
-
-    @torch.no_grad()
-    def _forward_samples(
-        self, model: nn.Module, index: int, rows: list[int], chunks: list[tuple[range, Conditions]]
-    ) -> list[Trajectory | ForwardSamples]:
-        """Samples of rollout `index` by the pipeline's own sampler, with the log-densities of their noised versions."""
-        seed, steps = self.args.seed, self.args.num_inference_steps
-        times = forward_timesteps(self.scheduler, self.args.forward_times, derive_seed(seed, index))
-        made: list[Trajectory | ForwardSamples] = []
-        for chunk, own in chunks:
-            asked = self.train_dataset.select([rows[i % len(rows)] for i in chunk])
-            final = self._latents(asked, [(seed, index, INITIAL, i) for i in chunk], steps).float()
-            samples = ForwardSamples(times, [(seed, index, FORWARD, i) for i in chunk], torch.empty(0), final)
-            log_probs = []
-            for w in range(len(times)):
-                timestep, states, actions = self._action(samples, w)
-                step = self._policy(self._predict(model, states, timestep, own), timestep, states)
-                log_probs.append(log_prob(actions, step))
-            kept = final.to(self._storage or final.device)
-            made.append(samples._replace(log_probs=torch.stack(log_probs), final=kept))
-        return made
-
-    def _action(self, samples: Trajectory | ForwardSamples, w: int) -> tuple[int | float, torch.Tensor, torch.Tensor]:
-        """Timestep, states and actions of the trained step `w`: the next states, or the targets of the prediction."""
-        device = self.accelerator.device
-        if isinstance(samples, Trajectory):
-            timestep = self.scheduler.timesteps[samples.steps[w]].item()
-            return timestep, samples.states[w].to(device), samples.next_states[w].to(device)
-        noise, timestep = self._noise([(*key, w) for key in samples.keys]), samples.timesteps[w]
-        times = torch.full((len(noise),), timestep, device=device)
-        return timestep, *noised(self.scheduler, samples.final.to(device), noise, times)
-
-    def _policy(self, output: torch.Tensor, timestep: int | float, states: torch.Tensor) -> Transition:
-        """The Gaussian of the actions that a prediction stands for."""
-        if self.args.loss_type == "awm":
-            return matching(output)
-        return transition(self.scheduler, output, timestep, states, self.args.eta)
-
-    def _update_rewards(self, volumes: torch.Tensor, rows: list[int]) -> None:
+    def _update_rewards(self, volumes: torch.Tensor, rows: datasets.Dataset) -> None:
         """Give the samples of all processes, in their order, to the rewards that carry state."""
         if not self.stateful:
             return
         batches = volumes.split(self.args.decode_batch_size)  # not all volumes of all processes on the device at once
         gathered = [self.accelerator.gather(batch[None].to(self.accelerator.device)).cpu() for batch in batches]
         everyone = torch.cat(gathered, dim=1).flatten(0, 1)
-        asked = self.train_dataset.select([rows[i % len(rows)] for i in range(len(everyone))])
+        asked = rows.select([i % len(rows) for i in range(len(everyone))])
         for stateful in self.stateful.values():
             stateful.update(everyone.clone(), **{name: list(asked[name]) for name in asked.column_names})
 
@@ -514,31 +390,13 @@ class DDPOTrainer(Med3DTrainer):
             )
             self._failed_rollouts[r] = count
 
-    def _until_window(self, model: nn.Module, index: int, rows: list[int], window: range) -> torch.Tensor:
-        """States (P, c, x, y, z) at which the samples of each condition part; what comes before is shared.
-
-        Each process computes its share of the conditions, and all get all.
-        """
-        share = -(-len(rows) // self.accelerator.num_processes)
-        positions = [min(self.accelerator.process_index * share + i, len(rows) - 1) for i in range(share)]
-        noise = self._noise([(self.args.seed, index, SHARED_INITIAL, p) for p in positions])
-        asked = encode_rows(self.pipeline, self.train_dataset.select([rows[p] for p in positions]))
-        states = []
-        for first in range(0, share, self.args.per_device_train_batch_size):
-            part = slice(first, first + self.args.per_device_train_batch_size)
-            own = asked.take(part)
-            states.append(
-                deterministic_steps(
-                    partial(self._predict, model, asked=own),
-                    self.scheduler,
-                    noise[part],
-                    range(window.start),
-                )
-            )
-        return self.accelerator.gather(torch.cat(states))[: len(rows)]
-
     def _record_rollout(
-        self, rewards: torch.Tensor, frac_zero_std: torch.Tensor, volumes: torch.Tensor, rows: list[int], samples: range
+        self,
+        rewards: torch.Tensor,
+        frac_zero_std: torch.Tensor,
+        volumes: torch.Tensor,
+        conditions: int,
+        samples: range,
     ) -> None:
         for r, name in enumerate(self.reward_names):
             scored = rewards[:, r][~rewards[:, r].isnan()]
@@ -551,7 +409,7 @@ class DDPOTrainer(Med3DTrainer):
         # Never rewards: if these fall while rewards rise, the rewards are being cheated
         self._record("quality/sharpness", sharpness(volumes).nanmean().item())
         # of one condition; with share_initial_noise its samples differ by the stochastic steps alone
-        first_condition = [j for j, i in enumerate(samples) if i % len(rows) == 0][: DIVERSITY_OF // 2]
+        first_condition = [j for j, i in enumerate(samples) if i % conditions == 0][: DIVERSITY_OF // 2]
         spread = diversity(volumes[first_condition]).mean if len(first_condition) > 1 else float("nan")
         self._record("quality/diversity", spread)
 
@@ -585,7 +443,7 @@ class DDPOTrainer(Med3DTrainer):
                 is_last = w == count - 1
                 self.accelerator.gradient_state._set_sync_gradients(synchronize and is_last)
                 with nullcontext() if is_last else self.accelerator.no_sync(model):
-                    timestep, states, actions = self._action(samples, w)
+                    timestep, states, actions = self.sampler.action(samples, w)
                     transition_inputs = {
                         "timestep": timestep,
                         "states": states,
@@ -614,7 +472,7 @@ class DDPOTrainer(Med3DTrainer):
         """Clipped surrogate plus beta times KL, mean over B transitions at one timestep."""
         args, states, t = self.args, inputs["states"], inputs["timestep"]
         reference = self._reference_transition(states, t, inputs["conditions"])
-        step = self._policy(self._predict(model, states, t, inputs["conditions"]), t, states)
+        step = self.sampler.policy(self.sampler.predict(model, states, t, inputs["conditions"]), t, states)
         advantages = inputs["advantages"]
         losses, ratio = clipped_loss(log_prob(inputs["actions"], step), inputs["log_probs"], advantages, args.epsilon)
         loss = losses.mean()
@@ -636,14 +494,14 @@ class DDPOTrainer(Med3DTrainer):
             return None
         with torch.no_grad():
             if self.reference is not None:
-                output = self._predict(self.reference, states, t, asked)
+                output = self.sampler.predict(self.reference, states, t, asked)
             else:
                 enable_lora(self.model, False)
                 try:
-                    output = self._predict(self.model, states, t, asked)
+                    output = self.sampler.predict(self.model, states, t, asked)
                 finally:
                     enable_lora(self.model, True)
-            return self._policy(output, t, states)
+            return self.sampler.policy(output, t, states)
 
     def sync_reference(self) -> None:
         """Let the reference policy be the current one from here on."""
@@ -675,7 +533,7 @@ class DDPOTrainer(Med3DTrainer):
                 chunk = own[first : first + self.args.per_device_eval_batch_size]
                 keys = [(seed, 0, EVALUATION, i) for i in chunk]
                 own_rows = rows.select(range(first, first + len(chunk)))
-                latents = self._latents(own_rows, keys, self.args.eval_num_inference_steps)
+                latents = self.sampler.latents(self.model, own_rows, keys, self.args.eval_num_inference_steps)
                 volumes.append(self.decode(latents).cpu())
                 bar.update(len(chunk))
         return torch.cat(volumes)
@@ -781,14 +639,9 @@ class DDPOTrainer(Med3DTrainer):
         if not self.is_world_process_zero():
             return
         with self.ema_weights():
-            self._pipeline_with(merged(self.model)).save_pretrained(folder)
+            pipeline_with(self.pipeline, merged(self.model)).save_pretrained(folder)
             if lora_layers(self.model):
                 write_lora(self.model, folder, "default")
-
-    def _pipeline_with(self, unet: nn.Module) -> MedDiffusion3DPipeline:
-        """A pipeline of its own that shares everything but the UNet with the user's, which is left as it is."""
-        config = {name: self.pipeline.config[name] for name in PIPELINE_CONFIG}
-        return type(self.pipeline)(**{**self.pipeline.components, "unet": unet}, **config)
 
     # The reference is the starting point, which a resumed run loads anyway, unless it has been refreshed. Rewards that
     # carry state are as they were after the last rollout.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
     """The whole state dict of a network, divided or not, in every process; all of them must call it."""
     if isinstance(model, FSDPModule):
-        return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        return cast(dict[str, Tensor], get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
     return model.state_dict()
 
 
