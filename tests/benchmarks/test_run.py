@@ -112,7 +112,7 @@ def test_the_evaluations_counted_are_those_that_a_trainer_makes(tmp_path, switch
         trainer.reference.register_forward_pre_hook(counter("reference"))
     trainer.train()
     counted = Iteration(samples=8, num_generations=4, num_inference_steps=5, optimizer_steps=2, **switches)
-    start = trainer._window(trainer.args, 0)[0].start if trainer.args.loss_type == "ddpo" else None
+    start = trainer.sampler.window(0)[0].start if trainer.args.loss_type == "ddpo" else None
     expected = counted.evaluations(start)
     # a backward pass counts as two evaluations
     assert (calls["rollout"], 3 * calls["update"], calls["reference"]) == (

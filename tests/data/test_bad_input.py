@@ -473,7 +473,10 @@ MODELS = {
     "channels a text": config(channels="wide"),
     "channels nothing": config(channels=None),
     "channels negative": config(channels=[-8, 8, 8]),
+    "a class with a line break": config(_class_name="g\t\n"),
     "groups do not divide": config(norm_num_groups=3),
+    "no groups": config(norm_num_groups=0.0),
+    "more channels than there are numbers": config(in_channels=2**70),
     "statistics of another length": config(latents_mean=[0.0]),
 }
 

@@ -126,7 +126,7 @@ def test_the_policy_predicts_what_the_pipeline_predicts_for_the_same_row(tiny_ma
     regions = {name: ROWS[name] for name in ("top_region", "bottom_region")}
     conditions = tiny_maisi.encode_conditions({**regions, "age": [1.0, 0.0, 2.0]}, SPACING, 3)
     expected = tiny_maisi.predict(latents, 500, torch.tensor([3, 0, 1]), guidance_scale, conditions)
-    predicted = trainer._predict(trainer.model, latents, 500, encode_rows(tiny_maisi, rows))
+    predicted = trainer.sampler.predict(trainer.model, latents, 500, encode_rows(tiny_maisi, rows))
     torch.testing.assert_close(predicted, expected, rtol=0, atol=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_evaluation_samples_what_the_pipeline_samples_under_the_same_conditions(
     trainer = ddpo(tiny_maisi, tmp_path, table())
     scored = trainer.sample_and_score(table())
     assert scored.labels.tolist() == [3, 0, 1]
-    noise = trainer._noise([(trainer.args.seed, 0, 3, i) for i in range(3)])
+    noise = trainer.sampler.noise([(trainer.args.seed, 0, 3, i) for i in range(3)])
     conditions = {name: ROWS[name] for name in ("top_region", "bottom_region", "age")}
     volumes = tiny_maisi(
         class_labels=ROWS["class_label"], conditions=conditions, latents=noise, num_inference_steps=3

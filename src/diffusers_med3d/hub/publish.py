@@ -197,6 +197,12 @@ def _weight_files(folder: str) -> list[Path]:
     return [path for name in (WEIGHTS, f"{WEIGHTS}.index.json") if (path := Path(folder, name)).is_file()]
 
 
+_UNREADABLE = (
+    ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, JSONDecodeError, SafetensorError,
+)  # fmt: skip
+"""What networks raise whose config says something impossible, and files that are not what they should be."""
+
+
 class PublishMixin(_DiffusersModel):
     """``push_to_hub`` of diffusers with our card, of the files that ``from_pretrained`` reads and of no others; and
     ``from_pretrained`` of bundled checkpoints by their bare names.
@@ -228,7 +234,7 @@ class PublishMixin(_DiffusersModel):
         kwargs.setdefault("use_safetensors", True)  # never a pickle
         try:
             return cls._whole(source, kwargs)
-        except (RuntimeError, AttributeError, KeyError, IndexError, SafetensorError, JSONDecodeError) as error:
+        except _UNREADABLE as error:
             said = " ".join(str(error).split())
             raise ValueError(
                 f"{source} cannot be loaded as {cls.__name__} ({type(error).__name__}: {said:.300})."

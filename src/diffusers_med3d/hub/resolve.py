@@ -77,7 +77,7 @@ def check_class(wanted: type[ConfigMixin], source: str, options: dict[str, Any])
             continue
         found = config.get("_class_name")
         found = found[-1] if isinstance(found, list) and found else found  # custom pipelines: [module, class]
-        if not isinstance(found, str):
+        if not isinstance(found, str) or not found.isidentifier():
             raise ValueError(f"{source} holds no {wanted.__name__}: its {name} names no class of diffusers.")
         if name == wanted.config_name and found in {base.__name__ for base in wanted.__mro__}:
             return
