@@ -1,8 +1,19 @@
 """Checks of sizes and volumes, with the nearest size that fits in the message."""
 
+import math
 from collections.abc import Sequence
 
 import torch
+
+
+def three_numbers(values: object) -> tuple[float, float, float] | None:
+    """Three finite numbers from any sequence of them; None for anything else."""
+    try:
+        x, y, z = (float(value) for value in values)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    found = (x, y, z)
+    return None if isinstance(values, str) or not all(map(math.isfinite, found)) else found
 
 
 def check_divisible(shape: Sequence[int], divisor: int, what: str) -> tuple[int, int, int]:
@@ -16,9 +27,10 @@ def check_divisible(shape: Sequence[int], divisor: int, what: str) -> tuple[int,
     Raises:
         ValueError: names the size found and the nearest that fits.
     """
-    if len(shape) != 3:
-        raise ValueError(f"{what} must have three sides (X, Y, Z), got {tuple(shape)}.")
-    x, y, z = (int(side) for side in shape)
+    sides = three_numbers(shape)
+    if sides is None or not all(side.is_integer() for side in sides):
+        raise ValueError(f"{what} must have three sides (X, Y, Z), whole numbers, got {shape!r:.200}.")
+    x, y, z = (int(side) for side in sides)
     shape = (x, y, z)
     if any(side < divisor or side % divisor for side in shape):
         nearest = tuple(max(divisor, round(side / divisor) * divisor) for side in shape)

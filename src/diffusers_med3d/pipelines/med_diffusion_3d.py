@@ -23,7 +23,7 @@ from .. import viz
 from ..hub.origin import forget_local_path
 from ..hub.publish import PublishMixin
 from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
-from ..models.sizes import check_divisible, check_volumes
+from ..models.sizes import check_divisible, check_volumes, three_numbers
 from ..schedulers.flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
 from ..utils.wrappers import unwrapped
 from .best_of import choose
@@ -255,8 +255,9 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         super().__init__()
         if orientation != "RAS":
             raise ValueError(f"orientation must be 'RAS', got {orientation!r}.")
-        if len(spacing) != 3 or not all(math.isfinite(side) and side > 0 for side in spacing):
-            raise ValueError(f"spacing must be three positive numbers (mm), got {tuple(spacing)}.")
+        sides = three_numbers(spacing)
+        if sides is None or min(sides) <= 0:
+            raise ValueError(f"spacing must be three positive numbers (mm), got {spacing!r:.200}.")
         if vae.latent_channels != unet.config.in_channels:
             raise ValueError(
                 f"the autoencoder has {vae.latent_channels} latent channels, the UNet takes {unet.config.in_channels}."
@@ -275,16 +276,16 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         if channel_names is not None and len(channel_names) != vae.config.in_channels:
             raise ValueError(f"channel_names must be {vae.config.in_channels} name(s), got {channel_names}.")
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
+        self._check_volume_shape(volume_shape)
         self.register_to_config(
             volume_shape=[int(side) for side in volume_shape],
-            spacing=[float(side) for side in spacing],
+            spacing=list(sides),
             orientation=orientation,
             class_names=class_names,
             channel_names=channel_names,
             intensity=intensity,
             data_settings=data_settings,
         )
-        self._check_volume_shape(volume_shape)
         self._predicts_flow = predicts_flow(scheduler)
         self._guidance_scale = 1.0
         self._num_timesteps = 0
@@ -321,9 +322,13 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         """Denoising steps of the running call, for callbacks."""
         return self._num_timesteps
 
+    @property
+    def _size_divisor(self) -> int:
+        return self.vae.downsample_factor * self.unet.size_divisor
+
     def _check_volume_shape(self, volume_shape: Sequence[int]) -> tuple[int, ...]:
         """Refuse a size that autoencoder and UNet together cannot take; returns the latent size (x, y, z)."""
-        check_divisible(volume_shape, self.vae.downsample_factor * self.unet.size_divisor, "volume_shape")
+        check_divisible(volume_shape, self._size_divisor, "volume_shape")
         latent_shape = self.vae.latent_shape(volume_shape)
         config = self.unet.config
         known = config.mode_shape if config.get("num_modes") else config.get("position_shape") or latent_shape
@@ -670,11 +675,14 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             volumes, strength, affine, callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         batch = self._batch_size(num_samples, class_labels, generator, latents, volumes)
-        if volumes is not None and volume_shape is not None and tuple(volume_shape) != tuple(volumes.shape[2:]):
-            raise ValueError(f"volumes have shape {tuple(volumes.shape[2:])}, volume_shape says {tuple(volume_shape)}.")
-        volume_shape = (
-            tuple(volumes.shape[2:]) if volumes is not None else tuple(volume_shape or self.config.volume_shape)
-        )
+        if volume_shape is not None:
+            volume_shape = check_divisible(volume_shape, self._size_divisor, "volume_shape")
+        if volumes is not None:
+            if volume_shape not in (None, tuple(volumes.shape[2:])):
+                raise ValueError(f"volumes have shape {tuple(volumes.shape[2:])}, volume_shape says {volume_shape}.")
+            volume_shape = tuple(volumes.shape[2:])
+        elif volume_shape is None:
+            volume_shape = tuple(self.config.volume_shape)
         latent_shape = (batch, self.unet.config.in_channels, *self._check_volume_shape(volume_shape))
         labels = self.encode_class_labels(class_labels, batch)
         encoded_conditions = self.encode_conditions(conditions, spacing, batch)
