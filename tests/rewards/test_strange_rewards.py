@@ -78,6 +78,16 @@ def test_anything_else_is_refused_in_one_line_that_names_the_reward(returned, me
     assert "\n" not in str(error.value) and len(str(error.value)) < 200
 
 
+@pytest.mark.parametrize(
+    "huge", [[1e300] * 3, [10**400] * 3, torch.full((3,), 1e300, dtype=torch.float64), np.full(3, -1e39)]
+)
+def test_a_score_beyond_float32_is_refused_by_name(huge):
+    with pytest.raises(
+        ValueError, match="Reward 'mine' returned .*, which is beyond float32; rewards should be of order"
+    ):
+        as_reward_tensor(huge, 3, "mine")
+
+
 def volumes_in(func, tiny_volumes, **options):
     return score([func, lambda volumes, **_: volumes.flatten(1).mean(1)], ["mine", "mean"], tiny_volumes, {}, **options)
 

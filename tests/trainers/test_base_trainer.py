@@ -660,3 +660,29 @@ def test_a_checkpoint_of_another_network_is_refused_before_training_with_both_sh
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty is no whole checkpoint: it has no file 'complete'"):
         make(tmp_path).checkpoint_to_resume(str(tmp_path / "empty"))
+
+
+def test_a_new_run_is_not_begun_beside_the_checkpoints_of_another(tmp_path):
+    first = make(tmp_path, save_strategy="steps", save_steps=2)
+    first.train()
+    first.train()  # a second time in the same process: its own
+    with pytest.raises(ValueError, match="holds checkpoint-4 of an earlier run: go on with it .*, give another --outp"):
+        make(tmp_path, save_strategy="steps", save_steps=2).train()
+    for name in ("checkpoint-2", "checkpoint-4"):
+        (tmp_path / name / "complete").unlink()  # killed before its first checkpoint was whole: a fresh start
+    make(tmp_path, save_strategy="steps", save_steps=2).train()
+
+
+@pytest.mark.parametrize("nowhere", ["", "nowhere"])
+def test_a_folder_that_is_not_there_is_no_checkpoint(tmp_path, nowhere):
+    with pytest.raises(ValueError, match=f"there is no folder '{nowhere}'"):
+        make(tmp_path).train(resume_from_checkpoint=nowhere)
+
+
+def test_an_average_that_the_checkpoint_does_not_hold_is_named(tmp_path):
+    make(tmp_path, save_strategy="steps", save_steps=2, max_steps=2, ema_decay=0.0).train()
+    with (
+        pytest.warns(UserWarning, match="ema_decay"),
+        pytest.raises(ValueError, match="no average of the weights .ema.safetensors.: it was saved with ema_decay 0"),
+    ):
+        make(tmp_path, ema_decay=0.9).train(resume_from_checkpoint="latest")

@@ -895,3 +895,21 @@ def test_a_run_is_watched_by_samples_of_the_same_noise(tiny_pipeline, tmp_path):
     frames = sorted((tmp_path / "film").iterdir())
     assert [path.name for path in frames] == ["samples-000000.png", "samples-000002.png"]
     assert frames[0].read_bytes() != frames[1].read_bytes()
+
+
+def test_a_run_is_resumed_with_its_generator_and_its_rewards_only(tiny_pipeline_folder, tmp_path):
+    def make(rewards=(brightness,), shift=0.0, **options):
+        pipeline = MedDiffusion3DPipeline.from_pretrained(tiny_pipeline_folder)
+        pipeline.unet.conv_in.conv.bias.data += shift
+        return make_trainer(pipeline, tmp_path / "run", rewards, save_strategy="steps", save_steps=1, **options)
+
+    make(max_steps=1).train()
+    with pytest.raises(ValueError, match=r"other rewards: \['brightness'\] there, \['contrast'\] here"):
+        make(rewards=(contrast,), max_steps=2).train(resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="other weights at the start"):
+        make(shift=0.1, max_steps=2).train(resume_from_checkpoint="latest")
+    with pytest.warns(UserWarning, match=r"other arguments: learning_rate \(.* before, now 0.5\)"):
+        make(learning_rate=0.5, max_steps=2).train(resume_from_checkpoint="latest")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make(learning_rate=0.5, max_steps=2).train(resume_from_checkpoint="latest")  # a finished run

@@ -3,6 +3,7 @@
 import inspect
 import math
 import numbers
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
@@ -55,13 +56,13 @@ def as_reward_tensor(rewards: Any, size: int, name: str) -> torch.Tensor:
         raise ValueError(f"Reward {name!r} returned None for {size} volumes; {wanted}.")
     if isinstance(rewards, np.ndarray | np.generic):
         rewards = (
-            torch.from_numpy(np.asarray(rewards, np.float32)) if rewards.dtype.kind in "biuf" else rewards.tolist()
+            torch.from_numpy(np.asarray(rewards, np.float64)) if rewards.dtype.kind in "biuf" else rewards.tolist()
         )
     if isinstance(rewards, torch.Tensor):
         if rewards.is_complex() or rewards.is_meta:
             kind = "without values (on the device 'meta')" if rewards.is_meta else f"of {rewards.dtype}"
             raise ValueError(f"Reward {name!r} gave a tensor {kind} for {size} volumes; {wanted}.")
-        values = rewards.detach().to("cpu", torch.float32)
+        exact = rewards.detach().to("cpu", torch.float64)
     elif isinstance(rewards, str | bytes | Mapping | Set) or not isinstance(rewards, Collection):
         raise ValueError(f"Reward {name!r} returned {_described(rewards)} for {size} volumes; {wanted}.")
     else:
@@ -72,12 +73,25 @@ def as_reward_tensor(rewards: Any, size: int, name: str) -> torch.Tensor:
                 f"Reward {name!r} returned a {type(rewards).__name__} of {len(found)} that holds {_described(odd[0])} "
                 f"for {size} volumes; {wanted}."
             )
-        values = torch.tensor([math.nan if one is None else float(one) for one in found], dtype=torch.float32)
+        exact = torch.tensor([math.nan if one is None else _as_float(one) for one in found], dtype=torch.float64)
+    values = exact.float()
+    beyond = exact[exact.isfinite() & ~values.isfinite()]
+    if len(beyond):
+        raise ValueError(
+            f"Reward {name!r} returned {beyond[0].item():.3g}, which is beyond float32; rewards should be of order 1."
+        )
     if values.shape == (size, 1):
         values = values[:, 0]
     if values.shape != (size,):
         raise ValueError(f"Reward {name!r} gave shape {tuple(values.shape)} for {size} volumes; {wanted}.")
     return torch.where(values.isfinite(), values, math.nan)
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.copysign(sys.float_info.max, value)
 
 
 def _is_number(value: Any) -> bool:

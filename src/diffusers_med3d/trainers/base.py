@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
@@ -45,9 +46,10 @@ from .. import viz
 from ..data import VolumeDataset
 from ..hub import cards
 from ..hub.publish import model_files, publish
+from ..utils.files import read_json, write_json
 from ..utils.stopping import SignalWatch, TrainingStopped, is_lost_process, lost_process_named
 from ..utils.wrappers import unwrapped
-from .checkpoints import COMPLETE_MARKER, damage, keep_newest, last_checkpoint, mark_whole, tidy_after_kill
+from .checkpoints import COMPLETE_MARKER, checkpoints, damage, keep_newest, last_checkpoint, mark_whole, tidy_after_kill
 from .sharding import load_weights, whole_weights
 
 _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
@@ -64,6 +66,17 @@ _IN_CARD = (
 )
 """Arguments of transformers that shape the weights. The others stay out of model cards: they may hold local paths or
 secrets, or say where and how often something is written."""
+
+RUN_FILE = "run.json"
+EMA_FILE = "ema.safetensors"
+
+_MAY_CHANGE = {
+    *("max_steps", "max_minutes", "picture_steps", "max_skipped_steps", "load_best_model_at_end"),
+    *("metric_for_best_model", "num_generations_eval", "eval_num_inference_steps", "eval_samples"),
+    *("eval_inference_steps", "sample_every", "patience", "decode_batch_size", "decode_num_splits"),
+    *("offload_trajectories", "reward_timeout", "max_failed_rollouts"),
+}
+"""Arguments that a resumed run may have others of: how long it trains, and what does not reach the weights."""
 
 _TIMINGS = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 """What an evaluation logs that is no figure of the model."""
@@ -344,6 +357,8 @@ class Med3DTrainer(_BaseTrainer):
             self.add_callback(_PictureCallback(self))
         if args.max_minutes is not None:
             self.add_callback(_TimeLimitCallback(self))
+        self.origin: dict[str, Any] = {}
+        """What a run is of, besides its arguments: a resumed one must have the same."""
         self._parts: dict[str, list[Tensor]] = {}
         self.signals = SignalWatch()
         self.step_is_skipped = False
@@ -614,10 +629,11 @@ class Med3DTrainer(_BaseTrainer):
 
     def _save_extras(self, folder: Path) -> None:
         """Write what a checkpoint holds besides what transformers writes."""
+        write_json(folder / RUN_FILE, {"arguments": _shaping_arguments(self.args), **self.origin})
         if self.ema is not None:
             shadow = {str(i): tensor.contiguous() for i, tensor in enumerate(self.ema.shadow_params)}
             shadow["optimization_step"] = torch.tensor(self.ema.optimization_step)
-            save_file(shadow, folder / "ema.safetensors")
+            save_file(shadow, folder / EMA_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -636,7 +652,12 @@ class Med3DTrainer(_BaseTrainer):
     def _load_extras(self, folder: Path) -> None:
         """Read what `_save_extras` has written."""
         if self.ema is not None:
-            shadow = load_file(folder / "ema.safetensors")
+            if not (folder / EMA_FILE).is_file():
+                raise ValueError(
+                    f"{folder} holds no average of the weights ({EMA_FILE}): it was saved with ema_decay 0, got "
+                    f"{self.args.ema_decay}."
+                )
+            shadow = load_file(folder / EMA_FILE)
             self.ema.optimization_step = int(shadow.pop("optimization_step"))
             for i, tensor in enumerate(self.ema.shadow_params):
                 tensor.copy_(shadow[str(i)])
@@ -655,6 +676,13 @@ class Med3DTrainer(_BaseTrainer):
             if found is None and resume_from_checkpoint is True:
                 raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from.")
             resume_from_checkpoint = found
+        elif isinstance(resume_from_checkpoint, str) and not (
+            resume_from_checkpoint and Path(resume_from_checkpoint).is_dir()
+        ):
+            raise ValueError(
+                "resume_from_checkpoint must be 'latest' or the folder of a checkpoint, such as "
+                f"{self.args.output_dir}/checkpoint-10; there is no folder {resume_from_checkpoint!r}."
+            )
         elif isinstance(resume_from_checkpoint, str) and (reason := damage(resume_from_checkpoint)) is not None:
             raise ValueError(f"{resume_from_checkpoint} is no whole checkpoint: {reason}.")
         if not isinstance(resume_from_checkpoint, str):
@@ -671,7 +699,44 @@ class Med3DTrainer(_BaseTrainer):
                         f"{here.get(name)} here. Give the flags of the network that it was begun with, or another "
                         "--output_dir."
                     )
+        self._compare_with_run(Path(resume_from_checkpoint))
         return resume_from_checkpoint
+
+    def _refuse_used_folder(self) -> None:
+        """Refuse to begin anew beside the checkpoints of an earlier run."""
+        if self.state.global_step:  # `train` is called a second time: the checkpoints are this run's
+            return
+        for folder in checkpoints(self.args.output_dir):
+            if damage(folder) is None:
+                raise ValueError(
+                    f"{self.args.output_dir} holds {folder.name} of an earlier run: go on with it "
+                    "(--resume_from_checkpoint latest), give another --output_dir, or delete it."
+                )
+
+    def _compare_with_run(self, checkpoint: Path) -> None:
+        """Refuse to go on with the run of another generator or of other rewards; name arguments that are others."""
+        if not (checkpoint / RUN_FILE).is_file():  # of an earlier version
+            return
+        then = read_json(checkpoint / RUN_FILE)
+        for name, value in self.origin.items():
+            if then.get(name) != value:
+                found = f": {then.get(name)} there, {value} here" if isinstance(value, list) else ""
+                raise ValueError(
+                    f"{checkpoint} is of a run with other {name}{found}. Give those, or begin a run in another "
+                    "--output_dir."
+                )
+        before, now = then["arguments"], _shaping_arguments(self.args)
+        changed = [
+            f"{name} ({before.get(name, 'the default')} before, now {now.get(name, 'the default')})"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            warnings.warn(
+                f"{checkpoint} was saved with other arguments: {', '.join(changed)}. The run goes on with the new "
+                "ones; optimizer and learning rate schedule stay those of the checkpoint.",
+                stacklevel=3,
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As ``transformers.Trainer.train``; a finished run that is resumed only loads what it ended with.
@@ -682,9 +747,12 @@ class Med3DTrainer(_BaseTrainer):
             kwargs: as in transformers.
 
         Raises:
-            ValueError: see ``checkpoint_to_resume``.
+            ValueError: see ``checkpoint_to_resume``; a fresh start where an earlier run has left checkpoints, which a
+                later resumption would take for its own.
         """
         use_all_cores()
+        if resume_from_checkpoint in (None, False):
+            self._refuse_used_folder()
         resume_from_checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
@@ -764,6 +832,13 @@ def card_arguments(args: Med3DConfig) -> dict[str, Any]:
         if entry.name in _ALWAYS_IN_CARD or value != default:
             kept[entry.name] = value.value if isinstance(value, Enum) else value
     return kept
+
+
+def _shaping_arguments(args: Med3DConfig) -> dict[str, Any]:
+    """Arguments that are not the default and shape the weights, as JSON keeps them."""
+    kept = {name: value for name, value in card_arguments(args).items() if name not in _MAY_CHANGE}
+    text = json.dumps(kept, default=str)
+    return json.loads(text, parse_constant=str)  # NaN and infinity as text
 
 
 def use_all_cores() -> None:

@@ -62,6 +62,7 @@ from ..rl import (
     rollout_window,
 )
 from ..schedulers.flow import set_timesteps
+from ..utils.hashing import tensor_hash
 from ..utils.seeding import derive_seed
 from ..utils.stopping import TrainingStopped
 from ..utils.wrappers import unwrapped
@@ -216,6 +217,7 @@ class DDPOTrainer(Med3DTrainer):
                 raise ValueError(f"decode_num_splits must be 1 for a VQModel3D, got {args.decode_num_splits}.")
             latent_shape = pipeline.vae.latent_shape(tuple(pipeline.config.volume_shape))
             pipeline.vae.set_num_splits(pipeline.vae.fitting_splits(args.decode_num_splits, latent_shape))
+        start = tensor_hash(unet.state_dict().items())
         self.reference: nn.Module | None = None
         if peft_config is not None:
             if args.sync_ref_model:
@@ -240,6 +242,7 @@ class DDPOTrainer(Med3DTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self.origin = {"rewards": self.reward_names, "weights at the start (--model_name_or_path)": start}
         self.add_callback(_Boundaries(self))
         device = self.accelerator.device
         for module in (unet, pipeline.vae):  # FSDP and DeepSpeed place the network only when training begins
