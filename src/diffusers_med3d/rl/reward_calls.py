@@ -91,7 +91,7 @@ def _as_float(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # a whole number of hundreds of digits
-        return math.copysign(sys.float_info.max, value)
+        return sys.float_info.max if value > 0 else -sys.float_info.max
 
 
 def _is_number(value: Any) -> bool:
