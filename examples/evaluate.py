@@ -44,11 +44,13 @@ from diffusers_med3d.metrics import (
     tissue_volumes,
 )
 from diffusers_med3d.metrics.tissue import Segmenter
+from diffusers_med3d.pipelines.med_diffusion_3d import check_guidance_and_eta
 from diffusers_med3d.rewards.loading import DEFAULT_REWARDS_FOR, default_rewards, load_rewards
 from diffusers_med3d.rewards.scoring import score
 from diffusers_med3d.rl import reward_names
 from diffusers_med3d.trainers.base import use_all_cores
-from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+from diffusers_med3d.utils.arguments import ScriptParser, check_at_least_one, refused_in_one_line
+from diffusers_med3d.utils.files import check_output_folder
 from diffusers_med3d.utils.importing import load_function
 
 BREAKDOWN_SAMPLES = 60  # thirds of 20
@@ -142,6 +144,11 @@ class EvaluationArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "num_inference_steps", "batch_size", "num_resamples")
+        check_guidance_and_eta(self.guidance_scale, self.eta)
+        sampling.check_seeds(self.seeds)
+
 
 @dataclass
 class BreakdownArguments:
@@ -197,6 +204,7 @@ def main() -> None:
     state, output = PartialState(), Path(args.output_dir)
     use_all_cores()
     with refused_in_one_line():
+        check_output_folder(args.output_dir, [data.data_dir, data.reference, data.train])
         names = sampling.short_names(args.model_name_or_path)
         if parts.breakdown and args.report:
             raise ValueError("--report goes with the comparison of generators, not with --breakdown.")
@@ -206,6 +214,7 @@ def main() -> None:
             pipeline = MedDiffusion3DPipeline.from_pretrained(model)
             data.adopt(settings_of(pipeline), f"the generator {model}")
             sampling.check_pipeline(pipeline, data)
+            pipeline.check_sampling(args.num_inference_steps, args.guidance_scale, args.eta)
         extractors = {name: read_extractor(name, state.device) for name in args.extractors}
         segmenter = read_segmenter(args.segmenter)
         if data.split_file:
@@ -256,15 +265,16 @@ def main() -> None:
     samples = {}
     for model, name in names.items():
         pipeline = MedDiffusion3DPipeline.from_pretrained(model).to(state.device)
-        samples[name] = sampling.sample_volumes(
-            pipeline, labels, output / "samples" / name, data, args.num_inference_steps, args.guidance_scale,
-            args.seeds, args.batch_size, args.background, like=scans, eta=args.eta,
-        )  # fmt: skip
-        if parts.breakdown:
-            versions = scan_versions(
-                pipeline, reference, output / "versions" / name, data, parts.strengths, args.num_inference_steps,
-                args.guidance_scale, args.eta, args.seeds[0], args.batch_size, args.background, like=scans,
+        with refused_in_one_line():  # a folder of samples with other settings, samples of which none can be judged
+            samples[name] = sampling.sample_volumes(
+                pipeline, labels, output / "samples" / name, data, args.num_inference_steps, args.guidance_scale,
+                args.seeds, args.batch_size, args.background, like=scans, eta=args.eta,
             )  # fmt: skip
+            if parts.breakdown:
+                versions = scan_versions(
+                    pipeline, reference, output / "versions" / name, data, parts.strengths, args.num_inference_steps,
+                    args.guidance_scale, args.eta, args.seeds[0], args.batch_size, args.background, like=scans,
+                )  # fmt: skip
         del pipeline
     if not state.is_main_process:
         return

@@ -10,7 +10,7 @@ With scans, the picture also has rows of training scans of the same classes. Wri
 folder for each model, and samples.png.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,11 +28,13 @@ from diffusers_med3d.pipelines.conditions import (
     names_by_index,
     rows_to_sample,
 )
+from diffusers_med3d.pipelines.med_diffusion_3d import check_guidance_and_eta
 from diffusers_med3d.rewards.learned import LearnedReward
 from diffusers_med3d.rewards.loading import load_rewards
 from diffusers_med3d.rewards.scoring import score
 from diffusers_med3d.rl import reward_names
-from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+from diffusers_med3d.utils.arguments import ScriptParser, check_at_least_one, refused_in_one_line
+from diffusers_med3d.utils.files import check_output_folder
 
 PICTURED = 8  # volumes of a row of the picture
 
@@ -45,7 +47,11 @@ class GenerateArguments:
         default_factory=lambda: ["brain-t1"], metadata={"help": "Generators: bundled names, folders or Hub ids."}
     )
     class_labels: list[str] | None = field(
-        default=None, metadata={"help": "Classes by name or index. Not set: all that have a name."}
+        default=None,
+        metadata={
+            "help": "Classes by name or index of the first model, None for the null class; further models are asked "
+            "for the same names. Not set: all that have a name."
+        },
     )
     conditions: str | None = field(
         default=None,
@@ -82,9 +88,8 @@ class GenerateArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace volumes of an earlier run."})
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "num_inference_steps", "batch_size", "best_of"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name} must be at least 1, got {vars(self)[name]}.")
+        check_at_least_one(self, "num_samples", "num_inference_steps", "batch_size", "best_of")
+        check_guidance_and_eta(self.guidance_scale, self.eta)
         if (self.best_of > 1) != bool(self.reward_funcs):
             raise ValueError(
                 f"--best_of 2 or more and --reward_funcs belong together, got {self.best_of} and {self.reward_funcs}."
@@ -110,12 +115,70 @@ def rows_asked_for(pipeline: MedDiffusion3DPipeline, args: GenerateArguments) ->
     """The classes asked for, or the rows of the file of conditions; what the network cannot take is refused."""
     if args.class_labels is None:
         rows = rows_to_sample(pipeline, args.conditions)
+        encode_rows(pipeline, rows)
+        columns = rows.to_dict()
+        if LABEL_COLUMN in columns:
+            columns[LABEL_COLUMN] = by_name(pipeline, columns[LABEL_COLUMN])
     else:
-        names = {str(index): name for index, name in names_by_index(pipeline).items()}
-        labels = [names.get(label, label) for label in args.class_labels]
-        rows = datasets.Dataset.from_dict({LABEL_COLUMN: labels if names else list(map(int, labels))})
+        columns = {LABEL_COLUMN: by_name(pipeline, [as_label(pipeline, word) for word in args.class_labels])}
+    rows = datasets.Dataset.from_dict(columns)
     encode_rows(pipeline, rows)
     return rows
+
+
+def as_label(pipeline: MedDiffusion3DPipeline, word: str) -> int | str | None:
+    """A word of the command line as a label: a name where there is one such, else None or an index."""
+    if word in names_by_index(pipeline).values():
+        return word
+    return None if word == "None" else int(word) if word.isdecimal() else word
+
+
+def by_name(pipeline: MedDiffusion3DPipeline, labels: list[int | str | None]) -> list[int | str | None]:
+    """Labels as names, since another model may have its classes in another order; as indices where one has no name."""
+    names, encoded = names_by_index(pipeline), pipeline.encode_class_labels(labels, len(labels))
+    if encoded is None:
+        return labels
+    indices = [None if i == pipeline.unet.null_class and i not in names else i for i in encoded.tolist()]
+    named = all(index is None or index in names for index in indices)
+    return [names.get(index) for index in indices] if named else indices
+
+
+def check_classes(pipelines: Mapping[str, MedDiffusion3DPipeline], rows: datasets.Dataset) -> None:
+    """Refuse rows for the first model that another one cannot make: it lacks a class, or takes other conditions."""
+    first, *others = pipelines
+    labels = rows[LABEL_COLUMN] if LABEL_COLUMN in rows.column_names else []
+    for other in others:
+        known, own = (names_by_index(pipelines[name]) for name in (first, other))
+        for label in labels:
+            if own.get(label) != known.get(label) if isinstance(label, int) else label not in (None, *own.values()):
+                raise ValueError(
+                    f"{other} lacks the class {label!r} of {first}: its classes are {list(own.values())}, those of "
+                    f"{first} are {list(known.values())}."
+                )
+        encode_rows(pipelines[other], rows)
+
+
+def names_of_rows(rows: datasets.Dataset, args: GenerateArguments) -> list[str]:
+    """What each row is called, in the picture and without spaces in the names of its files; twins are refused."""
+    names: list[str] = []
+    for index, row in enumerate(rows):
+        label = row.get(LABEL_COLUMN)
+        named = "sample" if label is None else f"class {label}" if isinstance(label, int) else str(label)
+        named = f"row {index}, {named}" if args.conditions else named
+        if named in names:
+            raise ValueError(f"--class_labels must name every class once, got {args.class_labels}.")
+        twin = next((other for other in names if file_prefix(other).lower() == file_prefix(named).lower()), None)
+        if twin is not None:
+            raise ValueError(
+                f"the classes {twin!r} and {named!r} would both be written to {file_prefix(named)}-0000.nii.gz; make "
+                "them one at a time with --class_labels and another --output_dir."
+            )
+        names.append(named)
+    return names
+
+
+def file_prefix(named: str) -> str:
+    return named.replace(", ", "-").replace(" ", "-").replace("/", "-")
 
 
 def total_reward(reward_funcs: list[str], device: str) -> Callable[..., torch.Tensor] | None:
@@ -158,12 +221,23 @@ def sample(
     return MedDiffusion3DPipelineOutput(volumes, made[0].affine, made[0].spacing, scores)
 
 
+def check_finite(volumes: torch.Tensor, description: str) -> None:
+    """Refuse to write volumes that hold NaN or infinity (ValueError)."""
+    broken = int((~volumes.isfinite().flatten(1).all(1)).sum())
+    if broken:
+        raise ValueError(
+            f"{description}: {broken} of {len(volumes)} volumes hold NaN or infinity and none is written; try a "
+            "--guidance_scale near 1 or --dtype float32."
+        )
+
+
 def main() -> None:
     """Sample, write, draw."""
     args, data = ScriptParser(GenerateArguments, ScanArguments, description=__doc__).parse()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = Path(args.output_dir)
     with refused_in_one_line():
+        check_output_folder(args.output_dir, [data.data_dir])
         models = short_names(args.model_name_or_path)
         for folder in (output / name for name in models.values()):
             if not args.overwrite and any(folder.glob("*.nii.gz")):
@@ -173,34 +247,36 @@ def main() -> None:
             name: MedDiffusion3DPipeline.from_pretrained(model, dtype=dtype).to(device)
             for model, name in models.items()
         }
+        for pipeline in pipelines.values():
+            pipeline.check_sampling(args.num_inference_steps, args.guidance_scale, args.eta)
+        asked = rows_asked_for(next(iter(pipelines.values())), args)
+        check_classes(pipelines, asked)
+        names = names_of_rows(asked, args)
         reward = total_reward(args.reward_funcs, device)
-        asked = {name: rows_asked_for(pipeline, args) for name, pipeline in pipelines.items()}
         if data.data_dir:
             data.adopt(settings_of(next(iter(pipelines.values()))), f"the generator {next(iter(pipelines))}")
         scans = VolumeDataset.from_arguments(data, "train") if data.data_dir else None
-    first = next(iter(asked.values()))
     pictures = {}
-    for index, row in enumerate(first):
-        label = row.get(LABEL_COLUMN)
-        named = "sample" if label is None else f"class {label}" if isinstance(label, int) else str(label)
-        named = f"row {index}, {named}" if args.conditions else named
+    for index, named in enumerate(names):
         for name, pipeline in pipelines.items():
-            made = sample(pipeline, asked[name].select([index]), args, reward, f"{named}, {name}")
+            made = sample(pipeline, asked.select([index]), args, reward, f"{named}, {name}")
             if made.scores is not None:
                 kept, every = made.scores.nan_to_num(-torch.inf).amax(1).mean(), made.scores.nanmean()
                 print(f"{named}, {name}: mean reward of the kept {kept:.4f}, of all {every:.4f}")
-            prefix = named.replace(", ", "-").replace(" ", "-").replace("/", "-")
-            made.save_nifti(output / name, prefix, overwrite=args.overwrite)
+            with refused_in_one_line():
+                check_finite(made.volumes, f"{named}, {name}")
+                made.save_nifti(output / name, file_prefix(named), overwrite=args.overwrite)
             pictures[named if len(pipelines) == 1 else f"{named}, {name}"] = made.volumes[:PICTURED]
         if scans is not None:
             pipeline = next(iter(pipelines.values()))
             labels = labels_of_scans(pipeline, [item["class_label"] for item in scans], scans.class_names)
+            label = asked[index].get(LABEL_COLUMN)
             same = [i for i, own in enumerate(labels) if own == label][: min(PICTURED, args.num_samples)]
             if same:
                 pictures[f"{named}, scans"] = torch.stack([scans[i]["volume"].as_tensor() for i in same])
     figure = viz.volume_rows(pictures, spacing=next(iter(pipelines.values())).config.spacing)
     viz.save(figure, output / "samples.png")
-    print(f"wrote samples.png and {len(first) * args.num_samples * len(pipelines)} volume(s) to {output}")
+    print(f"wrote samples.png and {len(names) * args.num_samples * len(pipelines)} volume(s) to {output}")
 
 
 if __name__ == "__main__":

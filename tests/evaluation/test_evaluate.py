@@ -95,9 +95,22 @@ def test_sampling_goes_on_where_it_stopped_and_does_not_depend_on_the_batch(data
     assert torch.allclose(sample("d", 1, eta=1.0).volumes, noisy.volumes, atol=1e-4)
     with pytest.raises(ValueError, match=r"seeds must differ.*\[0, 0\]"):
         sample("b", 3, seeds=(0, 0))
+    with pytest.raises(ValueError, match="eta must lie"):
+        sample("e", 3, eta=3.0)
+    assert not (tmp_path / "e").exists()
     data.class_names, data.class_edges = ["young", "old"], [50.0]  # class 1 was middle
     with pytest.raises(ValueError, match=r"other settings.*'classes'"):
         sample("a", 3, labels=(0, 1))
+
+
+def test_settings_of_a_run_that_made_no_volume_bind_no_later_run(tmp_path):
+    for settings in ({"eta": 1.0}, {"eta": 0.5}):
+        evaluation.check_settings(tmp_path, settings)
+        assert json.loads((tmp_path / "settings.json").read_text()) == settings
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a-0000.nii.gz").touch()
+    with pytest.raises(ValueError, match="made with other settings"):
+        evaluation.check_settings(tmp_path, {"eta": 0.0})
 
 
 def test_a_generator_of_another_grid_or_other_classes_is_refused(data, tiny_pipeline):
@@ -238,6 +251,34 @@ def test_what_could_not_be_measured_is_refused_before_anything_is_sampled(
     with pytest.raises(SystemExit, match=message):
         run_example(monkeypatch, "evaluate.py", *words, *flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--seeds", "0", "0"), "seeds must differ, or the same samples would count twice; got [0, 0]"),
+        (("--eta", "3"), "eta must lie in [0, 1], got 3.0"),
+        (("--batch_size", "0"), "batch_size must be at least 1, got 0"),
+        (("--guidance_scale", "nan"), "guidance_scale must be a number >= 0 (1 is off), got nan"),
+        (("--num_inference_steps", "100000"), "num_inference_steps must be a whole number from 1 to 1000, got 100000"),
+        (("--output_dir", "SCANS"), "output_dir must lie outside the folder of scans"),
+        (("--output_dir", "SCANS/below"), "output_dir must lie outside the folder of scans"),
+        (("--output_dir", "split.json"), "is a file"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_refused_in_one_line_and_leave_nothing(
+    flags, message, data, tiny_pipeline_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SCANS").symlink_to(data.data_dir)
+    words = ["--model_name_or_path", tiny_pipeline_folder, "--data_dir", data.data_dir, "--split_file", data.split_file]
+    words += ["--volume_shape", *["16"] * 3, "--spacing", *["12"] * 3]
+    before = [sorted(Path(folder).rglob("*")) for folder in (tmp_path, data.data_dir)]
+    with pytest.raises(SystemExit) as ended:
+        run_example(monkeypatch, "evaluate.py", *words, *flags)
+    error = capsys.readouterr().err if ended.value.code == 2 else str(ended.value)
+    assert message in error and error.strip().count("\n") == 0 and ended.value.code
+    assert [sorted(Path(folder).rglob("*")) for folder in (tmp_path, data.data_dir)] == before
 
 
 @pytest.mark.slow

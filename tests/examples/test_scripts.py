@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from PIL import Image
 
 from conftest import EXAMPLES, SPACING, VOLUME_SHAPE, run_example
-from diffusers_med3d import DDPOConfig, SliceRewardModel
+from diffusers_med3d import DDPOConfig, MedDiffusion3DPipeline, SliceRewardModel
 from diffusers_med3d.utils.arguments import INHERITED, ScriptParser, refused_in_one_line
 
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if "ScriptParser" in path.read_text())
@@ -220,6 +220,111 @@ def test_generate_writes_volumes_and_one_picture(tiny_pipeline, tiny_pipeline_fo
     run_example(monkeypatch, "generate.py", *flags, *best, "--reward_funcs", tmp_path / "reward")
     kept, every = re.search(r"mean reward of the kept (\S+), of all (\S+)", capsys.readouterr().out).groups()
     assert float(kept) > float(every)
+
+
+def renamed(pipeline: MedDiffusion3DPipeline, folder: Path, names: list[str]) -> Path:
+    """The pipeline, saved with other names of its classes."""
+    pipeline.register_to_config(class_names=names)
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def test_a_class_is_found_by_its_name_in_every_model(tiny_pipeline, tiny_pipeline_folder, monkeypatch, tmp_path):
+    other = renamed(tiny_pipeline, tmp_path / "other", ["old", "young", "middle"])
+    flags = ["--model_name_or_path", tiny_pipeline_folder, other, "--num_inference_steps", 1, "--num_samples", 1]
+    for out, more in (("all", []), ("some", ["--class_labels", 2, "middle"])):
+        run_example(monkeypatch, "generate.py", *flags, *more, "--output_dir", tmp_path / out)
+    assert list(volumes_of(tmp_path / "some" / "other")) == ["middle-0000.nii.gz", "old-0000.nii.gz"]
+    expected = tiny_pipeline(class_labels=[0], num_inference_steps=1, generator=[torch.Generator().manual_seed(0)])
+    for out in ("all", "some"):
+        found = volumes_of(tmp_path / out / "other")["old-0000.nii.gz"].float()
+        torch.testing.assert_close(found, expected.volumes[0, 0], atol=1e-3, rtol=0)
+
+
+def test_a_model_that_lacks_a_class_is_refused_with_both_lists(
+    tiny_pipeline, tiny_pipeline_folder, monkeypatch, tmp_path
+):
+    other = renamed(tiny_pipeline, tmp_path / "other", ["young", "middle", "elderly"])
+    message = r"other lacks the class 'old' of tiny-pipeline: .*'elderly'\], those of tiny-pipeline are .*'old'\]"
+    with pytest.raises(SystemExit, match=message):
+        run_example(
+            monkeypatch, "generate.py", "--model_name_or_path", tiny_pipeline_folder, other, "--output_dir",
+            tmp_path / "out",
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "message"),
+    [
+        (["a b", "a/b", "c"], [], "classes 'a b' and 'a/b' would both be written to a-b-0000.nii.gz"),
+        (["a", "A", "c"], [], "classes 'a' and 'A' would both be written to A-0000"),
+        (["young", "middle", "old"], ["old", "old"], r"every class once, got \['old', 'old'\]"),
+        (["young", "middle", "old"], ["old", 2], r"every class once, got \['old', '2'\]"),
+        (["young", "middle", "old"], ["None", 3], r"every class once, got \['None', '3'\]"),
+        (["young", "middle", "old"], [4], "class label 4 is no whole number from 0 to 3"),
+    ],
+)
+def test_classes_that_would_be_written_to_one_file_are_refused(
+    tiny_pipeline, monkeypatch, tmp_path, names, labels, message
+):
+    folder = renamed(tiny_pipeline, tmp_path / "model", names)
+    more = ["--class_labels", *labels] if labels else []
+    with pytest.raises(SystemExit, match=message):
+        run_example(
+            monkeypatch, "generate.py", "--model_name_or_path", folder, "--overwrite", "true", *more, "--output_dir",
+            tmp_path / "out",
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_null_class_and_a_class_whose_name_is_a_number_can_be_asked_for(tiny_pipeline, monkeypatch, tmp_path):
+    folder = renamed(tiny_pipeline, tmp_path / "model", ["1", "2", "3"])
+    run_example(
+        monkeypatch, "generate.py", "--model_name_or_path", folder, "--class_labels", "None", "2", "--num_samples", 1,
+        "--num_inference_steps", 1, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    found = volumes_of(tmp_path / "out" / "model")
+    assert list(found) == ["2-0000.nii.gz", "sample-0000.nii.gz"]
+    expected = tiny_pipeline(
+        class_labels=[1, None], num_inference_steps=1, generator=[torch.Generator().manual_seed(0) for _ in range(2)]
+    )
+    for volume, made in zip(found.values(), expected.volumes, strict=True):
+        torch.testing.assert_close(volume.float(), made[0], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--guidance_scale", "nan"], "guidance_scale must be a number >= 0 (1 is off), got nan"),
+        (["--eta", "3"], "eta must lie in [0, 1], got 3.0"),
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--num_inference_steps", "100000"], "num_inference_steps must be a whole number from 1 to 1000, got 100000"),
+        (["--output_dir", ""], "output_dir must name a folder, got ''"),
+        (["--output_dir", "FILE"], "is a file"),
+        (["--output_dir", "FILE/below"], "is a file"),
+    ],
+)
+def test_what_cannot_be_sampled_or_written_is_refused_before(
+    tiny_pipeline_folder, monkeypatch, tmp_path, capsys, flags, message
+):
+    (tmp_path / "FILE").write_text("kept")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        run_example(monkeypatch, "generate.py", "--model_name_or_path", tiny_pipeline_folder, *flags)
+    error = capsys.readouterr().err if ended.value.code == 2 else str(ended.value)
+    assert message in error and error.strip().count("\n") == 0 and ended.value.code
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_samples_of_nan_end_the_script_and_are_not_written(tiny_pipeline_folder, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"young, tiny-pipeline: 2 of 2 volumes hold NaN or infinity"):
+        run_example(
+            monkeypatch, "generate.py", "--model_name_or_path", tiny_pipeline_folder, "--guidance_scale", "1e30",
+            "--num_inference_steps", 3, "--num_samples", 2, "--output_dir", tmp_path / "out",
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -117,6 +117,7 @@ def scan_versions(
             of versions of other scans.
     """
     check_pipeline(pipeline, data)
+    pipeline.check_sampling(num_inference_steps, guidance_scale, eta)
     check_strengths(strengths, num_inference_steps)
     if like is not None and [item["subject"] for item in like] != scans.subjects:
         raise ValueError("like= must be the scans that the set was made of, in their order.")

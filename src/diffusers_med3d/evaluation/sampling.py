@@ -133,9 +133,9 @@ def _unusable(path: Path, name: str) -> str | None:
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any], file: str = SETTINGS) -> None:
-    """Writes the settings of a folder, or refuses one that was made with others."""
+    """Writes the settings of a folder without volumes, or refuses one whose volumes were made with others."""
     path, settings = folder / file, json.loads(json.dumps(settings))
-    if not path.is_file():
+    if not path.is_file() or not any(folder.rglob("*.nii.gz")):
         write_json(path, settings)
     found = json.loads(path.read_text())
     if found != settings:
@@ -206,6 +206,12 @@ def check_unseen(model: str, subjects: Collection[str]) -> None:
     except FileNotFoundError:
         return
     refuse_seen_subjects(subjects, trained_on, repr(Path(model).name))
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse a seed that is there twice (ValueError)."""
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must differ, or the same samples would count twice; got {list(seeds)}.")
 
 
 def check_pipeline(pipeline: MedDiffusion3DPipeline, data: DataArguments) -> None:
@@ -297,8 +303,8 @@ def sample_volumes(
             samples.
     """
     check_pipeline(pipeline, data)
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must differ, or the same samples would count twice; got {list(seeds)}.")
+    pipeline.check_sampling(num_inference_steps, guidance_scale, eta)
+    check_seeds(seeds)
     folder, state = Path(folder), PartialState()
     settings = {
         "generator": pipeline_hash(pipeline),

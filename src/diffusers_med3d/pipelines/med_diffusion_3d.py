@@ -80,6 +80,14 @@ def guided_prediction(
     return null + guidance_scale * (conditional - null)
 
 
+def check_guidance_and_eta(guidance_scale: float, eta: float) -> None:
+    """Refuse a guidance scale or an eta that no network can be sampled with (ValueError)."""
+    if not math.isfinite(guidance_scale) or guidance_scale < 0:
+        raise ValueError(f"guidance_scale must be a number >= 0 (1 is off), got {guidance_scale}.")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}.")
+
+
 def _one_each(value: Any, batch: int) -> list[Any]:
     """A value for the whole batch, or a sequence of one per sample, as a list."""
     if isinstance(value, torch.Tensor | np.ndarray):
@@ -465,6 +473,18 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             raise ValueError(f"there must be at least one sample, got {next(iter(counts))} of length 0.")
         return batch
 
+    def check_sampling(self, num_inference_steps: int, guidance_scale: float, eta: float) -> None:
+        """Refuse what this scheduler and network cannot be sampled with (ValueError)."""
+        self.check_scheduler()
+        trained = self.scheduler.config.num_train_timesteps
+        if not isinstance(num_inference_steps, int | np.integer) or not 1 <= num_inference_steps <= trained:
+            raise ValueError(
+                f"num_inference_steps must be a whole number from 1 to {trained}, got {num_inference_steps!r}."
+            )
+        check_guidance_and_eta(guidance_scale, eta)
+        if guidance_scale != 1 and self.unet.null_class is None:
+            raise ValueError(f"guidance_scale={guidance_scale} needs a network with classes; this one has none.")
+
     def _check_inputs(
         self,
         num_inference_steps: int,
@@ -478,18 +498,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         affine: np.ndarray | torch.Tensor | None,
         callback_on_step_end_tensor_inputs: Sequence[str],
     ) -> None:
-        self.check_scheduler()
-        trained = self.scheduler.config.num_train_timesteps
-        if not isinstance(num_inference_steps, int | np.integer) or not 1 <= num_inference_steps <= trained:
-            raise ValueError(
-                f"num_inference_steps must be a whole number from 1 to {trained}, got {num_inference_steps!r}."
-            )
-        if not math.isfinite(guidance_scale) or guidance_scale < 0:
-            raise ValueError(f"guidance_scale must be a number >= 0 (1 is off), got {guidance_scale}.")
-        if guidance_scale != 1 and self.unet.null_class is None:
-            raise ValueError(f"guidance_scale={guidance_scale} needs a network with classes; this one has none.")
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], got {eta}.")
+        self.check_sampling(num_inference_steps, guidance_scale, eta)
         for one in generator if isinstance(generator, list) else [generator]:
             if one is not None and not isinstance(one, torch.Generator):
                 raise TypeError(f"generator must be a torch.Generator or a list of them, got {type(one).__name__}.")

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,23 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         written = Path(temporary) / "written"
         yield written
         os.replace(written, path)
+
+
+def check_output_folder(folder: str, scans: Sequence[str | None] = ()) -> None:
+    """Refuse a folder for results that cannot be one, or that lies in a folder of scans, where results pass for scans.
+
+    Raises:
+        ValueError: an empty name, a file, a folder in a file or in one of ``scans``.
+    """
+    if not folder.strip():
+        raise ValueError(f"output_dir must name a folder, got {folder!r}.")
+    path = Path(folder).resolve()
+    for one in (path, *path.parents):
+        if one.exists() and not one.is_dir():
+            raise ValueError(f"output_dir must name a folder, got {folder!r}, but {one} is a file.")
+    for own in scans:
+        if own is not None and path.is_relative_to(Path(own).resolve()):
+            raise ValueError(f"output_dir must lie outside the folder of scans {own}, got {folder}.")
 
 
 def write_whole(path: str | Path, text: str) -> None:
