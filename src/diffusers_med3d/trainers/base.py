@@ -45,6 +45,7 @@ from .. import viz
 from ..data import VolumeDataset
 from ..hub import cards
 from ..hub.publish import model_files, publish
+from ..utils.checks import check_least, checked_fields, number, whole_number
 from ..utils.stopping import SignalWatch, TrainingStopped, is_lost_process, lost_process_named
 from ..utils.wrappers import unwrapped
 from .checkpoints import COMPLETE_MARKER, damage, keep_newest, last_checkpoint, mark_whole, tidy_after_kill
@@ -171,6 +172,16 @@ class Med3DConfig(_BaseConfig):
     )
 
     def __post_init__(self) -> None:
+        vars(self).update(checked_fields(self))
+        batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in (*batches, "max_steps"):
+            vars(self)[name] = whole_number(name, vars(self)[name])
+        self.learning_rate = number("learning_rate", self.learning_rate)
+        check_least(
+            vars(self), dict.fromkeys(batches, 1) | {"learning_rate": 0, "picture_steps": 0, "max_skipped_steps": 0}
+        )
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps must be at least 1, or -1 to count in epochs, got {self.max_steps}.")
         if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True  # also after `accelerate launch --cpu`, of which transformers knows nothing
         if "activation_checkpointing" in _CHECKPOINTING and vars(self)["activation_checkpointing"] is None:
@@ -181,12 +192,8 @@ class Med3DConfig(_BaseConfig):
             raise ValueError("remove_unused_columns must be False: batches are our own, no columns of a dataset.")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
-        if self.picture_steps < 0:
-            raise ValueError(f"picture_steps must be at least 0, got {self.picture_steps}.")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, got {self.max_minutes}.")
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"max_skipped_steps must be at least 0, got {self.max_skipped_steps}.")
         if self.hub_strategy != "end":
             raise ValueError(f"hub_strategy must be 'end' (checkpoints hold local state), got {self.hub_strategy!r}.")
         if self.save_total_limit is not None and self.save_total_limit < 2:
