@@ -45,7 +45,7 @@ from .. import viz
 from ..data import VolumeDataset
 from ..hub import cards
 from ..hub.publish import model_files, publish
-from ..utils.checks import check_least, checked_fields, number, whole_number
+from ..utils.checks import check_least, checked_fields
 from ..utils.stopping import SignalWatch, TrainingStopped, is_lost_process, lost_process_named
 from ..utils.wrappers import unwrapped
 from .checkpoints import COMPLETE_MARKER, damage, keep_newest, last_checkpoint, mark_whole, tidy_after_kill
@@ -172,14 +172,12 @@ class Med3DConfig(_BaseConfig):
     )
 
     def __post_init__(self) -> None:
-        vars(self).update(checked_fields(self))
         batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in (*batches, "max_steps"):
-            vars(self)[name] = whole_number(name, vars(self)[name])
-        self.learning_rate = number("learning_rate", self.learning_rate)
-        check_least(
-            vars(self), dict.fromkeys(batches, 1) | {"learning_rate": 0, "picture_steps": 0, "max_skipped_steps": 0}
-        )
+        inherited = dict.fromkeys((*batches, "max_steps"), int) | {"learning_rate": float}
+        for name, value in checked_fields(self, inherited).items():
+            setattr(self, name, value)
+        least = dict.fromkeys(batches, 1) | dict.fromkeys(("learning_rate", "picture_steps", "max_skipped_steps"), 0)
+        check_least(vars(self), least)
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"max_steps must be at least 1, or -1 to count in epochs, got {self.max_steps}.")
         if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):

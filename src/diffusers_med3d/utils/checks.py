@@ -9,16 +9,23 @@ from typing import Any, get_args
 import numpy as np
 
 
-def whole_number(name: str, value: Any) -> int:
-    """A whole number, Python's or numpy's, as an int; anything else is a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} must be a whole number, got {value!r:.200}.")
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number, Python's or numpy's, as an int; anything else, or less than ``least``, is a ValueError."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{name} must be a whole number{bound}, got {value!r:.200}.")
     return int(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a real number, Python's or numpy's, and not NaN."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def number(name: str, value: Any) -> float:
     """A real number, Python's or numpy's, as an int or a float; NaN and anything else is a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+    if not is_number(value):
         raise ValueError(f"{name} must be a number, got {value!r:.200}.")
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
@@ -57,13 +64,17 @@ def check_kind(name: str, value: Any, kind: Any) -> Any:
     return value
 
 
-def checked_fields(settings: Any) -> dict[str, Any]:
+def checked_fields(settings: Any, inherited: Mapping[str, type]) -> dict[str, Any]:
     """The fields that this package's own dataclasses declare, numbers and truth values as Python's own.
+
+    Args:
+        settings: instance of a dataclass.
+        inherited: other fields that are checked, and what they must be.
 
     Raises:
         ValueError: see `check_kind`.
     """
-    kinds: dict[str, Any] = {}
+    kinds: dict[str, Any] = dict(inherited)
     for base in reversed(type(settings).__mro__):
         if base.__module__.split(".")[0] == __name__.split(".")[0]:
             kinds |= inspect.get_annotations(base)
