@@ -1,5 +1,6 @@
 """best_of: the best of several samples by a reward."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -29,7 +30,13 @@ def test_the_best_of_three_successive_samples_of_each_place_is_kept(tiny_pipelin
     assert torch.equal(output.volumes, expected)
     alone = asked(tiny_pipeline, reward=brightness)  # is scored, and nothing is chosen
     assert torch.equal(alone.volumes, each[0]) and torch.equal(alone.scores, every[:, :1])
-    assert asked(tiny_pipeline, best_of=3, reward=brightness, output_type="np").volumes.shape == (2, 1, 16, 16, 16)
+    assert asked(tiny_pipeline, best_of=np.int64(3), reward=brightness, output_type="np").volumes.shape == (
+        2,
+        1,
+        16,
+        16,
+        16,
+    )
 
 
 def test_the_reward_is_told_what_was_asked_for(tiny_pipeline):

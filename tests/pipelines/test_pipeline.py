@@ -375,6 +375,16 @@ VOLUME = torch.zeros(1, 1, 16, 16, 16)
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
         ({"class_labels": []}, "at least one sample, got class_labels of length 0"),
         ({"volumes": VOLUME[:0], "strength": 0.5}, "volumes hold no sample"),
+        ({"eta": "1"}, r"eta must be a number in \[0, 1\], got '1'"),
+        ({"guidance_scale": "2"}, r"guidance_scale must be a number >= 0 \(1 is off\), got '2'"),
+        ({"num_inference_steps": True}, "num_inference_steps must be a whole number from 1 to 1000, got True"),
+        ({"best_of": True}, "best_of must be a whole number of at least 1, got True"),
+        ({"class_labels": 0.0}, "class_labels must be an index, a name, None or a list of these, got 0.0"),
+        ({"class_labels": {"old"}}, "class_labels must be an index, a name, None or a list of these, got {'old'}"),
+        (
+            {"class_labels": {"old": 1}},
+            "class_labels must be an index, a name, None or a list of these, got {'old': 1}",
+        ),
         ({"num_samples": 2, "class_labels": [0]}, "num_samples: 2, class_labels: 1"),
         ({"class_labels": ["young", "ancient"]}, "unknown class 'ancient'"),
         ({"class_labels": 4}, "class label 4 is no whole number from 0 to 3"),
@@ -389,17 +399,24 @@ VOLUME = torch.zeros(1, 1, 16, 16, 16)
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number from 1 to 1000, got 0"),
         ({"num_inference_steps": 1001}, "got 1001"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a number >= 0"),
-        ({"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
+        ({"eta": 1.5}, r"eta must be a number in \[0, 1\], got 1.5"),
         ({"output_type": "pil"}, "output_type must be 'pt', 'np' or 'latent', got 'pil'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, r"not \['noise'\]"),
-        ({"latents": torch.zeros(1, 4, 5, 4, 4)}, r"latents must be finite, of shape \(1, 4, 4, 4, 4\)"),
-        ({"latents": torch.full((1, 4, 4, 4, 4), torch.nan)}, "latents must be finite"),
+        ({"latents": torch.zeros(1, 4, 5, 4, 4)}, r"latents must have shape \(1, 4, 4, 4, 4\), got \(1, 4, 5, 4, 4\)"),
+        ({"latents": torch.full((1, 4, 4, 4, 4), torch.nan)}, "latents hold 256 NaN or infinite values"),
+        (
+            {"latents": torch.zeros(1, 4, 4, 4, 4, dtype=torch.complex64)},
+            "latents must be real numbers, got torch.compl",
+        ),
+        ({"latents": torch.zeros(())}, r"latents must have shape \(B, c, x, y, z\), got \(\)"),
         ({"latents": torch.zeros(1, 4, 4, 4, 4), "volumes": VOLUME, "strength": 0.5}, "not both"),
         ({"volumes": VOLUME}, "volumes and strength belong together"),
         ({"strength": 0.5}, "volumes and strength belong together"),
         ({"affine": np.eye(4)}, "affine belongs to volumes"),
-        ({"volumes": VOLUME, "strength": 1.2}, r"strength must lie in \[0, 1\], got 1.2"),
-        ({"volumes": VOLUME, "strength": float("nan")}, "strength must lie in"),
+        ({"volumes": VOLUME, "strength": 1.2}, r"strength must be a number in \[0, 1\], got 1.2"),
+        ({"volumes": VOLUME, "strength": float("nan")}, "strength must be a number in"),
+        ({"volumes": VOLUME, "strength": "0.5"}, r"strength must be a number in \[0, 1\], got '0.5'"),
+        ({"volumes": VOLUME.to(torch.complex64), "strength": 0.5}, "volumes must be real numbers, got torch.complex64"),
         ({"volumes": VOLUME, "strength": 0.04, "num_inference_steps": 10}, "num_inference_steps >= 13"),
         ({"volumes": VOLUME, "strength": 0.05, "num_inference_steps": 10}, "num_inference_steps >= 11"),
         ({"volumes": VOLUME[0], "strength": 0.5}, r"volumes must have shape \(B, C, X, Y, Z\)"),
@@ -425,6 +442,17 @@ def test_a_seed_in_place_of_a_generator_is_a_type_error(tiny_pipeline):
 def test_an_array_in_place_of_a_tensor_is_a_type_error(tiny_pipeline):
     with pytest.raises(TypeError, match="volumes must be a torch.Tensor, got ndarray"):
         tiny_pipeline(volumes=VOLUME.numpy(), strength=0.5)
+    with pytest.raises(TypeError, match=r"volumes\[0\] must be a torch.Tensor, got ndarray"):
+        tiny_pipeline(volumes=[VOLUME[0].numpy()], strength=0.5)
+    for latents in (np.zeros((1, 4, 4, 4, 4)), [0.0]):
+        with pytest.raises(TypeError, match=f"latents must be a torch.Tensor, got {type(latents).__name__}"):
+            tiny_pipeline(latents=latents)
+
+
+def test_samples_that_are_not_finite_are_said_to_be_so(tiny_pipeline):
+    with pytest.warns(UserWarning, match=r"2 of 2 samples hold NaN or infinite values.*guidance_scale=1e\+30"):
+        out = tiny_pipeline(class_labels=[0, 1], guidance_scale=1e30, num_inference_steps=3)
+    assert not out.volumes.isfinite().any()
 
 
 def test_a_generator_with_principal_components_refuses_other_sizes_at_the_door(tiny_vae, tiny_scheduler):
@@ -452,8 +480,17 @@ def test_a_generator_with_principal_components_refuses_other_sizes_at_the_door(t
         ({"class_names": ("young", "old")}, "class_names must name the 3 classes"),
         ({"channel_names": ("t1", "t2")}, "channel_names must be 1 name"),
         ({"volume_shape": (20, 20, 20)}, "multiple of 8"),
+        ({"vae": None}, "vae must be an autoencoder, such as AutoencoderKL3D, got None"),
+        ({"unet": None}, "unet must be a UNet, such as DiffusionUNet3D, got None"),
+        ({"scheduler": None}, "scheduler must be a diffusers scheduler, such as DDIMScheduler, got None"),
+        ({"class_names": {"a": 0.5}}, r"class_names\['a'\] must be a whole number, got 0.5"),
+        ({"class_names": "abc"}, "class_names must be a list of texts, or a dict from text to index, got 'abc'"),
+        ({"data_settings": "x"}, "data_settings must be a dict or None, got 'x'"),
+        ({"data_settings": []}, r"data_settings must be a dict or None, got \[\]"),
+        ({"intensity": None}, "intensity must be a text, got None"),
     ],
 )
 def test_a_pipeline_whose_parts_do_not_fit_is_not_built(tiny_vae, tiny_unet, tiny_scheduler, arguments, message):
     with pytest.raises(ValueError, match=message):
-        MedDiffusion3DPipeline(tiny_vae, tiny_unet, tiny_scheduler, **{"volume_shape": (16, 16, 16)} | arguments)
+        parts = {"vae": tiny_vae, "unet": tiny_unet, "scheduler": tiny_scheduler}
+        MedDiffusion3DPipeline(**parts | {"volume_shape": (16, 16, 16)} | arguments)

@@ -132,6 +132,14 @@ def test_a_reward_that_fails_or_hangs_is_named_and_the_others_score(func, messag
         volumes_in(func, tiny_volumes, timeout=0.05 if "took" in message else 5.0)
 
 
+def test_a_time_limit_longer_than_threads_can_wait_is_no_limit(tiny_volumes):
+    async def quick(volumes, **conditions):
+        return [1.0, 2.0, 3.0]
+
+    for func in (quick, lambda volumes, **conditions: [1.0, 2.0, 3.0]):
+        assert volumes_in(func, tiny_volumes, timeout=1e12)[:, 0].tolist() == [1.0, 2.0, 3.0]
+
+
 def test_what_a_reward_does_to_its_volumes_and_conditions_stays_its_own(tiny_volumes):
     before, conditions = tiny_volumes.clone(), {"age": [1, 2, 3]}
 

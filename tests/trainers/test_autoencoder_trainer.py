@@ -66,6 +66,19 @@ def make(
     return cls(model=model, args=config(output_dir, **changes), train_dataset=scans, eval_dataset=scans)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl_weight": -1.0}, "kl_weight must be at least 0, got -1.0"),
+        ({"kl_weight": float("nan")}, "kl_weight must be a number, got nan"),
+        ({"discriminator_channels": 0}, "discriminator_channels must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **options)
+
+
 # --- losses ---
 
 

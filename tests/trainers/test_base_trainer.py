@@ -9,6 +9,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -220,11 +221,32 @@ def test_every_field_is_a_flag_with_a_help_text():
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"max_minutes": 0.0}, "max_minutes must be positive, got 0.0"),
         ({"max_skipped_steps": -1}, "max_skipped_steps must be at least 0, got -1"),
+        ({"max_minutes": float("nan")}, "max_minutes must be a number, got nan"),
+        ({"picture_steps": 2.5}, "picture_steps must be a whole number, got 2.5"),
+        ({"picture_steps": "2"}, "picture_steps must be a whole number, got '2'"),
+        ({"bf16": "no"}, "bf16 must be True or False, got 'no'"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"per_device_eval_batch_size": 0}, "per_device_eval_batch_size must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps must be a whole number, got 1.5"),
+        ({"learning_rate": -1e-3}, "learning_rate must be at least 0, got -0.001"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a number, got nan"),
+        ({"learning_rate": float("inf")}, "learning_rate must be finite and at least 0, got inf"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1 to count in epochs, got 0"),
+        ({"max_steps": -5}, "max_steps must be at least 1, or -1 to count in epochs, got -5"),
     ],
 )
 def test_settings_that_would_lose_or_leak_work_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         Med3DConfig(output_dir=str(tmp_path), **settings)
+
+
+def test_numpys_numbers_are_taken_as_pythons(tmp_path):
+    settings = {"max_steps": np.int64(2), "picture_steps": np.int32(3), "learning_rate": np.float32(0.5)}
+    args = Med3DConfig(output_dir=str(tmp_path), **settings, bf16=np.bool_(False), max_minutes=np.inf)
+    found = [args.max_steps, args.picture_steps, args.learning_rate, args.bf16, args.max_minutes]
+    assert found == [2, 3, 0.5, False, float("inf")]
+    assert [type(value) for value in found] == [int, int, float, bool, float]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@ import asyncio
 import functools
 import inspect
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -514,6 +515,21 @@ def test_a_scheduler_without_density_is_refused(tiny_pipeline, tmp_path):
         ({"reward_weights": [1.0, 2.0]}, "2 reward_weights"),
         ({"scale_rewards": "yes"}, "scale_rewards must be one of"),
         ({"epsilon": 0.0}, "epsilon must be positive"),
+        ({"epsilon": math.nan}, "epsilon must be a number, got nan"),
+        ({"beta": math.nan}, "beta must be a number, got nan"),
+        ({"beta": "2"}, "beta must be a number, got '2'"),
+        ({"beta": math.inf}, "beta must be finite and at least 0.0, got inf"),
+        ({"advantage_clip": math.nan}, "advantage_clip must be a number, got nan"),
+        ({"reward_weights": [math.nan]}, r"reward_weights\[0\] must be a number, got nan"),
+        ({"reward_weights": [math.inf]}, r"reward_weights must be finite, got \[inf\]"),
+        ({"reward_weights": "1"}, "reward_weights must be a list of numbers, got '1'"),
+        ({"num_generations": "2"}, "num_generations must be a whole number, got '2'"),
+        ({"num_inference_steps": 3.5}, "num_inference_steps must be a whole number, got 3.5"),
+        ({"sde_window_size": 1.5}, "sde_window_size must be a whole number, got 1.5"),
+        ({"sde_window_range": [0, 1.5]}, r"sde_window_range\[1\] must be a whole number, got 1.5"),
+        ({"decode_batch_size": 2.5}, "decode_batch_size must be a whole number, got 2.5"),
+        ({"share_initial_noise": "no"}, "share_initial_noise must be True or False, got 'no'"),
+        ({"steps_per_generation": 0}, "steps_per_generation must be at least 1, got 0"),
         ({"timestep_fraction": 0.0}, "timestep_fraction must lie"),
         ({"sync_ref_model": True, "beta": 0.0}, "sync_ref_model needs beta > 0"),
     ],

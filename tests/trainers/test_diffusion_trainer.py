@@ -531,10 +531,18 @@ def test_training_draws_stratified_logit_normal_times_and_validation_keeps_unifo
 def test_settings_that_mean_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="time_distribution must be uniform or logit_normal, got 'normal'"):
         config(tmp_path, time_distribution="normal")
-    with pytest.raises(ValueError, match="logit_std must be positive, got 0"):
+    with pytest.raises(ValueError, match="logit_std must be positive and finite, got 0"):
         config(tmp_path, logit_std=0)
     with pytest.raises(ValueError, match="sample_every must be at least 1 and patience at least 0, got 0, 1"):
         config(tmp_path, sample_every=0, patience=1)
+    with pytest.raises(ValueError, match="logit_mean must be a number, got nan"):
+        config(tmp_path, logit_mean=float("nan"))
+    with pytest.raises(ValueError, match="logit_mean must be finite, got inf"):
+        config(tmp_path, logit_mean=float("inf"))
+    with pytest.raises(ValueError, match="max_shift must be at least 0, got -1"):
+        config(tmp_path, max_shift=-1)
+    with pytest.raises(ValueError, match="eval_inference_steps must be at least 1, got 0"):
+        config(tmp_path, eval_inference_steps=0)
 
 
 @pytest.mark.slow

@@ -453,6 +453,7 @@ def test_what_is_saved_is_the_average_in_half_precision_and_what_a_reward_reads(
         {"clean_versions": 1},
         {"damaged_versions": -1},
         {"min_severity": 0.0},
+        {"max_shift": -1},
         {"ranking_temperature": 0.0},
         {"ranking_weight": -0.1},
         {"ranking_margin": 1.5},

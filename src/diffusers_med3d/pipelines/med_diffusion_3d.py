@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..hub.publish import PublishMixin
 from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from ..models.sizes import check_divisible, check_volumes, three_numbers
 from ..schedulers.flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
+from ..utils.checks import is_number, whole_number
 from ..utils.wrappers import unwrapped
 from .best_of import choose
 from .lora import UNetLoraMixin
@@ -82,10 +84,10 @@ def guided_prediction(
 
 def check_guidance_and_eta(guidance_scale: float, eta: float) -> None:
     """Refuse a guidance scale or an eta that no network can be sampled with (ValueError)."""
-    if not math.isfinite(guidance_scale) or guidance_scale < 0:
-        raise ValueError(f"guidance_scale must be a number >= 0 (1 is off), got {guidance_scale}.")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}.")
+    if not is_number(guidance_scale) or not 0 <= guidance_scale < math.inf:
+        raise ValueError(f"guidance_scale must be a number >= 0 (1 is off), got {guidance_scale!r}.")
+    if not is_number(eta) or not 0 <= eta <= 1:
+        raise ValueError(f"eta must be a number in [0, 1], got {eta!r}.")
 
 
 def _one_each(value: Any, batch: int) -> list[Any]:
@@ -166,26 +168,42 @@ class MedDiffusion3DPipelineOutput(BaseOutput):
         return viz.show(self.volumes, self.affine, viewer, channel=channel)
 
 
-def _in_order(names: Sequence[str] | dict[str, int] | None) -> list[str] | dict[str, int] | None:
+def _in_order(what: str, names: Sequence[str] | dict[str, int] | None) -> list[str] | dict[str, int] | None:
     """Names as a list, from a list or from the ``{name: index}`` of model_index.json; a dict where indices are left
-    out.
+    out. ``what`` is what they are called in messages.
     """
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple | dict) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{what} must be a list of texts, or a dict from text to index, got {names!r:.200}.")
     if isinstance(names, dict):
+        names = {name: whole_number(f"{what}[{name!r}]", index) for name, index in names.items()}
         ordered = sorted(names, key=names.__getitem__)
         return ordered if [names[name] for name in ordered] == list(range(len(ordered))) else dict(names)
-    return None if names is None else list(names)
+    return list(names)
 
 
 def _plain_labels(labels: ClassLabels) -> Any:
-    """Tensors and arrays of labels as Python's numbers or lists; the rest as it is."""
-    if isinstance(labels, torch.Tensor | np.ndarray | np.generic):
-        return labels.tolist()
-    if isinstance(labels, list | tuple):
-        return [
-            label.item() if isinstance(label, torch.Tensor | np.ndarray) and label.ndim == 0 else label
-            for label in labels
-        ]
-    return labels
+    """One label, or a list of them: tensors and arrays as Python's numbers.
+
+    Raises:
+        ValueError: something else, or what has no order, such as a set.
+    """
+    plain: Any = getattr(labels, "tolist", lambda: labels)()
+    if plain is None or isinstance(plain, int | str):
+        return plain
+    if isinstance(plain, bytes) or not isinstance(plain, Sequence):
+        raise ValueError(f"class_labels must be an index, a name, None or a list of these, got {plain!r:.200}.")
+    return [
+        label.item() if isinstance(label, torch.Tensor | np.ndarray) and label.ndim == 0 else label for label in plain
+    ]
+
+
+def _check_real_tensor(name: str, value: Any) -> None:
+    if not torch.is_tensor(value):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if value.is_complex():
+        raise ValueError(f"{name} must be real numbers, got {value.dtype}.")
 
 
 def _with_affine(
@@ -200,6 +218,8 @@ def _with_affine(
     """
     if isinstance(volumes, list | tuple):
         scans: list[Any] = list(volumes)
+        for i, scan in enumerate(scans):
+            _check_real_tensor(f"volumes[{i}]", scan)
     elif isinstance(volumes, MetaTensor) and volumes.ndim in (4, 5):
         plain = volumes.as_subclass(torch.Tensor)
         plain = plain[None] if plain.ndim == 4 else plain
@@ -261,6 +281,18 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         data_settings: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        parts = (
+            ("vae", vae, "latent_channels", "an autoencoder, such as AutoencoderKL3D"),
+            ("unet", unet, "null_class", "a UNet, such as DiffusionUNet3D"),
+            ("scheduler", scheduler, "set_timesteps", "a diffusers scheduler, such as DDIMScheduler"),
+        )
+        for name, part, attribute, expected in parts:
+            if not hasattr(part, attribute):
+                raise ValueError(f"{name} must be {expected}, got {part!r:.60}.")
+        if not isinstance(intensity, str):
+            raise ValueError(f"intensity must be a text, got {intensity!r:.200}.")
+        if data_settings is not None and not isinstance(data_settings, dict):
+            raise ValueError(f"data_settings must be a dict or None, got {data_settings!r:.200}.")
         if orientation != "RAS":
             raise ValueError(f"orientation must be 'RAS', got {orientation!r}.")
         sides = three_numbers(spacing)
@@ -270,7 +302,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             raise ValueError(
                 f"the autoencoder has {vae.latent_channels} latent channels, the UNet takes {unet.config.in_channels}."
             )
-        class_names, channel_names = _in_order(class_names), _in_order(channel_names)
+        class_names, channel_names = _in_order("class_names", class_names), _in_order("channel_names", channel_names)
         classes = unet.null_class or 0
         if isinstance(class_names, dict):
             indices, embeds = list(class_names.values()), unet.config.num_class_embeds or 0
@@ -371,7 +403,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
                 classes.
         """
         labels = _plain_labels(labels)
-        if labels is None or isinstance(labels, int | str | np.integer):
+        if labels is None or isinstance(labels, int | str):
             labels = [labels] * batch
         if len(labels) != batch:
             raise ValueError(f"class_labels has {len(labels)} entries for {batch} sample(s).")
@@ -453,11 +485,9 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         """The one number of samples that everything given agrees on."""
         counts = {}
         if num_samples is not None:
-            if isinstance(num_samples, bool) or not isinstance(num_samples, int | np.integer) or num_samples < 1:
-                raise ValueError(f"num_samples must be a whole number of at least 1, got {num_samples!r}.")
-            counts["num_samples"] = num_samples
+            counts["num_samples"] = whole_number("num_samples", num_samples, 1)
         class_labels = _plain_labels(class_labels)
-        if class_labels is not None and not isinstance(class_labels, int | str | np.integer):
+        if class_labels is not None and not isinstance(class_labels, int | str):
             counts["class_labels"] = len(class_labels)
         if isinstance(generator, list):
             counts["generator"] = len(generator)
@@ -477,7 +507,8 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         """Refuse what this scheduler and network cannot be sampled with (ValueError)."""
         self.check_scheduler()
         trained = self.scheduler.config.num_train_timesteps
-        if not isinstance(num_inference_steps, int | np.integer) or not 1 <= num_inference_steps <= trained:
+        whole = isinstance(num_inference_steps, int | np.integer) and not isinstance(num_inference_steps, bool)
+        if not whole or not 1 <= num_inference_steps <= trained:
             raise ValueError(
                 f"num_inference_steps must be a whole number from 1 to {trained}, got {num_inference_steps!r}."
             )
@@ -507,6 +538,10 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(f"callbacks can have {self._callback_tensor_inputs}, not {sorted(unknown)}.")
+        if latents is not None:
+            _check_real_tensor("latents", latents)
+            if latents.ndim != 5:
+                raise ValueError(f"latents must have shape (B, c, x, y, z), got {tuple(latents.shape)}.")
         if latents is not None and volumes is not None:
             raise ValueError("give latents (where sampling starts) or volumes (what is partially noised), not both.")
         if (volumes is None) != (strength is None):
@@ -516,13 +551,14 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             if affine is not None:
                 raise ValueError("affine belongs to volumes; generated volumes carry the pipeline's own.")
             return
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must lie in [0, 1], got {strength}.")
+        if not is_number(strength) or not 0 <= strength <= 1:
+            raise ValueError(f"strength must be a number in [0, 1], got {strength!r}.")
         if strength > 0 and round(strength * num_inference_steps) == 0:
             raise ValueError(
                 f"strength={strength} is no more than half of one of {num_inference_steps} steps; "
                 f"use num_inference_steps >= {math.floor(0.5 / strength) + 1}, or strength 0 for a round trip."
             )
+        _check_real_tensor("volumes", volumes)
         check_volumes(volumes, self.vae.config.in_channels)
         if len(volumes) == 0:
             raise ValueError(f"volumes hold no sample: shape {tuple(volumes.shape)}.")
@@ -560,8 +596,10 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         device, flow = self._execution_device, is_flow(self.scheduler)
         scale = 1.0 if flow else self.scheduler.init_noise_sigma
         if latents is not None:
-            if latents.shape != shape or not torch.isfinite(latents).all():
-                raise ValueError(f"latents must be finite, of shape {shape}; got {tuple(latents.shape)}.")
+            if latents.shape != shape:
+                raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
+            if not torch.isfinite(latents).all():
+                raise ValueError(f"latents hold {int((~torch.isfinite(latents)).sum())} NaN or infinite values.")
             return latents.to(device, torch.float32) * scale
         noise = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if volumes is None or strength == 1:  # not even the trace of the volume that some schedules leave at T
@@ -588,8 +626,6 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         return_dict: bool,
         **options: Any,
     ) -> MedDiffusion3DPipelineOutput | Any:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"best_of must be a whole number of at least 1, got {count!r}.")
         if not callable(reward):
             raise ValueError(
                 f"best_of needs a reward to choose by, a function f(volumes, **conditions); got {reward!r:.60}. "
@@ -677,6 +713,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             torch.Size([2, 1, 64, 64, 64])
         """
         # 1. Check the arguments
+        best_of = whole_number("best_of", best_of, 1)
         volumes, affine = _with_affine(volumes, affine)
         affine = affine.cpu() if isinstance(affine, torch.Tensor) else affine
         self._check_inputs(
@@ -726,10 +763,16 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
                 latents, labels = tensors["latents"], tensors["class_labels"]
 
         # 4. Decode
+        decoded = latents if output_type == "latent" else self.decode_latents(latents)
+        damaged = int((~decoded.isfinite()).flatten(1).any(1).sum())
+        if damaged:
+            warnings.warn(
+                f"{damaged} of {batch} samples hold NaN or infinite values, made with guidance_scale={guidance_scale}.",
+                stacklevel=3,
+            )
         if output_type == "latent":
-            output = MedDiffusion3DPipelineOutput(volumes=latents)
+            output = MedDiffusion3DPipelineOutput(volumes=decoded)
         else:
-            decoded = self.decode_latents(latents)
             output = MedDiffusion3DPipelineOutput(
                 volumes=decoded if output_type == "pt" else decoded.cpu().numpy(),
                 affine=self.affine(volume_shape, spacing) if affine is None else np.asarray(affine, dtype=np.float64),

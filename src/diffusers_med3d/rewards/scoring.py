@@ -88,7 +88,7 @@ def _in_thread(function: Callable[[], Any], device: torch.device, timeout: float
 
     thread = threading.Thread(target=run, daemon=True)  # a daemon does not keep the process from ending
     thread.start()
-    thread.join(timeout)
+    thread.join(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
     return answer[0] if answer else TimeoutError()
 
 

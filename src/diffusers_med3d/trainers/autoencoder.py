@@ -19,9 +19,12 @@ from .. import metrics, viz
 from ..data import FOREGROUND_THRESHOLD, VolumeDataset
 from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
+from ..utils.checks import check_least
 from ..utils.wrappers import unwrapped
 from .base import Med3DConfig, Med3DTrainer, describe_volumes
 from .losses import gradient_l1, spectral_l1
+
+LOSS_WEIGHTS = ("gradient_weight", "spectral_weight", "kl_weight", "commitment_weight", "adversarial_weight")
 
 
 @dataclass
@@ -70,6 +73,7 @@ class AutoencoderConfig(Med3DConfig):
             raise ValueError(f"latent_scaling must be 'channel' or 'global', got {self.latent_scaling!r}.")
         if self.crop_size < 0:
             raise ValueError(f"crop_size must be 0 (whole volumes) or positive, got {self.crop_size}.")
+        check_least(vars(self), dict.fromkeys(LOSS_WEIGHTS, 0) | {"discriminator_channels": 1})
 
 
 class CropDataset(TorchDataset):

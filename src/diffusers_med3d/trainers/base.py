@@ -46,6 +46,7 @@ from .. import viz
 from ..data import VolumeDataset
 from ..hub import cards
 from ..hub.publish import model_files, publish
+from ..utils.checks import check_least, checked_fields
 from ..utils.files import read_json, write_json
 from ..utils.stopping import SignalWatch, TrainingStopped, is_lost_process, lost_process_named
 from ..utils.wrappers import unwrapped
@@ -184,6 +185,14 @@ class Med3DConfig(_BaseConfig):
     )
 
     def __post_init__(self) -> None:
+        batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        inherited = dict.fromkeys((*batches, "max_steps"), int) | {"learning_rate": float}
+        for name, value in checked_fields(self, inherited).items():
+            setattr(self, name, value)
+        least = dict.fromkeys(batches, 1) | dict.fromkeys(("learning_rate", "picture_steps", "max_skipped_steps"), 0)
+        check_least(vars(self), least)
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"max_steps must be at least 1, or -1 to count in epochs, got {self.max_steps}.")
         if not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU"):
             self.use_cpu = True  # also after `accelerate launch --cpu`, of which transformers knows nothing
         if "activation_checkpointing" in _CHECKPOINTING and vars(self)["activation_checkpointing"] is None:
@@ -194,12 +203,8 @@ class Med3DConfig(_BaseConfig):
             raise ValueError("remove_unused_columns must be False: batches are our own, no columns of a dataset.")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
-        if self.picture_steps < 0:
-            raise ValueError(f"picture_steps must be at least 0, got {self.picture_steps}.")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, got {self.max_minutes}.")
-        if self.max_skipped_steps < 0:
-            raise ValueError(f"max_skipped_steps must be at least 0, got {self.max_skipped_steps}.")
         if self.hub_strategy != "end":
             raise ValueError(f"hub_strategy must be 'end' (checkpoints hold local state), got {self.hub_strategy!r}.")
         if self.save_total_limit is not None and self.save_total_limit < 2:

@@ -1,7 +1,9 @@
 """Arguments of `DDPOTrainer`, in TRL's words where TRL has them."""
 
+import math
 from dataclasses import dataclass, field
 
+from ..utils.checks import check_least
 from .base import Med3DConfig
 
 EPSILON = {"ddpo": 3e-5, "awm": 1e-2}  # clip range by loss_type
@@ -197,11 +199,13 @@ class DDPOConfig(Med3DConfig):
             "max_failed_rollouts": 1,
             "sde_window_size": 0,
             "forward_times": 1,
+            "steps_per_generation": 1,
             "beta": 0.0,
+            "guidance_scale": 0.0,
         }
-        for name, minimum in least.items():
-            if vars(self)[name] < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {vars(self)[name]}.")
+        check_least(vars(self), least)
+        if not all(map(math.isfinite, self.reward_weights or [])):
+            raise ValueError(f"reward_weights must be finite, got {self.reward_weights}.")
         for name in ("epsilon", "advantage_clip", "reward_timeout"):
             if vars(self)[name] <= 0:
                 raise ValueError(f"{name} must be positive, got {vars(self)[name]}.")

@@ -25,6 +25,7 @@ from ..pipelines.conditions import call_arguments, encode_rows, scan_rows
 from ..pipelines.med_diffusion_3d import MedDiffusion3DPipeline
 from ..schedulers.flow import flow_scheduler, is_flow, logit_normal_times
 from ..schedulers.noising import noised, training_timesteps
+from ..utils.checks import check_least
 from ..utils.files import write_json
 from ..utils.wrappers import unwrapped
 from .autoencoder import latent_statistics
@@ -108,14 +109,17 @@ class LatentDiffusionConfig(Med3DConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_least(vars(self), {"copies": 1, "max_shift": 0, "eval_samples": 0, "eval_inference_steps": 1})
         if not 0.0 <= self.class_dropout < 1.0:
             raise ValueError(f"class_dropout must be in [0, 1), got {self.class_dropout}.")
         if not self.autoguidance_scale > 1.0:
             raise ValueError(f"autoguidance_scale must be above 1, got {self.autoguidance_scale}.")
         if self.time_distribution not in ("uniform", "logit_normal"):
             raise ValueError(f"time_distribution must be uniform or logit_normal, got {self.time_distribution!r}.")
-        if not self.logit_std > 0:
-            raise ValueError(f"logit_std must be positive, got {self.logit_std}.")
+        if not math.isfinite(self.logit_mean):
+            raise ValueError(f"logit_mean must be finite, got {self.logit_mean}.")
+        if not 0 < self.logit_std < math.inf:
+            raise ValueError(f"logit_std must be positive and finite, got {self.logit_std}.")
         if self.sample_every < 1 or self.patience < 0:
             raise ValueError(
                 f"sample_every must be at least 1 and patience at least 0, got {self.sample_every}, {self.patience}."

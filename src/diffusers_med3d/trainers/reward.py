@@ -38,6 +38,7 @@ from ..rewards.damage import (
 from ..rewards.spectrum import REAL, ROUND_TRIP, clean_label, damaged_label, dominance, spectrum_loss
 from ..rewards.spectrum_dataset import SpectrumDataset
 from ..rewards.spectrum_scores import level_name, score_spectrum, summarise, usable_scans
+from ..utils.checks import check_least
 from ..utils.seeding import seeded
 from ..utils.wrappers import unwrapped
 from .base import Med3DConfig, Med3DTrainer
@@ -89,6 +90,7 @@ class RewardModelConfig(Med3DConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_least(vars(self), {"max_shift": 0})
         if self.per_device_train_batch_size < 2:
             raise ValueError(
                 f"per_device_train_batch_size must be at least 2 scans, got {self.per_device_train_batch_size}."
