@@ -95,7 +95,7 @@ def test_sampling_goes_on_where_it_stopped_and_does_not_depend_on_the_batch(data
     assert torch.allclose(sample("d", 1, eta=1.0).volumes, noisy.volumes, atol=1e-4)
     with pytest.raises(ValueError, match=r"seeds must differ.*\[0, 0\]"):
         sample("b", 3, seeds=(0, 0))
-    with pytest.raises(ValueError, match="eta must lie"):
+    with pytest.raises(ValueError, match="eta must be a number in"):
         sample("e", 3, eta=3.0)
     assert not (tmp_path / "e").exists()
     data.class_names, data.class_edges = ["young", "old"], [50.0]  # class 1 was middle
@@ -257,7 +257,7 @@ def test_what_could_not_be_measured_is_refused_before_anything_is_sampled(
     ("flags", "message"),
     [
         (("--seeds", "0", "0"), "seeds must differ, or the same samples would count twice; got [0, 0]"),
-        (("--eta", "3"), "eta must lie in [0, 1], got 3.0"),
+        (("--eta", "3"), "eta must be a number in [0, 1], got 3.0"),
         (("--batch_size", "0"), "batch_size must be at least 1, got 0"),
         (("--guidance_scale", "nan"), "guidance_scale must be a number >= 0 (1 is off), got nan"),
         (("--num_inference_steps", "100000"), "num_inference_steps must be a whole number from 1 to 1000, got 100000"),

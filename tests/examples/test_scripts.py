@@ -297,7 +297,7 @@ def test_the_null_class_and_a_class_whose_name_is_a_number_can_be_asked_for(tiny
     ("flags", "message"),
     [
         (["--guidance_scale", "nan"], "guidance_scale must be a number >= 0 (1 is off), got nan"),
-        (["--eta", "3"], "eta must lie in [0, 1], got 3.0"),
+        (["--eta", "3"], "eta must be a number in [0, 1], got 3.0"),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["--num_inference_steps", "100000"], "num_inference_steps must be a whole number from 1 to 1000, got 100000"),
         (["--output_dir", ""], "output_dir must name a folder, got ''"),
