@@ -33,7 +33,7 @@ done_before() {
   echo "== $((SECONDS - began)) s"
 }
 scans=(--data_dir "$DATA" --split_file "$DATA/split.json")
-quiet=(--report_to none)
+training=(--report_to none --resume_from_checkpoint latest) # a second call goes on where the first was stopped
 
 input=()
 if [ "$LAYOUT" != phantom ]; then input=(--input "$INPUT"); fi
@@ -41,26 +41,26 @@ if [ "$LAYOUT" != phantom ]; then input=(--input "$INPUT"); fi
 done_before "$DATA/dataset.json" python examples/prepare_dataset.py \
   --layout "$LAYOUT" "${input[@]}" --output "$DATA" $PREPARE_FLAGS
 
-done_before "$OUTPUT/autoencoder/config.json" accelerate launch examples/train_autoencoder.py "${scans[@]}" "${quiet[@]}" \
+done_before "$OUTPUT/autoencoder/config.json" accelerate launch examples/train_autoencoder.py "${scans[@]}" "${training[@]}" \
   --output_dir "$OUTPUT/autoencoder" --channels 8 16 32 --latent_channels 8 --crop_size 16 \
   --max_steps "$(steps 400)" --adversarial_weight 0 --eval_steps 200 --save_steps 200
 
 for part in train a b; do
   name=generator
   if [ "$part" != train ]; then name="generator-$part"; fi
-  done_before "$OUTPUT/$name/model_index.json" accelerate launch examples/train_diffusion.py "${scans[@]}" "${quiet[@]}" \
+  done_before "$OUTPUT/$name/model_index.json" accelerate launch examples/train_diffusion.py "${scans[@]}" "${training[@]}" \
     --autoencoder "$OUTPUT/autoencoder" --output_dir "$OUTPUT/$name" --part "$part" \
     --channels 16 32 64 --num_modes 0 --max_steps "$(steps 400)" --eval_steps 400 --save_steps 200
 done
 
 for architecture in 3d 2d; do
   done_before "$OUTPUT/reward-$architecture/config.json" accelerate launch examples/train_reward.py "${scans[@]}" \
-    "${quiet[@]}" --architecture "$architecture" --model_name_or_path "$OUTPUT/generator" \
+    "${training[@]}" --architecture "$architecture" --model_name_or_path "$OUTPUT/generator" \
     --fold_a_model "$OUTPUT/generator-a" --fold_b_model "$OUTPUT/generator-b" --spectrum_dir "$OUTPUT/spectrum" \
     --output_dir "$OUTPUT/reward-$architecture" --spectrum_steps 10 --max_steps "$(steps 150)" --save_steps 75
 done
 
-done_before "$OUTPUT/fine-tuned/model_index.json" accelerate launch examples/ppo_finetune.py "${quiet[@]}" \
+done_before "$OUTPUT/fine-tuned/model_index.json" accelerate launch examples/ppo_finetune.py "${training[@]}" \
   --model_name_or_path "$OUTPUT/generator" --reward_funcs "$OUTPUT/reward-3d" "$OUTPUT/reward-2d" \
   --output_dir "$OUTPUT/fine-tuned" --max_steps "$(steps 16)" --save_steps 8
 
