@@ -524,11 +524,11 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over_and_refused(tmp_path):
     assert last_checkpoint(tmp_path).endswith("checkpoint-4")
     (tmp_path / "checkpoint-4" / COMPLETE_MARKER).unlink()
     assert last_checkpoint(tmp_path).endswith("checkpoint-2")
+    with pytest.raises(ValueError, match="checkpoint-4 is no whole checkpoint"):
+        make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     resumed = make(tmp_path, save_strategy="no")
     resumed.train(resume_from_checkpoint="latest")
     assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4]
-    with pytest.raises(ValueError, match="checkpoint-4 is no whole checkpoint"):
-        make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     fresh = make(tmp_path / "new", save_strategy="no")
     with pytest.raises(ValueError, match="new holds no whole checkpoint to resume from"):
         fresh.train(resume_from_checkpoint=True)

@@ -23,7 +23,7 @@ from diffusers_med3d import (
 )
 from diffusers_med3d.pipelines.lora import LORA_FILE
 from diffusers_med3d.rl import clipped_loss, group_advantages, log_prob, rollout, transition
-from diffusers_med3d.trainers import ddpo
+from diffusers_med3d.trainers import ddpo_rollout
 from diffusers_med3d.trainers.base import last_checkpoint
 from diffusers_med3d.trainers.ddpo import DDPOTrainer
 from diffusers_med3d.trainers.ddpo_config import DDPOConfig
@@ -826,7 +826,7 @@ def test_trajectories_are_offloaded_and_only_one_rollout_is_kept(tiny_pipeline, 
         told.append(inspect.signature(rollout).bind(*args, **kwargs).arguments.get("storage_device"))
         return rollout(*args, **kwargs)
 
-    monkeypatch.setattr(ddpo, "rollout", record)
+    monkeypatch.setattr(ddpo_rollout, "rollout", record)
     trainer = make_trainer(tiny_pipeline, tmp_path, max_steps=4, offload_trajectories=True, sde_window_size=1)
     trainer.train()
     assert len(trainer._chunks) == 2 and set(told) == {"cpu"}
