@@ -674,8 +674,13 @@ class Med3DTrainer(_BaseTrainer):
             resume_from_checkpoint: as ``train`` takes it.
 
         Raises:
-            ValueError: True, and there is no whole checkpoint; a folder that is none, or one of another network.
+            ValueError: True, and there is no whole checkpoint; a folder that is none, or one of another network, of
+                another generator at the start or of other rewards; a fresh start where an earlier run has left
+                checkpoints, which a later resumption would take for its own.
         """
+        if resume_from_checkpoint in (None, False):
+            self._refuse_used_folder()
+            return None
         if resume_from_checkpoint in ("latest", True):
             found = last_checkpoint(self.args.output_dir)
             if found is None and resume_from_checkpoint is True:
@@ -752,12 +757,9 @@ class Med3DTrainer(_BaseTrainer):
             kwargs: as in transformers.
 
         Raises:
-            ValueError: see ``checkpoint_to_resume``; a fresh start where an earlier run has left checkpoints, which a
-                later resumption would take for its own.
+            ValueError: see ``checkpoint_to_resume``.
         """
         use_all_cores()
-        if resume_from_checkpoint in (None, False):
-            self._refuse_used_folder()
         resume_from_checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / "trainer_state.json"))
