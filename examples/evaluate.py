@@ -49,7 +49,8 @@ from diffusers_med3d.rewards.loading import DEFAULT_REWARDS_FOR, default_rewards
 from diffusers_med3d.rewards.scoring import score
 from diffusers_med3d.rl import reward_names
 from diffusers_med3d.trainers.base import use_all_cores
-from diffusers_med3d.utils.arguments import ScriptParser, check_at_least_one, refused_in_one_line
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+from diffusers_med3d.utils.checks import check_least
 from diffusers_med3d.utils.files import check_output_folder
 from diffusers_med3d.utils.importing import load_function
 
@@ -145,7 +146,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "num_inference_steps", "batch_size", "num_resamples")
+        check_least(vars(self), dict.fromkeys(("num_inference_steps", "batch_size", "num_resamples"), 1))
         check_guidance_and_eta(self.guidance_scale, self.eta)
         sampling.check_seeds(self.seeds)
 

@@ -33,7 +33,8 @@ from diffusers_med3d.rewards.learned import LearnedReward
 from diffusers_med3d.rewards.loading import load_rewards
 from diffusers_med3d.rewards.scoring import score
 from diffusers_med3d.rl import reward_names
-from diffusers_med3d.utils.arguments import ScriptParser, check_at_least_one, refused_in_one_line
+from diffusers_med3d.utils.arguments import ScriptParser, refused_in_one_line
+from diffusers_med3d.utils.checks import check_least
 from diffusers_med3d.utils.files import check_output_folder
 
 PICTURED = 8  # volumes of a row of the picture
@@ -88,7 +89,7 @@ class GenerateArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace volumes of an earlier run."})
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "num_samples", "num_inference_steps", "batch_size", "best_of")
+        check_least(vars(self), dict.fromkeys(("num_samples", "num_inference_steps", "batch_size", "best_of"), 1))
         check_guidance_and_eta(self.guidance_scale, self.eta)
         if (self.best_of > 1) != bool(self.reward_funcs):
             raise ValueError(

@@ -1,5 +1,4 @@
-"""How well do rewards tell real import math
-from unreal volumes, on subjects that nothing was trained on?
+"""How well do rewards tell real from unreal volumes, on subjects that nothing was trained on?
 
     python examples/reward_report.py --data_dir DATA --split_file split.json --model_name_or_path brain-t1 \\
         --reward_funcs brain-t1-reward-3d brain-t1-reward-2d --output_dir outputs/reward-report

@@ -81,9 +81,8 @@ def main() -> None:
     settings = Settings(args.device.type, size=size)
     trainer = DDPOTrainer(
         model=make_pipeline(settings),
-        reward_funcs=[
-            VolumeReward(make_reward(settings), batch_size=BATCH)
-        ],  # the same batches in one process and in two
+        # the reward's batches are the same in one process and in two
+        reward_funcs=[VolumeReward(make_reward(settings), batch_size=BATCH)],
         args=args,
         train_dataset=datasets.Dataset.from_dict({"number": [0, 1]}),
         callbacks=[recorder],

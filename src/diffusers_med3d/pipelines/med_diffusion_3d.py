@@ -26,7 +26,7 @@ from ..hub.publish import PublishMixin
 from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from ..models.sizes import check_divisible, check_volumes, three_numbers
 from ..schedulers.flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
-from ..utils.checks import is_number, whole_number
+from ..utils.checks import is_number, is_whole, whole_number
 from ..utils.wrappers import unwrapped
 from .best_of import choose
 from .lora import UNetLoraMixin
@@ -507,8 +507,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         """Refuse what this scheduler and network cannot be sampled with (ValueError)."""
         self.check_scheduler()
         trained = self.scheduler.config.num_train_timesteps
-        whole = isinstance(num_inference_steps, int | np.integer) and not isinstance(num_inference_steps, bool)
-        if not whole or not 1 <= num_inference_steps <= trained:
+        if not is_whole(num_inference_steps) or not 1 <= num_inference_steps <= trained:
             raise ValueError(
                 f"num_inference_steps must be a whole number from 1 to {trained}, got {num_inference_steps!r}."
             )

@@ -145,13 +145,6 @@ def _split_config(word: str) -> list[str]:
     return ["--config", word.removeprefix("--config=")] if word.startswith("--config=") else [word]
 
 
-def check_at_least_one(arguments: Any, *names: str) -> None:
-    """Refuse a dataclass of arguments in which one of these fields is under 1 (ValueError)."""
-    for name in names:
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}.")
-
-
 @contextmanager
 def refused_in_one_line() -> Iterator[None]:
     """Inside, an error about what was asked for ends the script with its message in one line and exit code 1.

@@ -9,10 +9,14 @@ from typing import Any, get_args
 import numpy as np
 
 
+def is_whole(value: Any) -> bool:
+    """Whether this is a whole number, Python's or numpy's."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
     """A whole number, Python's or numpy's, as an int; anything else, or less than ``least``, is a ValueError."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or (least is not None and value < least):
+    if not is_whole(value) or (least is not None and value < least):
         bound = "" if least is None else f" of at least {least}"
         raise ValueError(f"{name} must be a whole number{bound}, got {value!r:.200}.")
     return int(value)
