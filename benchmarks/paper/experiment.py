@@ -25,6 +25,9 @@ PHASES = ("rollout", "decode", "reward", "metrics", "update")
 NARROWING = 0.02
 """How much further from that of real scans the MS-SSIM between samples may lie after fine-tuning than before."""
 
+REDUCTION = 0.15
+"""Share of the base's excess distance over the floor by which fine-tuning shall lower it."""
+
 RESAMPLING_SLACK = 0.005
 """How far above zero an interval may end by the draw of the resamples alone: where no sample is flagged as a copy, it
 ends at zero but for that."""
@@ -219,8 +222,9 @@ def claims(
         gain = bootstrap_interval(after - draws[base])
         reduction = bootstrap_interval(1 - (after - draws[FLOOR]) / (draws[base] - draws[FLOOR]))
         found.append(Claim(f"{name}: paired difference to {base} below zero", gain, below_zero(gain)))
-        enough = reduction.value >= 0.3 and below_zero(gain) == "yes"
-        found.append(Claim(f"{name}: excess at least 30 % below that of {base}", reduction, "yes" if enough else "no"))
+        enough = reduction.value >= REDUCTION and below_zero(gain) == "yes"
+        wanted = f"{name}: excess at least {100 * REDUCTION:g} % below that of {base}"
+        found.append(Claim(wanted, reduction, "yes" if enough else "no"))
         worst = max((bootstrap_interval(draws[run] - draws[base]) for run in runs), key=lambda one: one.high)
         found.append(
             Claim(f"{name}: below {base} with every seed (the worst of {len(runs)})", worst, below_zero(worst))

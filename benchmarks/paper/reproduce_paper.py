@@ -10,10 +10,10 @@ to a classifier than those of the model before, and than what the same compute b
     step        what it does                                                             its result
     breakdown   is autoencoder, generator or reward to be worked on?                     breakdown.json
     sweep       learning rate, beta, window, group size on validation; freezes the best  frozen.json
-    arms        both rewards with several seeds, each reward alone                       arms/
+    arms        both rewards with several seeds, each reward alone, two other rewards    arms/
     continued   control: pre-training goes on at equal compute                           continued.json
     sampler     control: the base's best guidance and steps on validation                sampler.json
-    evaluate    what is there, and best of 2, against unseen scans: what can be claimed? evaluate-<part>.json
+    evaluate    what is there, and best of 3, against unseen scans: what can be claimed? evaluate-<part>.json
     downstream  a classifier with and without generated scans                            downstream-<part>.json
     report      all tables, and a draft of the model card                                report.md, brain-t1-ppo.md
 
@@ -26,11 +26,16 @@ report tells what was not run:
     $S --steps arms --arms both --seeds 1 2
     $S --steps continued sampler evaluate downstream report
 
+Rewards that follow the generator (witness rewards) are compared with trained ones, which stay as they are:
+
+    $R --reward_funcs outputs/witness-3d outputs/witness-2d --arms both 3d 2d other \\
+        --other_reward_funcs brain-t1-reward-3d brain-t1-reward-2d
+
 A result is written last and a training goes on from its last checkpoint, so what was killed is started again with the
 same command. A result is made again when what it was made from has changed (a further seed, more samples); a training
 with another setting under the same name is refused. Trainings are the scripts of this folder, each in a process of its
-own. The test subjects are read only with --open_test, and for one configuration only. docs/experiment.md says why each
-choice was made.
+own. The test subjects are read only with --open_test, and for one configuration only. docs/experiments/protocol.md says
+why each choice was made.
 """
 
 import json
@@ -47,7 +52,7 @@ from typing import Any, NamedTuple
 import torch
 
 import experiment
-from diffusers_med3d import MedDiffusion3DPipeline, SliceReward, VolumeReward, metrics
+from diffusers_med3d import MedDiffusion3DPipeline, metrics
 from diffusers_med3d.data import DataArguments, VolumeDataset, load_split, settings_of
 from diffusers_med3d.data.training_subjects import read_training_subjects, refuse_seen_subjects
 from diffusers_med3d.evaluation import VolumeSet, write_report
@@ -56,8 +61,11 @@ from diffusers_med3d.evaluation import sampling as evaluation
 from diffusers_med3d.evaluation.breakdown import breakdown as break_down
 from diffusers_med3d.evaluation.breakdown import scan_versions, write_breakdown
 from diffusers_med3d.hub.resolve import resolve
+from diffusers_med3d.rewards.learned import LearnedReward
 from diffusers_med3d.rewards.loading import DEFAULT_REWARDS, load_reward
+from diffusers_med3d.rl.reward_calls import reward_names
 from diffusers_med3d.trainers.base import use_all_cores
+from diffusers_med3d.trainers.ddpo_config import EPSILON
 from diffusers_med3d.utils.arguments import ScriptParser
 from diffusers_med3d.utils.files import once, write_json, write_whole
 from diffusers_med3d.utils.hashing import json_hash, pipeline_hash, tensor_hash
@@ -65,9 +73,10 @@ from experiment import Setting
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BASE, CEILING = "pre-trained", "round-trip"
-CONTINUED, BEST_OF_2, BEST_SAMPLER = "continued pre-training", "best of 2 by reward", "best guidance and steps"
+CONTINUED, BEST_SAMPLER = "continued pre-training", "best guidance and steps"
 BOTH = "both rewards, seed "
-ALONE = {"3D reward alone": "3d", "2D reward alone": "2d"}
+ARMS = ("both", "3d", "2d", "other")
+SINGLE = {"3D reward alone": "3d", "2D reward alone": "2d", "other rewards": "other"}
 SWEEP_SEED = 1000  # of none of the arms
 
 
@@ -80,7 +89,10 @@ class ExperimentArguments:
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: list(DEFAULT_REWARDS),
-        metadata={"help": "The 3D and the 2D reward: bundled names, folders or Hub ids."},
+        metadata={"help": "The 3D and the 2D reward: bundled names, folders or Hub ids of reward models."},
+    )
+    other_reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Control: two other rewards in their place, for --arms other."}
     )
     output_dir: str = field(default="outputs/experiment", metadata={"help": "Where everything is written."})
     steps: list[str] = field(
@@ -89,7 +101,7 @@ class ExperimentArguments:
     )
     arms: list[str] = field(
         default_factory=lambda: ["both", "3d", "2d"],
-        metadata={"help": "Which arms the step of that name trains; those finished earlier stay."},
+        metadata={"help": "Arms that the step of that name trains (both, 3d, 2d, other); finished ones stay."},
     )
     open_test: bool = field(
         default=False, metadata={"help": "Judge on the test subjects instead of the validation subjects. Once."}
@@ -108,12 +120,15 @@ class ExperimentArguments:
     )
 
     def __post_init__(self) -> None:
-        for what, given, known in (("steps", self.steps, STEPS), ("arms", self.arms, ("both", "3d", "2d"))):
+        for what, given, known in (("steps", self.steps, STEPS), ("arms", self.arms, ARMS)):
             unknown = [name for name in given if name not in known]
             if unknown:
                 raise ValueError(f"unknown {what} {unknown}, expected some of {list(known)}.")
-        if len(self.reward_funcs) != 2:
-            raise ValueError(f"--reward_funcs takes a 3D and a 2D reward, got {self.reward_funcs}.")
+        if len(self.reward_funcs) != 2 or len(self.other_reward_funcs) not in (0, 2):
+            found = f"{self.reward_funcs} and {self.other_reward_funcs}"
+            raise ValueError(f"--reward_funcs and --other_reward_funcs take a 3D and a 2D reward, got {found}.")
+        if "other" in self.arms and not self.other_reward_funcs:
+            raise ValueError("--arms other needs the two rewards of --other_reward_funcs.")
 
 
 @dataclass
@@ -130,7 +145,12 @@ class Budget:
         default_factory=lambda: [1e-4, 2e-4, 5e-5], metadata={"help": "Tried in the sweep; the first is the start."}
     )
     betas: list[float] = field(default_factory=lambda: [0.01, 0.04], metadata={"help": "Likewise: weight of the KL."})
-    windows: list[int] = field(default_factory=lambda: [2, 3], metadata={"help": "Likewise: stochastic steps."})
+    loss_type: str = field(
+        default="ddpo", metadata={"help": "Objective of every fine-tuning.", "choices": list(EPSILON)}
+    )
+    windows: list[int] = field(
+        default_factory=lambda: [2, 3], metadata={"help": "Likewise: stochastic steps (with awm: random times)."}
+    )
     group_sizes: list[int] = field(default_factory=lambda: [8, 16], metadata={"help": "Likewise: samples of a group."})
     batch_size: int = field(default=8, metadata={"help": "Samples per step, in fine-tuning and pre-training."})
     continued_learning_rates: list[float] = field(
@@ -142,6 +162,7 @@ class Budget:
     sampling_steps: list[int] = field(
         default_factory=lambda: [50, 25, 100], metadata={"help": "Tried with the base; all else has the first."}
     )
+    best_of: int = field(default=3, metadata={"help": "Control: samples of the base of which the rewards keep one."})
     num_samples: int = field(default=96, metadata={"help": "Volumes of each model that are judged."})
     num_synthetic: int = field(default=64, metadata={"help": "Volumes per class for the classifier."})
     classifier_seeds: int = field(default=10, metadata={"help": "Classifiers per arm."})
@@ -208,7 +229,7 @@ class Experiment:
         data.adopt(settings_of(self.base), f"the generator {args.model_name_or_path}")
         setting = {name: value for name, value in asdict(data).items() if name not in ("data_dir", "split_file")}
         setting |= {"split": json_hash(split), "base": pipeline_hash(self.base)}
-        setting |= {reward.__name__: tensor_hash(reward.model.state_dict().items()) for reward in self.rewards}
+        setting |= {name: tensor_hash(reward.model.state_dict().items()) for name, reward in self.rewards.items()}
         self.setting = once(self.root / "setting.json", lambda: setting)
         refuse_other(self.setting, setting, f"{self.root} holds an experiment")
 
@@ -221,11 +242,12 @@ class Experiment:
         return [metrics.extractor(name, self.device) for name in self.args.extractors]
 
     @cached_property
-    def rewards(self) -> list[VolumeReward | SliceReward]:
+    def rewards(self) -> dict[str, LearnedReward]:
+        """The 3D and the 2D reward by the names that fine-tuning logs them under."""
         found = [load_reward(one) for one in self.args.reward_funcs]
-        if [type(one) for one in found] != [VolumeReward, SliceReward]:
+        if not all(isinstance(one, LearnedReward) for one in found):
             raise ValueError(f"--reward_funcs takes a 3D and a 2D reward model, got {self.args.reward_funcs}.")
-        return [one.to(self.device) for one in found]
+        return dict(zip(reward_names(found), [one.to(self.device) for one in found], strict=True))
 
     @property
     def grid(self) -> dict[str, list[float | int]]:
@@ -248,7 +270,8 @@ class Experiment:
                 "--betas, --windows and --group_sizes."
             )
         found = once(path, lambda: self.freeze(*experiment.coordinate_sweep(self.grid, lambda setting: 0.0)))
-        asked = {"rl_steps": budget.rl_steps, "batch_size": budget.batch_size, "rl_flags": self.args.rl_flags}
+        asked = {name: vars(budget)[name] for name in ("rl_steps", "batch_size", "loss_type")}
+        asked |= {"rl_flags": self.args.rl_flags}
         asked |= {name: values[0] for name, values in self.grid.items() if len(values) == 1}
         refuse_other(found | found["setting"], asked, f"{path} was made")
         return found
@@ -261,6 +284,7 @@ class Experiment:
             "setting": best,
             "rl_steps": budget.rl_steps,
             "batch_size": budget.batch_size,
+            "loss_type": budget.loss_type,
             "rl_flags": self.args.rl_flags,
             "first_seed": budget.seeds[0],
             "tried": swept if len(swept) > 1 else [],
@@ -308,13 +332,18 @@ class Experiment:
         seeds = sorted(int(path.name[5:]) for path in folders if path.name.startswith("both-"))
         seeds.sort(key=lambda seed: seed != self.frozen["first_seed"])
         arms = {f"{BOTH}{seed}": f"both-{seed}" for seed in seeds}
-        arms |= {name: reward for name, reward in ALONE.items() if self.root / "arms" / reward in folders}
+        arms |= {name: arm for name, arm in SINGLE.items() if self.root / "arms" / arm in folders}
         return {name: self.folder(f"arms/{one}") for name, one in arms.items()}
 
     @property
     def carried_on(self) -> str:
         """Folder of the main arm's first seed."""
         return self.folder(f"arms/both-{self.frozen['first_seed']}")
+
+    @property
+    def chosen(self) -> str:
+        """Name of the control without training: of several samples the rewards keep one."""
+        return f"best of {self.budget.best_of} by reward"
 
     def usual(self, model: str, draws: int = 1) -> Candidate:
         """A model sampled as everything is that does not say otherwise."""
@@ -347,19 +376,20 @@ class Experiment:
             shutil.rmtree(checkpoint)
         return str(folder)
 
-    def fine_tune(self, name: str, setting: Setting, steps: int, seed: int, rewards: str = "both") -> str:
-        """RL from the base with one or both rewards; a rollout has one group of every class."""
+    def fine_tune(self, name: str, setting: Setting, steps: int, seed: int, arm: str = "both") -> str:
+        """RL from the base with the rewards of an arm; a rollout has one group of every class."""
         samples = len(self.data.class_names) * setting["group_size"]
         if samples % self.budget.batch_size:
             raise ValueError(f"batch_size {self.budget.batch_size} must divide the {samples} samples of a rollout.")
         three, two = self.args.reward_funcs
-        chosen_rewards = {"both": [three, two], "3d": [three], "2d": [two]}[rewards]
+        rewards = {"both": [three, two], "3d": [three], "2d": [two], "other": self.args.other_reward_funcs}[arm]
         words = ["--model_name_or_path", self.args.model_name_or_path, "--eval_volumes", "2"]
-        words += ["--reward_funcs", *chosen_rewards]
+        words += ["--reward_funcs", *rewards]
         chosen = {
             "learning_rate": setting["learning_rate"],
             "beta": setting["beta"],
-            "sde_window_size": setting["window"],
+            "loss_type": self.budget.loss_type,
+            "sde_window_size" if self.budget.loss_type == "ddpo" else "forward_times": setting["window"],
             "num_generations": setting["group_size"],
             "per_device_train_batch_size": self.budget.batch_size,
             "steps_per_generation": samples // self.budget.batch_size,
@@ -388,7 +418,8 @@ class Experiment:
         ]
         if candidate.draws == 1:
             return drawn[0]
-        scores = [torch.stack([reward(one.volumes) for reward in self.rewards], dim=1) for one in drawn]  # each (N, 2)
+        rewards = self.rewards.values()
+        scores = [torch.stack([reward(one.volumes) for reward in rewards], dim=1) for one in drawn]  # each (N, 2)
         kept = experiment.best_of(torch.stack(scores, dim=1)).tolist()
         volumes = torch.stack([drawn[k].volumes[row] for row, k in enumerate(kept)])
         return VolumeSet(volumes, drawn[0].labels, drawn[0].subjects)
@@ -427,7 +458,7 @@ class Experiment:
         found |= {name: self.usual(folder) for name, folder in self.finished().items()}
         if continued:
             found[CONTINUED] = self.usual(self.folder(continued["best"]))
-        found[BEST_OF_2] = self.usual(self.args.model_name_or_path, draws=2)
+        found[self.chosen] = self.usual(self.args.model_name_or_path, draws=self.budget.best_of)
         if sampler:
             best = sampler["best"]
             found[BEST_SAMPLER] = Candidate(
@@ -462,7 +493,7 @@ def breakdown(e: Experiment) -> str:
             e.base, scans, folder / "versions" / base.name, e.data, num_inference_steps=base.num_inference_steps,
             guidance_scale=base.guidance_scale, batch_size=e.budget.batch_size,
         )  # fmt: skip
-        scores = {reward.__name__: reward(samples.volumes).tolist() for reward in e.rewards}
+        scores = {name: reward(samples.volumes).tolist() for name, reward in e.rewards.items()}
         spaces = dict(zip(e.args.extractors, e.extractors, strict=True))
         found = break_down(versions, samples, scores, scans, e.scans("train"), spaces)
         settings = {"model": BASE, "num_inference_steps": base.num_inference_steps, "part": "validation"}
@@ -487,7 +518,7 @@ def sweep(e: Experiment) -> str:
 
 
 def arms(e: Experiment) -> str:
-    """Both rewards with every seed, each reward alone with the seed that is carried on."""
+    """Both rewards with every seed; each reward alone, and other rewards, with the seed that is carried on."""
     frozen = e.frozen
     for arm in e.args.arms:
         for seed in e.budget.seeds if arm == "both" else [frozen["first_seed"]]:
@@ -556,8 +587,8 @@ def evaluate(e: Experiment) -> str:
         settings = {"part": e.part, **e.frozen["setting"], "rl_steps": e.frozen["rl_steps"]}
         write_report(report, e.root / f"evaluate-{e.part}", {"scans": scans, **sets}, spacing, settings)
         both = [name for name in sets if name.startswith(BOTH)]
-        controls = [CONTINUED, BEST_OF_2, BEST_SAMPLER]
-        claims = experiment.claims(report, BASE, both, list(ALONE), controls, CEILING) if both else []
+        controls = [CONTINUED, e.chosen, BEST_SAMPLER]
+        claims = experiment.claims(report, BASE, both, list(SINGLE), controls, CEILING) if both else []
         table = experiment.claim_table(claims) if claims else "Both rewards: not run."
         return {"claims": table, "table": report.table(), "figures": report.to_dict()["figures"]}
 
@@ -595,7 +626,7 @@ def report(e: Experiment) -> str:
     frozen, part, arms = e.frozen, e.part, e.finished()
     names = ("breakdown", "continued", "sampler", f"evaluate-{part}", f"downstream-{part}")
     broken_down, went_on, sampled, judged, classified = (e.found(name) for name in names)
-    missing = [name for name in (f"{BOTH}{frozen['first_seed']}", *ALONE) if name not in arms]
+    missing = [name for name in (f"{BOTH}{frozen['first_seed']}", *SINGLE) if name not in arms]
     results = (broken_down, went_on, sampled, judged, classified)
     missing += [name for name, one in zip(names, results, strict=True) if not one]
     if judged and e.found(names[3], "made from")["compared"] != e.configuration()["compared"]:
@@ -606,8 +637,8 @@ def report(e: Experiment) -> str:
         f"Judged on the {part} subjects; paired 95 % bootstrap intervals over subjects, samples and seeds. 'not shown' "
         "means that the interval does not decide.",
         *(one["claims"] for one in (judged, classified) if one),
-        "Controls, as far as they were run: pre-training goes on for as much compute as RL took; of two samples the "
-        "rewards keep one; guidance and steps of the base are chosen on validation.",
+        "Controls, as far as they were run: pre-training goes on for as much compute as RL took; of several samples "
+        "the rewards keep one; guidance and steps of the base are chosen on validation.",
     ]
     parts = {
         "What was wanted, and what was found": "\n\n".join(proof),

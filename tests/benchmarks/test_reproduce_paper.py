@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from conftest import CLASS_NAMES, REPOSITORY, synthetic_brain
-from diffusers_med3d import MedDiffusion3DPipeline, SliceRewardModel, VolumeRewardModel
+from diffusers_med3d import MedDiffusion3DPipeline, SliceRewardModel, VolumeRewardModel, WitnessRewardModel
 from diffusers_med3d.hub.cards import missing
+from diffusers_med3d.rewards.loading import load_reward
 from diffusers_med3d.schedulers.flow import flow_scheduler
 
 EXAMPLE = REPOSITORY / "benchmarks" / "paper" / "reproduce_paper.py"
@@ -102,7 +104,8 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
         launch("--steps", "report", "--antialias", "true")
     printed = launch("--steps", "evaluate", "report")
     assert "both rewards below 3D reward alone |  | not run |" in printed
-    assert "Not run: 3D reward alone; 2D reward alone; breakdown; continued; sampler; downstream-validation." in printed
+    not_run = "3D reward alone; 2D reward alone; other rewards; breakdown; continued; sampler; downstream-validation."
+    assert f"Not run: {not_run}" in printed
     assert "Not swept: frozen by hand." in printed and "ppo_finetune.py" not in printed
 
     # further ones later; what was begun with another setting is not gone on with
@@ -135,7 +138,7 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
     judged = read(out / "evaluate-validation.json")["found"]
     assert {
         *("pre-trained", "both rewards, seed 0", "both rewards, seed 1", "3D reward alone", "continued pre-training"),
-        *("best of 2 by reward", "best guidance and steps", "round-trip"),
+        *("best of 3 by reward", "best guidance and steps", "round-trip"),
     } <= set(judged["figures"][0]["sets"])
     text = (out / "report.md").read_text()
     for heading in (
@@ -146,7 +149,7 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
         "Classifier",
     ):
         assert f"## {heading}" in text
-    assert "Not run: 2D reward alone." in text
+    assert "Not run: 2D reward alone; other rewards." in text
     card = (out / "brain-t1-ppo.md").read_text()
     assert missing(card) == [] and "BraTS 2019" in card and str(tmp_path) not in card + text
     assert (out / "evaluate-validation" / "report-views.png").is_file()
@@ -178,17 +181,21 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_sweep_freezes_the_better_setting_of_a_flow_and_is_not_made_again(launch, tmp_path):
+def test_a_sweep_freezes_the_better_setting_of_a_flow_and_of_awm_and_is_not_made_again(launch, tmp_path):
     base = MedDiffusion3DPipeline.from_pretrained(tmp_path / "base")
     parts = base.components | {"scheduler": flow_scheduler()}
     MedDiffusion3DPipeline(
         **parts, **{name: base.config[name] for name in ("volume_shape", "spacing", "class_names")}
     ).save_pretrained(tmp_path / "base")
-    rates = ("--learning_rates", "1e-5", "2e-5")
-    assert launch("--steps", "sweep", *rates).count("ppo_finetune.py") == 2
+    rates = ("--learning_rates", "1e-5", "2e-5", "--loss_type", "awm", "--windows", "3")
+    trained = [line for line in launch("--steps", "sweep", *rates).splitlines() if "ppo_finetune.py" in line]
+    assert len(trained) == 2
     frozen = read(tmp_path / "out" / "frozen.json")
     scores = {row["learning_rate"]: row["score"] for row in frozen["tried"]}
     assert set(scores) == {1e-5, 2e-5} and scores[frozen["setting"]["learning_rate"]] == min(scores.values())
+    assert frozen["loss_type"] == "awm" and all("--forward_times 3" in line for line in trained)
+    with pytest.raises(ValueError, match=r"'loss_type': \('awm', 'ddpo'\)"):
+        launch("--steps", "sweep", *rates, "--loss_type", "ddpo")
     printed = launch("--steps", "sweep", "report", *rates)
     assert (
         "ppo_finetune.py" not in printed and "Not swept" not in printed and "Not run: both rewards, seed 0;" in printed
@@ -201,3 +208,31 @@ def test_a_base_that_was_trained_on_subjects_that_judge_is_refused(launch, tmp_p
         ValueError, match="1 of 10 subjects were in the training set of the base, the first is 'sub-27'"
     ):
         launch("--steps", "breakdown")
+
+
+def test_the_control_with_other_rewards_needs_both_of_them(launch, capfd):
+    for flags, wanted in (
+        (["--arms", "other"], "--arms other needs the two rewards of --other_reward_funcs"),
+        (["--other_reward_funcs", "brain-t1-reward-3d"], "take a 3D and a 2D reward, got .*brain-t1-reward-3d"),
+    ):
+        with pytest.raises(SystemExit):
+            launch(*flags)
+        assert re.search(wanted, capfd.readouterr().err)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_witness_rewards_are_compared_with_the_trained_ones_that_they_take_features_from(launch, tmp_path):
+    trained = [str(tmp_path / f"reward-{eye}") for eye in ("3d", "2d")]
+    witness, scans = [], torch.rand(8, 1, SIDE, SIDE, SIDE)
+    for name in trained:
+        model = load_reward(name).model
+        WitnessRewardModel.of_scans(model, scans, scans[:4] / 2, buffer_size=8).save_pretrained(f"{name}-witness")
+        witness.append(f"{name}-witness")
+    flags = ["--reward_funcs", *witness, "--other_reward_funcs", *trained]
+    printed = launch("--steps", "arms", "breakdown", "evaluate", *flags, "--arms", "both", "other")
+    assert printed.count("ppo_finetune.py") == 2 and "both rewards below other rewards" in printed
+    results = [read(tmp_path / "out" / "arms" / arm / "results.json")["rewards"] for arm in ("both-0", "other")]
+    assert list(results[0]) == ["WitnessReward", "WitnessReward_2"]
+    assert list(results[1]) == ["VolumeReward", "SliceReward"]
+    assert "by WitnessReward_2" in read(tmp_path / "out" / "breakdown.json")["found"]["table"]
