@@ -2,6 +2,7 @@
 
 accelerate launch examples/train_autoencoder.py --data_dir DATA --split_file split.json --output_dir outputs/autoencoder
 accelerate launch examples/train_autoencoder.py --architecture vq ...
+accelerate launch examples/train_autoencoder.py --init_from outputs/generator/vae --decoder_only true ...
 """
 
 from dataclasses import dataclass, field

@@ -184,6 +184,21 @@ def test_every_parameter_of_autoencoder_and_discriminator_moves(tmp_path, scans,
     assert {"l1", "gradient", "spectral", "adversarial", "discriminator", kind} <= set(losses[0])
 
 
+@pytest.mark.parametrize("build", [kl_model, vq_model])
+def test_the_decoder_alone_is_trained_and_latents_stay_as_they_are(tmp_path, scans, build):
+    model, volumes = build(), scans.stack()
+    model.set_latent_statistics(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), None)
+    latents = model.eval().encode_latents(volumes)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = make(tmp_path, model, scans, decoder_only=True)
+    trainer.train()
+    trainer.save_model()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name.startswith(("decoder", "post_quant_conv"))}
+    saved = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(saved.encode_latents(volumes), latents) and list(saved.config.latents_std) == [3.0, 4.0]
+
+
 def test_the_codebook_moves_and_its_use_is_reported(tmp_path, scans):
     model = vq_model()
     before = model.quantizer.quantizer.embedding.weight.detach().clone()

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from diffusers import ConfigMixin, DiffusionPipeline
 
+from ..utils.checks import three_numbers
 from ..utils.files import read_json, write_json
 from .tables import METADATA_NAMES, list_files, read_table
 
@@ -76,7 +77,8 @@ class DataSettings:
                 )
         for name in ("volume_shape", "spacing"):
             values = getattr(self, name)
-            if values is not None and (len(values) != 3 or any(not 0 < value < 1e9 for value in values)):
+            sides = None if values is None else three_numbers(values)
+            if values is not None and (sides is None or not all(0 < side < 1e9 for side in sides)):
                 raise ValueError(f"{name} must be three positive numbers (X, Y, Z), got {list(values)!r:.200}.")
         if self.volume_shape is not None:
             if any(side != int(side) for side in self.volume_shape):

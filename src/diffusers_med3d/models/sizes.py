@@ -1,19 +1,10 @@
 """Checks of sizes and volumes, with the nearest size that fits in the message."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 
-
-def three_numbers(values: object) -> tuple[float, float, float] | None:
-    """Three finite numbers from any sequence of them; None for anything else."""
-    try:
-        x, y, z = (float(value) for value in values)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    found = (x, y, z)
-    return None if isinstance(values, str) or not all(map(math.isfinite, found)) else found
+from ..utils.checks import three_numbers
 
 
 def check_divisible(shape: Sequence[int], divisor: int, what: str) -> tuple[int, int, int]:

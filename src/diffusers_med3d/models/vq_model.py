@@ -138,7 +138,7 @@ class VQModel3D(NormalizedLatentsMixin, ModelMixin, VQVAE, ConfigMixin):
         """Encoder output (B, embedding_dim, x, y, z) to nearest codes (straight-through) and the commitment loss."""
         with torch.autocast(encodings.device.type, enabled=False):  # MONAI switches it off for CUDA only
             encodings = encodings.float()
-            if self.training:
+            if self.quantizer.training:
                 self._restart_unused_codes(encodings)
             return super().quantize(encodings)
 

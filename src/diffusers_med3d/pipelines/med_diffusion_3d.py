@@ -24,9 +24,9 @@ from .. import viz
 from ..hub.origin import forget_local_path
 from ..hub.publish import PublishMixin
 from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
-from ..models.sizes import check_divisible, check_volumes, three_numbers
+from ..models.sizes import check_divisible, check_volumes
 from ..schedulers.flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
-from ..utils.checks import is_number, is_whole, whole_number
+from ..utils.checks import is_number, is_whole, three_numbers, whole_number
 from ..utils.wrappers import unwrapped
 from .best_of import choose
 from .lora import UNetLoraMixin

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from matplotlib.figure import Figure
@@ -50,6 +51,13 @@ class AutoencoderConfig(Med3DConfig):
     )
     adversarial_start: int = field(default=2800, metadata={"help": "Step at which the discriminator comes in."})
     discriminator_channels: int = field(default=16, metadata={"help": "Channels of the discriminator's first layer."})
+    decoder_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the decoder alone, as Stability AI's sd-vae-ft-mse was made: latents and their statistics "
+            "stay as they are, so generators that were trained on them go on working."
+        },
+    )
 
     latent_scaling: str = field(
         default="global",
@@ -176,6 +184,8 @@ class AutoencoderLosses(nn.Module):
     def __init__(self, autoencoder: AutoencoderKL3D | VQModel3D, args: AutoencoderConfig) -> None:
         super().__init__()
         self.autoencoder = autoencoder
+        for module in self._fixed(args):
+            module.requires_grad_(False)
         self.discriminator = None
         if args.adversarial_weight > 0:
             self.discriminator = PatchDiscriminator(
@@ -193,6 +203,18 @@ class AutoencoderLosses(nn.Module):
             self.adversarial_loss = PatchAdversarialLoss(criterion="least_squares")
         self.args = args
 
+    def _fixed(self, args: AutoencoderConfig) -> list[nn.Module]:
+        """What makes the latents, where the decoder alone is trained."""
+        names = ("encoder", "quant_conv_mu", "quant_conv_log_sigma", "quantizer") if args.decoder_only else ()
+        return [module for name, module in self.autoencoder.named_children() if name in names]
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode; what is not trained keeps its codebook too."""
+        super().train(mode)
+        for module in self._fixed(self.args):
+            module.eval()
+        return self
+
     def forward(self, volume: Tensor, adversarial: bool) -> dict[str, Tensor]:
         """(B, C, X, Y, Z) in [0, 1] to scalar losses; ``loss`` is the one to minimise."""
         args = self.args
@@ -201,7 +223,8 @@ class AutoencoderLosses(nn.Module):
             parts = {"commitment": commitment}
             loss = args.commitment_weight * commitment
         else:
-            posterior = self.autoencoder.encode(volume).latent_dist
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not args.decoder_only):
+                posterior = self.autoencoder.encode(volume).latent_dist
             reconstruction = self.autoencoder.decode(posterior.sample()).sample
             parts = {"kl": posterior.kl().mean() / posterior.mean[0].numel()}
             loss = args.kl_weight * parts["kl"]
@@ -228,7 +251,7 @@ class AutoencoderLosses(nn.Module):
 class AutoencoderTrainer(Med3DTrainer):
     """Trains ``AutoencoderKL3D`` or ``VQModel3D`` (with the discriminator a VQ-GAN) on crops.
 
-    At the end the latent statistics over the whole training set go into the config.
+    At the end the latent statistics over the whole training set go into the config (not with ``decoder_only``).
 
     Args:
         model: the autoencoder.
@@ -346,7 +369,8 @@ class AutoencoderTrainer(Med3DTrainer):
         return latent_statistics(pairs, self.args.latent_atlas, self.args.latent_scaling)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the autoencoder with its latent statistics."""
-        self.autoencoder.set_latent_statistics(*self.latent_statistics())
+        """Write the autoencoder; its latent statistics are taken anew unless the decoder alone was trained."""
+        if not self.args.decoder_only:
+            self.autoencoder.set_latent_statistics(*self.latent_statistics())
         self.autoencoder.register_to_config(data_settings=self.train_volumes.settings.to_dict())
         self.autoencoder.save_pretrained(folder)

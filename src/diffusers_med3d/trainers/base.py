@@ -16,7 +16,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
@@ -47,10 +46,19 @@ from ..data import VolumeDataset
 from ..hub import cards
 from ..hub.publish import model_files, publish
 from ..utils.checks import check_least, checked_fields
-from ..utils.files import read_json, write_json
 from ..utils.stopping import SignalWatch, TrainingStopped, is_lost_process, lost_process_named
 from ..utils.wrappers import unwrapped
-from .checkpoints import COMPLETE_MARKER, checkpoints, damage, keep_newest, last_checkpoint, mark_whole, tidy_after_kill
+from .checkpoints import (
+    COMPLETE_MARKER,
+    checkpoints,
+    compare_with_run,
+    damage,
+    keep_newest,
+    last_checkpoint,
+    mark_whole,
+    save_run,
+    tidy_after_kill,
+)
 from .sharding import load_weights, whole_weights
 
 _CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"} & {
@@ -68,7 +76,6 @@ _IN_CARD = (
 """Arguments of transformers that shape the weights. The others stay out of model cards: they may hold local paths or
 secrets, or say where and how often something is written."""
 
-RUN_FILE = "run.json"
 EMA_FILE = "ema.safetensors"
 
 _MAY_CHANGE = {
@@ -634,7 +641,7 @@ class Med3DTrainer(_BaseTrainer):
 
     def _save_extras(self, folder: Path) -> None:
         """Write what a checkpoint holds besides what transformers writes."""
-        write_json(folder / RUN_FILE, {"arguments": _shaping_arguments(self.args), **self.origin})
+        save_run(folder, self.origin, _shaping_arguments(self.args))
         if self.ema is not None:
             shadow = {str(i): tensor.contiguous() for i, tensor in enumerate(self.ema.shadow_params)}
             shadow["optimization_step"] = torch.tensor(self.ema.optimization_step)
@@ -709,7 +716,7 @@ class Med3DTrainer(_BaseTrainer):
                         f"{here.get(name)} here. Give the flags of the network that it was begun with, or another "
                         "--output_dir."
                     )
-        self._compare_with_run(Path(resume_from_checkpoint))
+        compare_with_run(resume_from_checkpoint, self.origin, _shaping_arguments(self.args))
         return resume_from_checkpoint
 
     def _refuse_used_folder(self) -> None:
@@ -722,31 +729,6 @@ class Med3DTrainer(_BaseTrainer):
                     f"{self.args.output_dir} holds {folder.name} of an earlier run: go on with it "
                     "(--resume_from_checkpoint latest), give another --output_dir, or delete it."
                 )
-
-    def _compare_with_run(self, checkpoint: Path) -> None:
-        """Refuse to go on with the run of another generator or of other rewards; name arguments that are others."""
-        if not (checkpoint / RUN_FILE).is_file():  # of an earlier version
-            return
-        then = read_json(checkpoint / RUN_FILE)
-        for name, value in self.origin.items():
-            if then.get(name) != value:
-                found = f": {then.get(name)} there, {value} here" if isinstance(value, list) else ""
-                raise ValueError(
-                    f"{checkpoint} is of a run with other {name}{found}. Give those, or begin a run in another "
-                    "--output_dir."
-                )
-        before, now = then["arguments"], _shaping_arguments(self.args)
-        changed = [
-            f"{name} ({before.get(name, 'the default')} before, now {now.get(name, 'the default')})"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-        ]
-        if changed:
-            warnings.warn(
-                f"{checkpoint} was saved with other arguments: {', '.join(changed)}. The run goes on with the new "
-                "ones; optimizer and learning rate schedule stay those of the checkpoint.",
-                stacklevel=3,
-            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As ``transformers.Trainer.train``; a finished run that is resumed only loads what it ended with.

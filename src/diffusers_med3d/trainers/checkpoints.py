@@ -5,13 +5,18 @@ import json
 import re
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 
 COMPLETE_MARKER = "complete"
 """Last file written into a checkpoint, with size and SHA-256 of all others; without it the run was killed while it
 saved."""
+
+RUN_FILE = "run.json"
+"""What the run of a checkpoint began from, and the arguments that shape its result."""
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -117,6 +122,46 @@ def tidy_after_kill(resumed: str | Path, limit: int | None, best: str | None) ->
             path.unlink(missing_ok=True)
     if _marked_whole(resumed.parent)[:1] == [resumed]:
         keep_newest(resumed.parent, limit, best, resumed)
+
+
+def save_run(folder: str | Path, origin: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Write into a checkpoint what `compare_with_run` compares."""
+    write_json(Path(folder) / RUN_FILE, {"arguments": dict(arguments), **origin})
+
+
+def compare_with_run(folder: str | Path, origin: Mapping[str, Any], arguments: Mapping[str, Any]) -> None:
+    """Compare the run that a checkpoint is of with the one that goes on from it; changed arguments are a warning.
+
+    Args:
+        folder: the checkpoint. One of an earlier version, without the file, is taken as it is.
+        origin: what the run begins from, such as rewards and start weights.
+        arguments: those that shape the result; what is missing has its default.
+
+    Raises:
+        ValueError: a run of another origin.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        return
+    then = read_json(path)
+    for name, value in origin.items():
+        if then.get(name) != value:
+            found = f": {then.get(name)} there, {value} here" if isinstance(value, list) else ""
+            raise ValueError(
+                f"{folder} is of a run with other {name}{found}. Give those, or begin a run in another --output_dir."
+            )
+    before = then["arguments"]
+    changed = [
+        f"{name} ({before.get(name, 'the default')} before, now {arguments.get(name, 'the default')})"
+        for name in sorted(before.keys() | arguments.keys())
+        if before.get(name) != arguments.get(name)
+    ]
+    if changed:
+        warnings.warn(
+            f"{folder} was saved with other arguments: {', '.join(changed)}. The run goes on with the new ones; "
+            "optimizer and learning rate schedule stay those of the checkpoint.",
+            stacklevel=4,
+        )
 
 
 def _marked_whole(output_dir: str | Path) -> list[Path]:

@@ -34,6 +34,16 @@ def number(name: str, value: Any) -> float:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
+def three_numbers(values: object) -> tuple[float, float, float] | None:
+    """Three finite numbers from any sequence of them; None for anything else."""
+    try:
+        x, y, z = (float(value) for value in values)  # type: ignore[attr-defined]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    found = (x, y, z)
+    return None if isinstance(values, str) or not all(map(math.isfinite, found)) else found
+
+
 def true_or_false(name: str, value: Any) -> bool:
     """True or False, Python's or numpy's; anything else is a ValueError."""
     if not isinstance(value, bool | np.bool_):

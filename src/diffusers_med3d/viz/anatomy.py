@@ -12,6 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
+from ..utils.checks import three_numbers
 from .style import LETTER
 
 OUTLINE = [withStroke(linewidth=1, foreground="black")]
@@ -99,9 +100,9 @@ def place(
     if array.ndim != 3:
         raise ValueError(f"A volume must be (X, Y, Z) or (C, X, Y, Z), got {array.shape}.")
     if affine is None:
-        sides = (1.0, 1.0, 1.0) if spacing is None else tuple(float(side) for side in spacing)
-        if len(sides) != 3 or not all(np.isfinite(side) and side > 0 for side in sides):
-            raise ValueError(f"spacing must be three positive numbers (mm), got {sides}.")
+        sides = (1.0, 1.0, 1.0) if spacing is None else three_numbers(spacing)
+        if sides is None or min(sides) <= 0:
+            raise ValueError(f"spacing must be three positive numbers (mm), got {spacing!r:.200}.")
         return Placed(array, sides)
     if spacing is not None:
         raise ValueError("Give affine or spacing, not both: an affine has its own spacing.")

@@ -15,6 +15,7 @@ from monai.networks.blocks.selfattention import SABlock
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 
 from ...hub.publish import PublishMixin
+from ...utils.checks import three_numbers
 from ..casting import QuietCastMixin
 from ..checkpointing import CheckpointedBlocksMixin
 from ..convolution import quicken_small_convolutions
@@ -155,10 +156,10 @@ class DiffusionUNetMaisi3D(
         for name in self.condition_names:
             value = conditions[name]
             if name == "spacing":
-                spacing = torch.as_tensor(value, dtype=torch.float32)
-                if spacing.shape != (3,) or not torch.isfinite(spacing).all() or (spacing <= 0).any():
-                    raise ValueError(f"spacing must be three positive numbers (mm), got {value}.")
-                encoded[name] = spacing.expand(batch, 3)
+                sides = three_numbers(value)
+                if sides is None or min(sides) <= 0:
+                    raise ValueError(f"spacing must be three positive numbers (mm), got {value!r:.200}.")
+                encoded[name] = torch.tensor(sides).expand(batch, 3)
                 continue
             values = value.tolist() if torch.is_tensor(value) else value
             values = list(values) if isinstance(values, list | tuple) else [values] * batch
