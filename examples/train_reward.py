@@ -7,6 +7,9 @@
 Two generators, each trained on one fold of the training subjects, make the spectrum of the other fold's subjects: no
 scan is denoised by a network that may know it by heart. Give the same --spectrum_dir to the runs with --architecture 3d
 and 2d. The generator that will be fine-tuned adds full samples, so that the reward has seen its faults.
+
+Without the two it makes the whole spectrum itself, in a third of the work. That is right for a generator that has
+learned no scan by heart; a warning says where it has.
 """
 
 from dataclasses import dataclass, field
@@ -32,7 +35,13 @@ from diffusers_med3d.utils.stopping import stopped_in_one_line
 class RewardArguments:
     """The network and its spectrum."""
 
-    fold_a_model: str = field(metadata={"help": "Generator trained on fold a; makes the spectrum of fold b."})
+    fold_a_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Generator trained on fold a; makes the spectrum of fold b. Not set: --model_name_or_path makes "
+            "that of all training scans."
+        },
+    )
     fold_b_model: str | None = field(
         default=None, metadata={"help": "Generator trained on fold b, for fold a. Not set: fold b alone is used."}
     )
@@ -40,7 +49,7 @@ class RewardArguments:
         default=None,
         metadata={
             "help": "Generator that will be fine-tuned: adds a full sample per training scan and makes the spectrum of "
-            "validation in place of --fold_a_model."
+            "validation in place of --fold_a_model, or all of it where that is not set."
         },
     )
     init_from: str | None = field(
@@ -74,6 +83,8 @@ class RewardArguments:
     spectrum_batch_size: int = field(default=16, metadata={"help": "Scans at a time when the spectrum is made."})
 
     def __post_init__(self) -> None:
+        if self.fold_a_model is None and (self.fold_b_model or not self.model_name_or_path):
+            raise ValueError("give --fold_a_model, or --model_name_or_path without --fold_b_model.")
         check_strengths(self.strengths, self.spectrum_steps)
 
 
@@ -108,7 +119,8 @@ def main() -> None:
         model.register_to_config(data_settings=data.settings.to_dict())
         # Too small a grid is refused now, before hours of making the spectrum
         model.check_input(torch.zeros(1, in_channels, *data.volume_shape))
-        parts = ["b", "validation", *(["a"] if reward.fold_b_model else [])]
+        parts = ["b"] if reward.fold_a_model else ["train"]
+        parts += ["validation", *(["a"] if reward.fold_b_model else [])]
         scans = {part: VolumeDataset.from_arguments(data, part) for part in parts}
     spectrum = {
         "scans": scans,
@@ -129,7 +141,8 @@ def main() -> None:
     with args.main_process_first(desc="making the spectrum"):  # all of it, or on a node's own disk what is not there
         train, validation = build_fold_spectra(**spectrum)
     trainer = RewardModelTrainer(model=model, args=args, train_dataset=train, eval_dataset=validation)
-    trainer.inherited_license = license_of(reward.fold_a_model)  # it is trained on what that generator makes
+    # it is trained on what that generator makes
+    trainer.inherited_license = license_of(reward.fold_a_model or reward.model_name_or_path)
     with refused_in_one_line():
         checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
     with stopped_in_one_line():

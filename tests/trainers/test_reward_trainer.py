@@ -5,6 +5,7 @@ import math
 import runpy
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ from diffusers_med3d.rewards.learned import SliceReward, VolumeReward
 from diffusers_med3d.rewards.spectrum import REAL, clean_label
 from diffusers_med3d.rewards.spectrum_dataset import (
     SpectrumDataset,
+    _warn_of_recall,
     build_fold_spectra,
     build_spectrum,
+    recall,
     subject_levels,
 )
 from diffusers_med3d.rewards.spectrum_scores import level_name, score_spectrum, summarise
@@ -510,6 +513,51 @@ def test_each_fold_is_denoised_by_the_generator_of_the_other_and_the_one_to_be_t
     assert judged_by_a.paths[0].parent.name == "validation-by-generator-a"
     with pytest.raises(ValueError, match="the generator of the other fold"):
         build_fold_spectra(scans, fold_b, fold_a, None, **common)
+
+
+@pytest.mark.slow
+def test_without_fold_generators_the_one_to_be_tuned_makes_the_spectrum_of_all_scans(
+    script_arguments, tmp_path, monkeypatch
+):
+    subjects = [*SPLIT["folds"]["a"], *SPLIT["folds"]["b"]]
+    (tmp_path / "a" / TRAINING_SUBJECTS).write_text(json.dumps(subjects))
+    arguments = [*script_arguments["train"], "--model_name_or_path", tmp_path / "a", "--max_steps", 1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The generator brings")  # it was trained on none of them
+        run_example(monkeypatch, "train_reward.py", *arguments, "--output_dir", tmp_path / "x")
+    made = {path.parent.name for path in (tmp_path / "spectrum").rglob("*.safetensors")}
+    assert made == {"train-by-generator", "validation-by-generator"}
+    assert len(list((tmp_path / "spectrum" / "train-by-generator").iterdir())) == 6  # all training scans
+    (tmp_path / "a" / TRAINING_SUBJECTS).write_text(json.dumps([*subjects, "sub-06"]))  # judged, and seen
+    with pytest.raises(ValueError, match="1 of 2 subjects were in the training set of the generator"):
+        run_example(monkeypatch, "train_reward.py", *arguments, "--output_dir", tmp_path / "y")
+
+
+@pytest.mark.parametrize("given", [[], ["--fold_b_model", "b"], ["--fold_b_model", "b", "--model_name_or_path", "g"]])
+def test_a_spectrum_needs_a_generator_to_make_it(given, script_arguments, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_example(monkeypatch, "train_reward.py", *script_arguments["train"], *given, "--output_dir", tmp_path / "x")
+    assert "give --fold_a_model, or --model_name_or_path without --fold_b_model" in capsys.readouterr().err
+
+
+def test_a_generator_that_knows_training_scans_by_heart_is_found_out(tmp_path):
+    def spectrum(name: str, error: float, levels: tuple[float, ...] = (0.0, 0.5, 1.0)) -> SpectrumDataset:
+        (tmp_path / name).mkdir()
+        for i in range(6):
+            real = torch.rand(1, 8, 8, 8, generator=torch.Generator().manual_seed(i)).half()
+            noise = torch.randn(len(levels), 1, 8, 8, 8, generator=torch.Generator().manual_seed(50 + i))
+            versions = (real + error * (1 + i / 20) * noise).half()
+            tensors = {"real": real, "versions": versions, "strengths": torch.tensor(levels)}
+            save_file(tensors, tmp_path / name / f"sub-{i}-1.safetensors")
+        return SpectrumDataset(sorted((tmp_path / name).iterdir()))
+
+    unseen, same, closer = spectrum("unseen", 0.1), spectrum("same", 0.1), spectrum("closer", 0.05)
+    ratio, error = recall(same, unseen)
+    assert ratio == pytest.approx(1, abs=1e-3) and 0.05 < error < 0.2
+    assert recall(closer, unseen)[0] == pytest.approx(0.25, abs=0.01)  # half the error, squared
+    assert math.isnan(recall(spectrum("others", 0.1, (0.0, 1.0)), unseen)[0])  # nothing is hidden enough to be recalled
+    with pytest.warns(UserWarning, match=r"0\.25 \+- .* of theirs\): it knows them by heart"):
+        _warn_of_recall(*recall(closer, unseen))
 
 
 @pytest.mark.slow
