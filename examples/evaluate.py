@@ -119,6 +119,13 @@ class EvaluationArguments:
             "(file.py:function, package.module:function) from volumes (B, C, X, Y, Z) to features (B, D)."
         },
     )
+    pad_to: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Voxels X Y Z: scans and samples are measured in the middle of such a grid of background. For "
+            "generators of different grids, whose distances cannot be compared otherwise."
+        },
+    )
     segmenter: str | None = field(
         default=None,
         metadata={
@@ -224,6 +231,8 @@ def main() -> None:
             scans, train = read_folder(data.reference, data), read_folder(data.train, data)
         reference, train = (sampling.volume_set(one, args.background) for one in (scans, train))
         check_scans(reference, train)
+        if args.pad_to is not None:
+            reference.padded(args.pad_to)
         for model in names:
             sampling.check_unseen(model, reference.subjects)
         cache = FeatureCache(args.feature_dir or output / "features")
@@ -261,6 +270,7 @@ def main() -> None:
         "antialias": data.antialias,
         "classes": data.class_names,
         "resamples": args.num_resamples,
+        "pad_to": args.pad_to,
     }
 
     samples = {}
@@ -279,6 +289,12 @@ def main() -> None:
         del pipeline
     if not state.is_main_process:
         return
+    unpadded = samples
+    if args.pad_to is not None:
+        reference, train = reference.padded(args.pad_to), train.padded(args.pad_to)
+        samples = {name: one.padded(args.pad_to) for name, one in samples.items()}
+        if parts.breakdown:
+            versions = {name: one.padded(args.pad_to) for name, one in versions.items()}
     if parts.breakdown:
         (name,) = names.values()
         scores = torch.empty(len(all_labels), 0)
@@ -287,7 +303,7 @@ def main() -> None:
             kept = [row for row in range(len(all_labels)) if row not in skipped]
             columns = {column: list(values) * len(args.seeds) for column, values in asked.to_dict().items()}
             conditions = {column: [values[row] for row in kept] for column, values in columns.items()}
-            scores = score(rewards, called, samples[name].volumes, conditions)
+            scores = score(rewards, called, unpadded[name].volumes, conditions)
         found = breakdown(
             versions,
             samples[name],

@@ -40,6 +40,14 @@ def test_samples_take_the_class_mix_of_the_reference():
         evaluation.matched_labels([0, 1, 2], 2)
 
 
+def test_padded_volumes_lie_in_the_middle_of_background():
+    own = VolumeSet(torch.rand(2, 1, 3, 4, 5), [0, 1], ["a", "b"])
+    larger = own.padded((6, 4, 7))
+    assert larger.volumes.shape == (2, 1, 6, 4, 7) and larger.subjects == own.subjects
+    assert torch.equal(larger.volumes[:, :, 1:4, :, 1:6], own.volumes)
+    assert larger.volumes.count_nonzero() == own.volumes.count_nonzero()
+
+
 def test_a_prepared_scan_taken_for_a_sample_becomes_what_the_scan_itself_becomes(data, tiny_pipeline, tmp_path):
     dataset = VolumeDataset.from_arguments(data, "validation")
     scans, names = evaluation.volume_set(dataset), [f"copy-{i}" for i in range(len(dataset))]
@@ -161,6 +169,7 @@ def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
     flags = ["--model_name_or_path", tiny_pipeline_folder, str(tmp_path / "other"), "--output_dir", str(out)]
     flags += ["--data_dir", data.data_dir, "--split_file", data.split_file, "--segmenter", "intensity"]
     flags += ["--num_samples", "3", "--seeds", "0", "1", "--report", str(tmp_path / "page")]
+    flags += ["--pad_to", "20", "16", "16"]
     log = [{"step": step, "loss": 1.0, "rewards/mine/mean": 0.1 * step, "kl": 1e-4} for step in (1, 2, 3)]
     (tmp_path / "other" / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     done = launch(tmp_path, *flags)
@@ -170,6 +179,7 @@ def test_the_script_compares_two_models_and_writes_the_report_and_its_pictures(
     assert "other - tiny-pipeline" in done.stdout
     report = json.loads((out / "report.json").read_text())
     assert report["models"] == ["tiny-pipeline", "other"] and report["settings"]["reference"] == "validation"
+    assert report["settings"]["pad_to"] == [20, 16, 16]
     assert report["counts"]["other"]["volumes"] == 6 and report["counts"]["reference"]["subjects"] == 3
     text = (out / "report.md").read_text()
     assert "clinical" in text and str(tmp_path) not in text and str(tmp_path) not in (out / "report.json").read_text()
@@ -223,6 +233,8 @@ def test_a_folder_without_a_log_has_no_curves_and_the_newest_checkpoint_is_read(
         (("--segmenter", "intensity", "--tissue_names", "fluid"), "Labels must lie in 0 to 1, got 0 to 3"),
         (("--num_samples", "4", "--seeds", "0", "1"), "'--num_samples 4 with 2 seeds' has the class mix"),
         (("--num_samples", "0"), "0 samples leave none for a class"),
+        (("--pad_to", "20", "12", "16"), r"volumes of \(16, 16, 16\) cannot be padded to \(20, 12, 16\)"),
+        (("--pad_to", "20"), r"cannot be padded to \(20,\): expected three sides"),
         (("--breakdown", "--strengths", "0.2", "--num_inference_steps", "2"), r"take a step of the 2, got \[0.2\]"),
         (("--breakdown", "--reward_funcs", "no-reward"), "'no-reward' is no reward"),
         (("--breakdown", "--reward_funcs", "coarse:features"), "gave shape .*; expected"),

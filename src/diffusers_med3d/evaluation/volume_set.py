@@ -1,9 +1,11 @@
 """A set of volumes of one kind, all through the same loader."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class LeftOut(NamedTuple):
@@ -45,6 +47,21 @@ class VolumeSet:
 
     def __len__(self) -> int:
         return len(self.volumes)
+
+    def padded(self, shape: Sequence[int]) -> "VolumeSet":
+        """The volumes in the middle of a larger grid (X, Y, Z) of background.
+
+        Raises:
+            ValueError: not three sides, or one that is shorter than that of the volumes.
+        """
+        own = tuple(self.volumes.shape[2:])
+        if len(shape) != 3 or any(wanted < side for wanted, side in zip(shape, own, strict=True)):
+            raise ValueError(
+                f"volumes of {own} cannot be padded to {tuple(shape)}: expected three sides, none shorter."
+            )
+        gaps = [wanted - side for wanted, side in zip(shape, own, strict=True)]
+        widths = [part for gap in reversed(gaps) for part in (gap // 2, gap - gap // 2)]  # Z, Y, X, as F.pad has them
+        return replace(self, volumes=F.pad(self.volumes, widths))
 
     def note(self, name: str) -> str:
         """Return a sentence that counts what was left out of the set called ``name``; empty where nothing was."""
