@@ -179,13 +179,15 @@ def recall(train: "SpectrumDataset", validation: "SpectrumDataset") -> tuple[flo
 
     seen, unseen = errors(train), errors(validation)
     means = {level: fmean(row[level] for row in unseen if level in row) for level in set().union(*unseen)}
-    ratios = [
-        [fmean(row[level] / means[level] for level in row) for row in rows if row]
-        for rows in ([{k: v for k, v in row.items() if means.get(k)} for row in side] for side in (seen, unseen))
-    ]
-    if min(map(len, ratios)) < 2:
+
+    def ratios(rows: list[dict[float, float]]) -> list[float]:
+        own = [[error / means[level] for level, error in row.items() if means.get(level)] for row in rows]
+        return [fmean(one) for one in own if one]
+
+    sides = ratios(seen), ratios(unseen)
+    if min(map(len, sides)) < 2:
         return math.nan, math.inf
-    return fmean(ratios[0]), math.hypot(*(stdev(one) / math.sqrt(len(one)) for one in ratios))
+    return fmean(sides[0]), math.hypot(*(stdev(side) / math.sqrt(len(side)) for side in sides))
 
 
 def build_fold_spectra(
