@@ -223,7 +223,7 @@ def test_the_control_with_other_rewards_needs_both_of_them(launch, capfd):
 @pytest.mark.long
 @pytest.mark.slow
 def test_witness_rewards_are_compared_with_the_trained_ones_that_they_take_features_from(launch, tmp_path):
-    trained = [str(tmp_path / f"reward-{eye}") for eye in ("3d", "2d")]
+    trained = [str(tmp_path / f"reward-{kind}") for kind in ("3d", "2d")]
     witness, scans = [], torch.rand(8, 1, SIDE, SIDE, SIDE)
     for name in trained:
         model = load_reward(name).model

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.nn import functional as F
+
+from ..utils.padding import centred
 
 
 class LeftOut(NamedTuple):
@@ -59,9 +60,7 @@ class VolumeSet:
             raise ValueError(
                 f"volumes of {own} cannot be padded to {tuple(shape)}: expected three sides, none shorter."
             )
-        gaps = [wanted - side for wanted, side in zip(shape, own, strict=True)]
-        widths = [part for gap in reversed(gaps) for part in (gap // 2, gap - gap // 2)]  # Z, Y, X, as F.pad has them
-        return replace(self, volumes=F.pad(self.volumes, widths))
+        return replace(self, volumes=centred(self.volumes, shape))
 
     def note(self, name: str) -> str:
         """Return a sentence that counts what was left out of the set called ``name``; empty where nothing was."""

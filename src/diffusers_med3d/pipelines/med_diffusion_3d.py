@@ -26,7 +26,7 @@ from ..hub.publish import PublishMixin
 from ..models import AutoencoderKL3D, AutoencoderKLMaisi3D, DiffusionUNet3D, DiffusionUNetMaisi3D, VQModel3D
 from ..models.sizes import check_divisible, check_volumes
 from ..schedulers.flow import check_fits, interpolate, is_flow, predicts_flow, set_timesteps
-from ..utils.checks import is_number, is_whole, three_numbers, whole_number
+from ..utils.checks import is_number, is_whole, positive_spacing, whole_number
 from ..utils.wrappers import unwrapped
 from .best_of import choose
 from .lora import UNetLoraMixin
@@ -295,9 +295,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             raise ValueError(f"data_settings must be a dict or None, got {data_settings!r:.200}.")
         if orientation != "RAS":
             raise ValueError(f"orientation must be 'RAS', got {orientation!r}.")
-        sides = three_numbers(spacing)
-        if sides is None or min(sides) <= 0:
-            raise ValueError(f"spacing must be three positive numbers (mm), got {spacing!r:.200}.")
+        sides = positive_spacing(spacing)
         if vae.latent_channels != unet.config.in_channels:
             raise ValueError(
                 f"the autoencoder has {vae.latent_channels} latent channels, the UNet takes {unet.config.in_channels}."

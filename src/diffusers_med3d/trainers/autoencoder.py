@@ -13,7 +13,6 @@ from monai.losses import PatchAdversarialLoss
 from monai.networks.nets import PatchDiscriminator
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 from torch.utils.data import Dataset as TorchDataset
 
 from .. import metrics, viz
@@ -21,6 +20,7 @@ from ..data import FOREGROUND_THRESHOLD, VolumeDataset
 from ..hub.origin import inherited_license
 from ..models import AutoencoderKL3D, VQModel3D
 from ..utils.checks import check_least
+from ..utils.padding import centred
 from ..utils.wrappers import unwrapped
 from .base import Med3DConfig, Med3DTrainer, describe_volumes
 from .losses import gradient_l1, spectral_l1
@@ -142,8 +142,7 @@ DISCRIMINATOR_SIDE = 12
 
 def pad_thin(volume: Tensor) -> Tensor:
     """Background (0) around a (B, C, X, Y, Z) stack on the sides that are too short for the discriminator."""
-    missing = [max(0, DISCRIMINATOR_SIDE - side) for side in volume.shape[:1:-1]]  # Z, Y, X, as F.pad has them
-    return F.pad(volume, [part for gap in missing for part in (gap // 2, gap - gap // 2)]) if any(missing) else volume
+    return centred(volume, [max(side, DISCRIMINATOR_SIDE) for side in volume.shape[2:]])
 
 
 def latent_statistics(
@@ -223,8 +222,7 @@ class AutoencoderLosses(nn.Module):
             parts = {"commitment": commitment}
             loss = args.commitment_weight * commitment
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not args.decoder_only):
-                posterior = self.autoencoder.encode(volume).latent_dist
+            posterior = self.autoencoder.encode(volume).latent_dist
             reconstruction = self.autoencoder.decode(posterior.sample()).sample
             parts = {"kl": posterior.kl().mean() / posterior.mean[0].numel()}
             loss = args.kl_weight * parts["kl"]

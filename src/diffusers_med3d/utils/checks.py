@@ -44,6 +44,14 @@ def three_numbers(values: object) -> tuple[float, float, float] | None:
     return None if isinstance(values, str) or not all(map(math.isfinite, found)) else found
 
 
+def positive_spacing(spacing: object) -> tuple[float, float, float]:
+    """Three positive numbers (mm) from any sequence of them; anything else is a ValueError."""
+    sides = three_numbers(spacing)
+    if sides is None or min(sides) <= 0:
+        raise ValueError(f"spacing must be three positive numbers (mm), got {spacing!r:.200}.")
+    return sides
+
+
 def true_or_false(name: str, value: Any) -> bool:
     """True or False, Python's or numpy's; anything else is a ValueError."""
     if not isinstance(value, bool | np.bool_):

@@ -12,7 +12,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from ..utils.checks import three_numbers
+from ..utils.checks import positive_spacing
 from .style import LETTER
 
 OUTLINE = [withStroke(linewidth=1, foreground="black")]
@@ -100,10 +100,7 @@ def place(
     if array.ndim != 3:
         raise ValueError(f"A volume must be (X, Y, Z) or (C, X, Y, Z), got {array.shape}.")
     if affine is None:
-        sides = (1.0, 1.0, 1.0) if spacing is None else three_numbers(spacing)
-        if sides is None or min(sides) <= 0:
-            raise ValueError(f"spacing must be three positive numbers (mm), got {spacing!r:.200}.")
-        return Placed(array, sides)
+        return Placed(array, (1.0, 1.0, 1.0) if spacing is None else positive_spacing(spacing))
     if spacing is not None:
         raise ValueError("Give affine or spacing, not both: an affine has its own spacing.")
     matrix = np.asarray(affine.cpu() if isinstance(affine, torch.Tensor) else affine, dtype=np.float64)

@@ -15,7 +15,7 @@ from monai.networks.blocks.selfattention import SABlock
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 
 from ...hub.publish import PublishMixin
-from ...utils.checks import three_numbers
+from ...utils.checks import positive_spacing
 from ..casting import QuietCastMixin
 from ..checkpointing import CheckpointedBlocksMixin
 from ..convolution import quicken_small_convolutions
@@ -156,10 +156,7 @@ class DiffusionUNetMaisi3D(
         for name in self.condition_names:
             value = conditions[name]
             if name == "spacing":
-                sides = three_numbers(value)
-                if sides is None or min(sides) <= 0:
-                    raise ValueError(f"spacing must be three positive numbers (mm), got {value!r:.200}.")
-                encoded[name] = torch.tensor(sides).expand(batch, 3)
+                encoded[name] = torch.tensor(positive_spacing(value)).expand(batch, 3)
                 continue
             values = value.tolist() if torch.is_tensor(value) else value
             values = list(values) if isinstance(values, list | tuple) else [values] * batch
