@@ -135,11 +135,12 @@ def main() -> None:
         "seed": args.seed,
         "device": args.device,
     }
-    if args.world_size > 1:
-        build_fold_spectra(**spectrum, share=(args.process_index, args.world_size))
-        PartialState().wait_for_everyone()
-    with args.main_process_first(desc="making the spectrum"):  # all of it, or on a node's own disk what is not there
-        train, validation = build_fold_spectra(**spectrum)
+    with refused_in_one_line():  # a generator that has seen the scans, a spectrum that was made with other settings
+        if args.world_size > 1:
+            build_fold_spectra(**spectrum, share=(args.process_index, args.world_size))
+            PartialState().wait_for_everyone()
+        with args.main_process_first(desc="making the spectrum"):  # all of it, or what a node's own disk lacks
+            train, validation = build_fold_spectra(**spectrum)
     trainer = RewardModelTrainer(model=model, args=args, train_dataset=train, eval_dataset=validation)
     # it is trained on what that generator makes
     trainer.inherited_license = license_of(reward.fold_a_model or reward.model_name_or_path)

@@ -67,6 +67,7 @@ from diffusers_med3d.rl.reward_calls import reward_names
 from diffusers_med3d.trainers.base import use_all_cores
 from diffusers_med3d.trainers.ddpo_config import EPSILON
 from diffusers_med3d.utils.arguments import ScriptParser
+from diffusers_med3d.utils.checks import check_least
 from diffusers_med3d.utils.files import once, write_json, write_whole
 from diffusers_med3d.utils.hashing import json_hash, pipeline_hash, tensor_hash
 from experiment import Setting
@@ -168,6 +169,13 @@ class Budget:
     classifier_seeds: int = field(default=10, metadata={"help": "Classifiers per arm."})
     classifier_steps: int = field(default=100, metadata={"help": "Optimizer steps of a classifier."})
     real_per_class: list[int] = field(default_factory=lambda: [5, 10, 20], metadata={"help": "Real scans per class."})
+
+    def __post_init__(self) -> None:
+        names = ("rl_steps", "sweep_steps", "batch_size", "num_synthetic", "classifier_seeds", "classifier_steps")
+        check_least(vars(self), dict.fromkeys(names, 1) | {"best_of": 2, "num_samples": 2})
+        for name, value in vars(self).items():
+            if value == []:
+                raise ValueError(f"--{name} needs at least one value.")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

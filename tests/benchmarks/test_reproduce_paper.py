@@ -87,6 +87,8 @@ def test_arms_come_one_at_a_time_the_report_tells_what_is_missing_and_the_test_s
     for flag in ("steps", "arms"):
         with pytest.raises(SystemExit, match="2"):
             launch(f"--{flag}", "sweeep")
+    with pytest.raises(SystemExit, match="2"):
+        launch("--best_of", "1")
     with pytest.raises(FileNotFoundError, match="both-0 holds no finished training"):
         launch("--steps", "continued")
 

@@ -529,7 +529,7 @@ def test_without_fold_generators_the_one_to_be_tuned_makes_the_spectrum_of_all_s
     assert made == {"train-by-generator", "validation-by-generator"}
     assert len(list((tmp_path / "spectrum" / "train-by-generator").iterdir())) == 6  # all training scans
     (tmp_path / "a" / TRAINING_SUBJECTS).write_text(json.dumps([*subjects, "sub-06"]))  # judged, and seen
-    with pytest.raises(ValueError, match="1 of 2 subjects were in the training set of the generator"):
+    with pytest.raises(SystemExit, match="error: 1 of 2 subjects were in the training set of the generator"):
         run_example(monkeypatch, "train_reward.py", *arguments, "--output_dir", tmp_path / "y")
 
 
@@ -678,7 +678,7 @@ def test_the_training_script_takes_as_many_channels_as_the_generator_makes(kind)
 
 def test_the_training_script_refuses_generators_of_the_wrong_fold(script_arguments, tmp_path, monkeypatch):
     swapped = ["--fold_a_model", tmp_path / "b", "--fold_b_model", tmp_path / "a", "--output_dir", tmp_path / "x"]
-    with pytest.raises(ValueError, match="the generator of the other fold"):
+    with pytest.raises(SystemExit, match="the generator of the other fold"):
         run_example(monkeypatch, "train_reward.py", *script_arguments["train"], *swapped, "--max_steps", 1)
 
 
