@@ -61,6 +61,7 @@ def choose_grid(
     spacing: Sequence[float] | None = None,
     volume_shape: Sequence[int] | None = None,
     max_voxels: int = MAX_VOXELS,
+    registered: bool = False,
 ) -> tuple[list[int], list[float], str]:
     """Volume shape, spacing in mm, and a sentence that says how they were chosen.
 
@@ -69,6 +70,8 @@ def choose_grid(
         spacings: voxel size (X, Y, Z) in mm of each scan.
         spacing, volume_shape: what is given already.
         max_voxels: voxels of the grid; the spacing gets coarser until they suffice.
+        registered: scans will be turned and scaled, so their boxes do not say what a given grid holds; whoever writes
+            them checks it.
 
     Raises:
         ValueError: a given grid that does not hold the largest foreground, with both sizes.
@@ -77,13 +80,13 @@ def choose_grid(
     box = " x ".join(f"{side:.0f}" for side in largest)
     if spacing is not None and volume_shape is not None:
         size = np.array(spacing) * volume_shape
-        if (size < largest - 0.5 * np.array(spacing)).any():
+        if not registered and (size < largest - 0.5 * np.array(spacing)).any():
             held = " x ".join(f"{side:.0f}" for side in size)
             raise ValueError(
                 f"the largest foreground is {box} mm, the grid of {list(volume_shape)} voxels at {list(spacing)} mm "
                 f"holds {held} mm; leave out --volume_shape to have it chosen."
             )
-        return list(volume_shape), list(spacing), f"Grid as asked for; the largest foreground is {box} mm."
+        return list(volume_shape), list(spacing), f"Grid as asked for; the largest foreground{' before registration' if registered else ''} is {box} mm."
     if volume_shape is not None:
         step = max(float((largest / (np.array(volume_shape) - MARGIN)).max()), float(usual.max()))
         spacing = [math.ceil(step * 20) / 20] * 3

@@ -126,7 +126,9 @@ def prepare_dataset(what: Preparation) -> tuple[DataSettings, list[str]]:
         classes, several = class_of_each(persons, labels, max(1, len(class_names)))
         split, unsplit = _split(what, classes, people, class_names)
         boxes, sides = ([entry.record[name] for entry in written] for name in ("foreground", "spacing"))
-        shape, spacing, sentence = choose_grid(boxes, sides, what.spacing, what.volume_shape, what.max_voxels)
+        shape, spacing, sentence = choose_grid(
+            boxes, sides, what.spacing, what.volume_shape, what.max_voxels, what.register != "none"
+        )
     notes = [*found.notes, *say_several_classes(several, class_names)]
     if unsplit:
         notes.append(f"{len(unsplit)} people are in no part of the split and are not used: {few(unsplit)}.")
