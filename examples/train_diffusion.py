@@ -3,8 +3,7 @@
     accelerate launch examples/train_diffusion.py --data_dir DATA --split_file split.json \\
         --autoencoder outputs/autoencoder --output_dir outputs/diffusion
 
-The two folds that the rewards need: ``--part a`` and ``--part b``. Away from a worse generator, at the end:
-``--init_from outputs/diffusion --autoguide WORSE``.
+The two folds that the rewards need: ``--part a`` and ``--part b``.
 """
 
 from dataclasses import dataclass, field
@@ -39,13 +38,6 @@ class ModelArguments:
             "random weights."
         },
     )
-    autoguide: str | None = field(
-        default=None,
-        metadata={
-            "help": "Pipeline of the same latents that is worse than that of --init_from (smaller, trained less): "
-            "training moves the network away from it (autoguidance) instead of towards the data."
-        },
-    )
     part: str = field(
         default="train",
         metadata={
@@ -54,11 +46,11 @@ class ModelArguments:
         },
     )
     prediction_type: str = field(
-        default="v_prediction",
+        default="flow",
         metadata={
-            "help": "What the network predicts. sample converges faster when the network is narrow for its latents: it "
-            "need not hand the noise of every latent channel through. flow makes a rectified flow.",
-            "choices": ["v_prediction", "sample", "epsilon", "flow"],
+            "help": "What the network predicts: flow is the velocity of a rectified flow, the others belong to a "
+            "variance-preserving diffusion.",
+            "choices": ["flow", "v_prediction", "sample", "epsilon"],
         },
     )
     shift: float = field(
@@ -67,46 +59,34 @@ class ModelArguments:
     channel_names: list[str] | None = field(
         default=None, metadata={"help": "One name per image channel, such as t1, for the pipeline's config."}
     )
-    channels: list[int] = field(default_factory=lambda: [32, 64, 128], metadata={"help": "Channels per level."})
-    num_res_blocks: int = field(default=2, metadata={"help": "Residual blocks per level."})
-    num_head_channels: int = field(default=32, metadata={"help": "Channels of an attention head (last level)."})
+    channels: list[int] = field(default_factory=lambda: [80, 144], metadata={"help": "Channels per level."})
+    num_res_blocks: int = field(default=1, metadata={"help": "Residual blocks per level."})
+    num_head_channels: int = field(
+        default=48, metadata={"help": "Channels of an attention head; the last of --channels must be a multiple."}
+    )
     norm_num_groups: int = field(
         default=4,
         metadata={"help": "Groups of GroupNorm. Groups of few channels lose how strong a feature is."},
     )
-    sample_skip: bool = field(
-        default=True,
+    position_maps: bool | None = field(
+        default=None,
         metadata={
-            "help": "Add the noisy latent to the prediction, each channel times a learned function of the timestep, so "
-            "that a network that is narrow for its latents need not hand their noise through its layers."
+            "help": "A learned value per channel and place: where in the body it is. Not set: for registered scans "
+            "(--registration, which prepare_dataset.py writes), because in others a place means nothing."
         },
     )
-    sample_gate: bool = field(
-        default=True,
-        metadata={"help": "The same once more, by a factor that the network also makes differ from place to place."},
-    )
-    num_modes: int = field(
-        default=16,
+    precondition: bool | None = field(
+        default=None,
         metadata={
-            "help": "Principal components of the training latents that the network knows; 0 for scans that do not lie "
-            "in one frame or differ in size."
+            "help": "Input and output of the layers have unit variance at every time, with position maps at every "
+            "place too. Not set: for a flow, which alone can have it."
         },
-    )
-    position_maps: bool = field(
-        default=False,
-        metadata={"help": "A learned value per channel and place, for registered scans: where in the body it is."},
-    )
-    precondition: bool = field(
-        default=False,
-        metadata={"help": "Of a flow: input and output of the layers have unit variance at every time and place."},
     )
     jittered_copies: bool = field(
         default=False, metadata={"help": "Train on the copies that examples/prepare_dataset.py wrote, too."}
     )
 
     def __post_init__(self) -> None:
-        if self.autoguide and not self.init_from:
-            raise ValueError("--autoguide needs --init_from: a network that has learned nothing has nowhere to go.")
         if self.precondition and self.prediction_type != "flow":
             raise ValueError(f"--precondition needs --prediction_type flow, got {self.prediction_type}.")
 
@@ -121,6 +101,8 @@ def build(model: ModelArguments, data: DataArguments) -> MedDiffusion3DPipeline:
         unet, scheduler, class_names = start.unet, start.scheduler, start.config.class_names
         model.channel_names = model.channel_names or start.config.channel_names
     else:
+        registered = data.registration is not None
+        position_maps = registered if model.position_maps is None else model.position_maps
         unet = DiffusionUNet3D(
             in_channels=autoencoder.latent_channels,
             out_channels=autoencoder.latent_channels,
@@ -130,12 +112,8 @@ def build(model: ModelArguments, data: DataArguments) -> MedDiffusion3DPipeline:
             num_head_channels=model.num_head_channels,
             norm_num_groups=model.norm_num_groups,
             num_class_embeds=len(data.class_names) + 1 if data.class_names else None,
-            sample_skip=model.sample_skip,
-            sample_gate=model.sample_gate,
-            num_modes=model.num_modes,
-            mode_shape=autoencoder.latent_shape(data.volume_shape) if model.num_modes else None,
-            position_shape=autoencoder.latent_shape(data.volume_shape) if model.position_maps else None,
-            precondition=model.precondition,
+            position_shape=autoencoder.latent_shape(data.volume_shape) if position_maps else None,
+            precondition=model.prediction_type == "flow" if model.precondition is None else model.precondition,
         )
         scheduler, class_names = default_scheduler(model.prediction_type, model.shift), data.class_names or None
     return MedDiffusion3DPipeline(
@@ -161,10 +139,7 @@ def main() -> None:
             args=args,
             train_dataset=VolumeDataset.from_arguments(data, model.part, model.jittered_copies),
             eval_dataset=VolumeDataset.from_arguments(data, "validation"),
-            guide=MedDiffusion3DPipeline.from_pretrained(model.autoguide) if model.autoguide else None,
-            earlier_subjects=set().union(
-                *(read_training_subjects(seen) for seen in (model.init_from, model.autoguide) if seen)
-            ),
+            earlier_subjects=read_training_subjects(model.init_from) if model.init_from else (),
         )
         checkpoint = trainer.checkpoint_to_resume(args.resume_from_checkpoint)
     with stopped_in_one_line():

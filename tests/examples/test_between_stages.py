@@ -15,6 +15,7 @@ import trees
 from conftest import EXAMPLES, SPLIT, run_example
 from diffusers_med3d import AutoencoderKL3D
 from diffusers_med3d.data import DataArguments
+from diffusers_med3d.schedulers.flow import is_flow
 
 FINE = {"volume_shape": [40, 56, 40], "spacing": [1.0, 1.0, 1.0]}
 
@@ -43,7 +44,7 @@ def test_the_generator_takes_grid_and_classes_of_its_autoencoder_and_refuses_ano
     script = runpy.run_path(str(EXAMPLES / "train_diffusion.py"))
     data_dir = str(folder_of_grades(tmp_path / "data"))
     model = script["ModelArguments"](
-        autoencoder=str(fine_autoencoder), channels=[8, 16], num_head_channels=8, norm_num_groups=4, num_modes=0
+        autoencoder=str(fine_autoencoder), channels=[8, 16], num_head_channels=8, norm_num_groups=4
     )
     pipeline = script["build"](model, DataArguments(data_dir, ""))
     assert pipeline.config.volume_shape == FINE["volume_shape"] and pipeline.config.spacing == FINE["spacing"]
@@ -52,6 +53,29 @@ def test_the_generator_takes_grid_and_classes_of_its_autoencoder_and_refuses_ano
         ValueError, match=r"spacing is \[1.0, 1.0, 1.0\] by the autoencoder .*vae, but \[3.0, 3.0, 3.0\]"
     ):
         script["build"](model, DataArguments(data_dir, "", spacing=[3.0] * 3))
+
+
+def test_a_new_generator_is_a_preconditioned_flow_and_knows_places_where_scans_are_registered(
+    tmp_path, fine_autoencoder
+):
+    script = runpy.run_path(str(EXAMPLES / "train_diffusion.py"))
+    data_dir = str(folder_of_grades(tmp_path / "data"))
+
+    def unet_and_scheduler(registration: str | None, **flags):
+        model = script["ModelArguments"](str(fine_autoencoder), channels=[8, 16], num_head_channels=8, **flags)
+        pipeline = script["build"](model, DataArguments(data_dir, "", registration=registration))
+        return pipeline.unet.config, pipeline.scheduler
+
+    unet, scheduler = unet_and_scheduler("a mean brain")
+    assert (unet.precondition, unet.position_shape) == (True, (20, 28, 20)) and is_flow(scheduler)
+    unet, scheduler = unet_and_scheduler(None)
+    assert (unet.precondition, unet.position_shape) == (True, None)
+    unet, scheduler = unet_and_scheduler(None, position_maps=True, precondition=False)
+    assert (unet.precondition, unet.position_shape) == (False, (20, 28, 20))
+    unet, scheduler = unet_and_scheduler("a mean brain", position_maps=False, prediction_type="v_prediction")
+    assert (unet.precondition, unet.position_shape) == (False, None) and not is_flow(scheduler)
+    with pytest.raises(ValueError, match="--precondition needs --prediction_type flow, got sample"):
+        unet_and_scheduler(None, prediction_type="sample", precondition=True)
 
 
 def test_a_reward_of_another_spacing_than_its_generators_is_refused_with_both(

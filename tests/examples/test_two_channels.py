@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 QUIET = ("--report_to", "none", "--bf16", "false")
 ONE_STEP = (*QUIET, "--max_steps", 1, "--save_steps", 1, "--per_device_train_batch_size", 2)
-GENERATOR = ("--channels", 8, 16, "--num_head_channels", 8, "--num_modes", 0, "--copies", 1, "--norm_num_groups", 4)
+GENERATOR = ("--channels", 8, 16, "--num_head_channels", 8, "--copies", 1, "--norm_num_groups", 4)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *flags: object) -> None:

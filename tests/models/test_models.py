@@ -1,9 +1,13 @@
 """The generator's networks: MONAI's maths, sizes at the door, statistics once each way, precision, checkpointing."""
 
+import io
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoModel
 from monai.networks.nets import VQVAE, AutoencoderKL, DiffusionModelUNet
 from safetensors.torch import load_file
 from torch.distributions import Normal, kl_divergence
@@ -366,39 +370,6 @@ TWO_LEVELS = {
 }  # fmt: skip
 
 
-def test_the_sample_skip_adds_the_noisy_latent_scaled_by_channel_and_timestep(tmp_path):
-    with_skip, without = DiffusionUNet3D(**TWO_LEVELS, sample_skip=True), DiffusionUNet3D(**TWO_LEVELS)
-    without.load_state_dict(with_skip.state_dict(), strict=False)
-    sample, labels = torch.randn(2, 2, 4, 4, 4), torch.tensor([0, 2])
-    assert torch.equal(with_skip(sample, 5, labels).sample, without(sample, 5, labels).sample)  # starts as no skip
-    torch.nn.init.normal_(with_skip.skip_scale.weight)
-    scales = (with_skip(sample, 5, labels).sample - without(sample, 5, labels).sample) / sample
-    assert scales.std(dim=(2, 3, 4)).max() < 1e-3 < scales.mean(dim=(2, 3, 4)).std()
-    assert not torch.allclose(
-        with_skip(sample, 5, labels).sample - without(sample, 5, labels).sample,
-        with_skip(sample, 900, labels).sample - without(sample, 900, labels).sample,
-    )
-    with_skip.save_pretrained(tmp_path)
-    assert torch.equal(
-        DiffusionUNet3D.from_pretrained(tmp_path)(sample, 5, labels).sample, with_skip(sample, 5, labels).sample
-    )
-
-
-def test_the_sample_gate_adds_the_noisy_latent_scaled_by_channel_and_place(tmp_path):
-    gated, without = DiffusionUNet3D(**TWO_LEVELS, sample_gate=True), DiffusionUNet3D(**TWO_LEVELS)
-    without.load_state_dict(gated.state_dict(), strict=False)
-    sample, labels = torch.randn(2, 2, 4, 4, 4), torch.tensor([0, 2])
-    assert torch.equal(gated(sample, 5, labels).sample, without(sample, 5, labels).sample)  # starts as no gate
-    torch.nn.init.constant_(gated.place_scale.bias, 0.5)
-    torch.testing.assert_close(gated(sample, 5, labels).sample, without(sample, 5, labels).sample + 0.5 * sample)
-    torch.nn.init.normal_(gated.place_scale.weight)
-    scales = (gated(sample, 5, labels).sample - without(sample, 5, labels).sample) / sample
-    assert scales.std(dim=(2, 3, 4)).min() > 0.1
-    gated.save_pretrained(tmp_path)
-    loaded = DiffusionUNet3D.from_pretrained(tmp_path)
-    assert torch.equal(loaded(sample, 5, labels).sample, gated(sample, 5, labels).sample)
-
-
 def test_position_maps_tell_places_apart_and_admit_one_size(tmp_path):
     unet = DiffusionUNet3D(**TWO_LEVELS, position_shape=(4, 4, 4))
     without = DiffusionUNet3D(**TWO_LEVELS)
@@ -435,60 +406,47 @@ def test_a_preconditioned_network_starts_as_the_best_linear_prediction_of_each_v
         unet.set_data_variance(torch.ones(2, 1, 1, 1))
 
 
-def test_modes_are_principal_components_and_show_the_network_a_whole_subject(tmp_path):
-    arguments = {"in_channels": 2, "out_channels": 2, "channels": (8, 16), "num_res_blocks": 1, "norm_num_groups": 4}
-    arguments |= {"attention_levels": (False, False), "num_head_channels": 4, "sample_skip": True, "sample_gate": True}
-    unet = DiffusionUNet3D(**arguments, num_modes=3, mode_shape=(4, 4, 4))
-    latents = torch.randn(9, 2, 4, 4, 4)
-    unet.set_modes(latents)
-    expected = torch.linalg.svd(latents.flatten(1)).Vh[:3]
-    overlap = unet.modes.flatten(1) @ expected.T
-    torch.testing.assert_close(overlap.abs(), torch.eye(3), atol=1e-4, rtol=0)
+def test_a_preconditioned_network_needs_as_many_channels_out_as_in():
+    with pytest.raises(ValueError, match="precondition needs in_channels == out_channels, got 2 and 3"):
+        DiffusionUNet3D(**TWO_LEVELS | {"out_channels": 3}, precondition=True)
 
-    torch.nn.init.ones_(unet.mode_scale.bias)
-    seen = []
-    unet.conv_in.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    unet(latents, 5)
-    projected = (latents.flatten(1) @ expected.T @ expected).view_as(latents)
-    torch.testing.assert_close(seen[0], torch.cat([latents, projected], dim=1), atol=1e-4, rtol=1e-4)
 
-    # Skip and gate pass on both halves: one factor each
-    torch.nn.init.zeros_(unet.out[-1].conv.weight)
-    torch.nn.init.zeros_(unet.out[-1].conv.bias)
-    unet.skip_scale.bias.data = torch.tensor([0.0, 0.0, 1.0, 0.0])
-    unet.place_scale.bias.data = torch.tensor([2.0, 0.0, 0.0, 0.0])
-    prediction = unet(latents, 5).sample
-    torch.testing.assert_close(prediction[:, 0], 2 * latents[:, 0] + projected[:, 0], atol=1e-4, rtol=1e-4)
-    assert prediction[:, 1].abs().max() < 1e-6
+def edit_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
+
+@pytest.mark.parametrize(
+    ("parts", "named"),
+    [
+        ({"sample_skip": True}, "sample_skip"),
+        ({"sample_gate": True, "num_modes": 0}, "sample_gate"),
+        ({"num_modes": 3, "mode_shape": [4, 4, 4]}, "num_modes"),
+        ({"sample_skip": True, "sample_gate": True, "num_modes": 3}, "sample_skip and sample_gate and num_modes"),
+    ],
+)
+def test_a_network_with_a_part_of_version_0_1_is_refused_by_its_name(tmp_path, parts, named):
+    DiffusionUNet3D(**TWO_LEVELS).save_pretrained(tmp_path)
+    edit_config(tmp_path, **parts)
+    message = f"this checkpoint's DiffusionUNet3D has {named}, which version 0.2 no longer has. Load it with"
+    for load in (DiffusionUNet3D.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DiffusionUNet3D.from_config(DiffusionUNet3D.load_config(tmp_path))
+
+
+def test_a_network_of_version_0_1_with_these_parts_switched_off_loads_without_a_word(tmp_path):
+    unet = DiffusionUNet3D(**TWO_LEVELS)
     unet.save_pretrained(tmp_path)
-    assert torch.equal(DiffusionUNet3D.from_pretrained(tmp_path)(latents, 5).sample, prediction)
-    unet.set_modes(latents[:2])  # fewer than asked for
-    assert not unet.modes[2].any() and unet.modes[1].any()
-
-
-def test_modes_refuse_other_sizes():
-    arguments = {"in_channels": 2, "out_channels": 2, "channels": (8,), "num_res_blocks": 1, "norm_num_groups": 4}
-    arguments |= {"attention_levels": (False,), "num_head_channels": 4}
-    with pytest.raises(ValueError, match="num_modes=3 needs mode_shape"):
-        DiffusionUNet3D(**arguments, num_modes=3)
-    unet = DiffusionUNet3D(**arguments, num_modes=3, mode_shape=(4, 4, 4))
-    with pytest.raises(ValueError, match=r"of size \(4, 4, 4\) and takes no other, got \(8, 4, 4\)"):
-        unet(torch.zeros(1, 2, 8, 4, 4), 5)
-    with pytest.raises(ValueError, match=r"latents must be \(N, \*\(2, 4, 4, 4\)\)"):
-        unet.set_modes(torch.zeros(5, 2, 8, 4, 4))
-
-
-@pytest.mark.parametrize("option", ["sample_skip", "sample_gate"])
-def test_the_sample_skip_and_gate_need_as_many_channels_out_as_in(option):
-    with pytest.raises(ValueError, match=f"{option} needs in_channels == out_channels, got 2 and 3"):
-        DiffusionUNet3D(
-            in_channels=2,
-            out_channels=3,
-            channels=(8,),
-            norm_num_groups=4,
-            attention_levels=(False,),
-            num_head_channels=8,
-            num_res_blocks=1,
-            **{option: True},
-        )
+    edit_config(tmp_path, sample_skip=False, sample_gate=False, num_modes=0, mode_shape=None)
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        loaded = DiffusionUNet3D.from_pretrained(tmp_path)
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert said.getvalue() == "" and "sample_skip" not in loaded.config
+    sample, labels = torch.randn(2, 2, 4, 4, 4), torch.tensor([0, 2])
+    assert torch.equal(loaded(sample, 5, labels).sample, unet.eval()(sample, 5, labels).sample)

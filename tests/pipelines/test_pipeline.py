@@ -112,7 +112,7 @@ def test_with_a_generator_per_sample_a_sample_does_not_depend_on_its_batch(tiny_
 @pytest.mark.parametrize("steps", [3, 5, 9, 12])
 def test_full_noise_from_pure_noise_is_finite(tiny_pipeline, steps):
     """1 - alpha - sigma^2 of DDIM is -6e-8 at the first of these steps in float32: its root is NaN."""
-    tiny_pipeline.scheduler = default_scheduler()
+    tiny_pipeline.scheduler = default_scheduler("v_prediction")
     out = tiny_pipeline(num_inference_steps=steps, eta=1.0, generator=seeded(), output_type="latent")
     assert out.volumes.isfinite().all()
 
@@ -455,10 +455,10 @@ def test_samples_that_are_not_finite_are_said_to_be_so(tiny_pipeline):
     assert not out.volumes.isfinite().any()
 
 
-def test_a_generator_with_principal_components_refuses_other_sizes_at_the_door(tiny_vae, tiny_scheduler):
+def test_a_generator_with_position_maps_refuses_other_sizes_at_the_door(tiny_vae, tiny_scheduler):
     unet = DiffusionUNet3D(
         in_channels=4, out_channels=4, channels=(8, 16), num_res_blocks=1, attention_levels=(False, False),
-        num_head_channels=8, norm_num_groups=8, num_modes=2, mode_shape=(4, 4, 4),
+        num_head_channels=8, norm_num_groups=8, position_shape=(4, 4, 4),
     )  # fmt: skip
     refused = pytest.raises(ValueError, match=r"volume_shape \(24, 16, 16\) is not \(16, 16, 16\), the only size")
     with refused:

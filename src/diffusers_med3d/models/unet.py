@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -20,7 +20,8 @@ from .checkpointing import CheckpointedBlocksMixin
 from .convolution import quicken_small_convolutions
 from .sizes import check_divisible
 
-Layer = TypeVar("Layer", nn.Linear, nn.Conv3d)
+REMOVED = ("sample_skip", "sample_gate", "num_modes", "mode_shape")
+"""Arguments that version 0.1 had: parts of the network that lost to a plain one (docs/experiments/base_training.md)."""
 
 
 @dataclass
@@ -47,18 +48,6 @@ class DiffusionUNet3D(
         norm_num_groups: groups of every GroupNorm; every entry of ``channels`` must be a multiple.
         num_class_embeds: number of classes including the null class, or None for an unconditional network.
         include_fc: attention ends in a linear layer; networks of MONAI's GenerativeModels were trained without.
-        sample_skip: add the noisy latent itself to the prediction, each channel times a learned function of the
-            timestep: the c_skip of Karras et al. 2022, arXiv 2206.00364, equation 7, which they compute from the one
-            variance of their data and which here differs between latent channels. A network that is narrow for its
-            latents then need not hand their noise through its layers.
-        sample_gate: add the noisy latent once more, times a factor per channel *and place* that a second last
-            convolution reads from the same features as the prediction. How much of a noisy latent is noise depends on
-            what stands there (background is known, tissue is not), which one scale per channel cannot say.
-        num_modes: principal components of the training latents (Cootes et al. 1995, active shape models) that the
-            network knows, 0 for none. It sees a noisy latent beside its projection on them, each component shrunk by
-            a learned function of the timestep: what is left of a whole subject's shape under noise that hides every
-            single place. Convolutions, which treat all places alike, learn such patterns slowly. Set by ``set_modes``.
-        mode_shape: size (x, y, z) of the latents that have these components; the network then takes no other size.
         position_shape: size (x, y, z) of latents that lie in one frame, or None. A learned value per channel and place
             is then added after the first convolution, so that the network knows where in the body it is; it takes no
             other size.
@@ -83,17 +72,13 @@ class DiffusionUNet3D(
         resblock_updown: bool = False,
         num_class_embeds: int | None = None,
         include_fc: bool = True,
-        sample_skip: bool = False,
-        sample_gate: bool = False,
-        num_modes: int = 0,
-        mode_shape: Sequence[int] | None = None,
         position_shape: Sequence[int] | None = None,
         precondition: bool = False,
     ) -> None:
         DiffusionModelUNet.__init__(
             self,
             spatial_dims=3,
-            in_channels=2 * in_channels if num_modes else in_channels,
+            in_channels=in_channels,
             out_channels=out_channels,
             num_res_blocks=num_res_blocks,
             channels=tuple(channels),
@@ -105,23 +90,8 @@ class DiffusionUNet3D(
             num_class_embeds=num_class_embeds,
             include_fc=include_fc,
         )
-        same_channels = {"sample_skip": sample_skip, "sample_gate": sample_gate, "precondition": precondition}
-        for name, wanted in same_channels.items():
-            if wanted and in_channels != out_channels:
-                raise ValueError(f"{name} needs in_channels == out_channels, got {in_channels} and {out_channels}.")
-        if num_modes and mode_shape is None:
-            raise ValueError(f"num_modes={num_modes} needs mode_shape, the spatial size of the latents.")
-        embedding_size, shortcuts = self.time_embed[-1].out_features, 2 * out_channels if num_modes else out_channels
-        self.skip_scale = self.place_scale = None
-        if sample_skip:
-            self.skip_scale = _zeros(nn.Linear(embedding_size, shortcuts))
-        if sample_gate:
-            self.place_scale = _zeros(nn.Conv3d(channels[0], shortcuts, kernel_size=3, padding=1))
-        self.register_buffer("modes", None)
-        if num_modes and mode_shape is not None:
-            self.register_buffer("modes", torch.zeros(num_modes, in_channels, *mode_shape))
-            self.mode_scale = _zeros(nn.Linear(embedding_size, num_modes))
-            nn.init.constant_(self.mode_scale.get_parameter("bias"), 0.3)
+        if precondition and in_channels != out_channels:
+            raise ValueError(f"precondition needs in_channels == out_channels, got {in_channels} and {out_channels}.")
         self.position = None if position_shape is None else nn.Parameter(torch.zeros(1, channels[0], *position_shape))
         self.register_buffer("data_variance", None)
         if precondition and position_shape is not None:
@@ -135,32 +105,24 @@ class DiffusionUNet3D(
             raise ValueError(f"variance must be at least 0, of shape {wanted}; got {tuple(variance.shape)}.")
         self.data_variance.copy_(variance)
 
-    def set_modes(self, latents: torch.Tensor) -> None:
-        """Take the ``num_modes`` principal components of latents about zero, (N, in_channels, *mode_shape).
+    @classmethod
+    def extract_init_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The step of ``from_config`` and ``from_pretrained`` that reads a saved config.
 
-        With N below ``num_modes`` the others stay zero. Normalised latents have zero mean.
+        Raises:
+            ValueError: a network with a part that version 0.1 had and this one does not have.
         """
-        if self.modes is None or latents.shape[1:] != self.modes.shape[1:]:
-            wanted = None if self.modes is None else tuple(self.modes.shape[1:])
-            raise ValueError(f"latents must be (N, *{wanted}) for this network's modes, got {tuple(latents.shape)}.")
-        rows = latents.flatten(1).to(self.modes.device, torch.float32)
-        variances, combinations = torch.linalg.eigh(rows @ rows.T)  # in rising order
-        kept = min(len(rows), len(self.modes))
-        components = combinations.flip(1)[:, :kept].T @ rows
-        self.modes.zero_()
-        self.modes[:kept] = nn.functional.normalize(components).unflatten(1, self.modes.shape[1:]).to(self.modes.dtype)
-
-    def _whole_shape(self, sample: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        if sample.shape[2:] != self.modes.shape[2:]:
+        switched_on = [name for name in REMOVED[:3] if config_dict.get(name)]
+        if switched_on:
             raise ValueError(
-                f"this network has principal components of latents of size {tuple(self.modes.shape[2:])} and takes no "
-                f"other, got {tuple(sample.shape[2:])}."
+                f"this checkpoint's {cls.__name__} has {' and '.join(switched_on)}, which version 0.2 no longer has. "
+                "Load it with version 0.1 of diffusers-med3d (git commit 9bca24f), or train a new network with "
+                "examples/train_diffusion.py."
             )
-        with torch.autocast(sample.device.type, enabled=False):
-            components = self.modes.flatten(1).float()
-            weights = sample.flatten(1).float() @ components.T
-            weights = weights * self.mode_scale(embedding.to(self.mode_scale.weight.dtype)).float()
-            return (weights @ components).view_as(sample).to(sample.dtype)
+        kept = {name: value for name, value in config_dict.items() if name not in REMOVED}
+        return super().extract_init_dict(kept, **kwargs)
 
     @property
     def null_class(self) -> int | None:
@@ -223,10 +185,7 @@ class DiffusionUNet3D(
                 timesteps / FLOW_TIMESTEPS, 1.0 if self.data_variance is None else self.data_variance.float()
             )
             noisy, sample = sample, (scaling.input * sample).to(sample.dtype)
-        inputs = sample
-        if self.modes is not None:
-            inputs = torch.cat([sample, self._whole_shape(sample, embedding)], dim=1)
-        hidden = self.conv_in(inputs)
+        hidden = self.conv_in(sample)
         if self.position is not None:
             hidden = hidden + self.position
         residuals = [hidden]
@@ -238,20 +197,7 @@ class DiffusionUNet3D(
             count = len(block.resnets)
             block_residuals, residuals = residuals[-count:], residuals[:-count]
             hidden = self._call(block, hidden, block_residuals, embedding)
-        hidden = self.out[:-1](hidden)
-        prediction = self.out[-1](hidden)
-        for scale in (
-            None if self.place_scale is None else self.place_scale(hidden),
-            None if self.skip_scale is None else self.skip_scale(embedding)[..., None, None, None],
-        ):
-            if scale is not None:
-                prediction = prediction + (scale * inputs).unflatten(1, (-1, sample.shape[1])).sum(dim=1)
+        prediction = self.out(hidden)
         if self.config.precondition:
             prediction = (scaling.skip * noisy + scaling.output * prediction).to(prediction.dtype)
         return DiffusionUNet3DOutput(sample=prediction) if return_dict else (prediction,)
-
-
-def _zeros(layer: Layer) -> Layer:
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer

@@ -368,8 +368,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
         """Refuse a size that autoencoder and UNet together cannot take; returns the latent size (x, y, z)."""
         check_divisible(volume_shape, self._size_divisor, "volume_shape")
         latent_shape = self.vae.latent_shape(volume_shape)
-        config = self.unet.config
-        known = config.mode_shape if config.get("num_modes") else config.get("position_shape") or latent_shape
+        known = self.unet.config.get("position_shape") or latent_shape
         if latent_shape != tuple(known):
             only = tuple(side * self.vae.downsample_factor for side in known)
             raise ValueError(

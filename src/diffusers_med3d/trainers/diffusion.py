@@ -1,6 +1,5 @@
 """Stage 2: pre-train the latent diffusion model."""
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -60,10 +59,6 @@ class LatentDiffusionConfig(Med3DConfig):
             "learning_rate."
         },
     )
-    autoguidance_scale: float = field(
-        default=2.0,
-        metadata={"help": "With a guide: how far the network learns to go away from it; 1 is where it started."},
-    )
     ema_decay: float = field(default=0.999, metadata={"help": "Decay of the average of the weights; 0 is off."})
     class_dropout: float = field(
         default=0.1, metadata={"help": "Share of labels replaced by the null class, for classifier-free guidance."}
@@ -78,7 +73,7 @@ class LatentDiffusionConfig(Med3DConfig):
         },
     )
     time_distribution: str = field(
-        default="uniform",
+        default="logit_normal",
         metadata={
             "help": "Times at which a flow is trained. logit_normal: the logarithm of noise over signal is normal; "
             "validation stays uniform, so that runs can be compared.",
@@ -86,7 +81,7 @@ class LatentDiffusionConfig(Med3DConfig):
         },
     )
     logit_mean: float = field(default=0.0, metadata={"help": "Mean of that logarithm; above 0 is more noise."})
-    logit_std: float = field(default=1.0, metadata={"help": "Its standard deviation."})
+    logit_std: float = field(default=1.2, metadata={"help": "Its standard deviation."})
     image_weighting: bool = field(
         default=True,
         metadata={
@@ -112,8 +107,6 @@ class LatentDiffusionConfig(Med3DConfig):
         check_least(vars(self), {"copies": 1, "max_shift": 0, "eval_samples": 0, "eval_inference_steps": 1})
         if not 0.0 <= self.class_dropout < 1.0:
             raise ValueError(f"class_dropout must be in [0, 1), got {self.class_dropout}.")
-        if not self.autoguidance_scale > 1.0:
-            raise ValueError(f"autoguidance_scale must be above 1, got {self.autoguidance_scale}.")
         if self.time_distribution not in ("uniform", "logit_normal"):
             raise ValueError(f"time_distribution must be uniform or logit_normal, got {self.time_distribution!r}.")
         if not math.isfinite(self.logit_mean):
@@ -136,10 +129,6 @@ class LatentDiffusionTrainer(Med3DTrainer):
     velocity of a rectified flow, see flow.py), at timesteps spread evenly over the batch (Kingma et al. 2021, arXiv
     2107.00630, appendix I.1).
 
-    With a ``guide``, a worse generator of the same latents, the target is no longer the data but what the network said
-    at the start, moved away from the guide (autoguidance, Karras et al. 2024, arXiv 2406.02507, equation 3), so that
-    one forward of the network does the work of two (guidance distillation, Meng et al. 2023, arXiv 2210.03142).
-
     Args:
         model: pipeline whose ``unet`` is trained; autoencoder with latent statistics.
         args: arguments.
@@ -147,11 +136,8 @@ class LatentDiffusionTrainer(Med3DTrainer):
             its names in their metadata.
         eval_dataset: validation scans, for the validation loss, KID and pictures.
         earlier_subjects: subjects that the UNet was trained on before, when training starts from another generator.
-        guide: a generator of the same latents that is worse in the same way, such as a smaller one or one that was
-            trained less. None trains on the data.
 
     Raises:
-        ValueError: a guide of other latents, classes or another noise schedule.
         ValueError: scans without a condition that the network takes, or with one that it cannot take; too few volumes
             for the KID of an evaluation.
         ImportError: see `metrics.SliceFeatures`, on which the KID is taken.
@@ -168,19 +154,11 @@ class LatentDiffusionTrainer(Med3DTrainer):
         train_dataset: VolumeDataset,
         eval_dataset: VolumeDataset | None = None,
         earlier_subjects: Collection[str] = (),
-        guide: MedDiffusion3DPipeline | None = None,
         **kwargs,
     ) -> None:
         self.pipeline = model
         check_same_settings(settings_of(model), train_dataset.settings, ("the pipeline", "the scans"))
         model.register_to_config(data_settings=train_dataset.settings.to_dict())
-        self.teacher = self.guide = None
-        if guide is not None:
-            _check_guide(model, guide)
-            self.teacher, self.guide = (
-                unet.to(args.device).eval().requires_grad_(False)
-                for unet in (copy.deepcopy(unwrapped(model.unet)), guide.unet)
-            )
         self.training_subjects = {item["subject"] for item in train_dataset} | set(earlier_subjects)
         self.pipeline.vae.requires_grad_(False).to(args.device)  # transformers moves the UNet alone
         if eval_dataset is not None and args.eval_samples:  # what an evaluation cannot do is refused before training
@@ -209,8 +187,6 @@ class LatentDiffusionTrainer(Med3DTrainer):
         if args.latent_statistics:
             moments = zip(self.latents.mean.flatten(0, 1), self.latents.sigma.flatten(0, 1), strict=True)
             model.vae.set_latent_statistics(*latent_statistics(moments))
-        if getattr(model.unet, "modes", None) is not None and not model.unet.modes.any():
-            model.unet.set_modes(model.vae.normalize_latents(self.latents.mean.flatten(0, 1).float()))
         if getattr(model.unet, "data_variance", None) is not None and bool((model.unet.data_variance == 1).all()):
             model.unet.set_data_variance(self.latents.variance())
         self.channel_weights = torch.ones(model.vae.latent_channels)
@@ -268,27 +244,12 @@ class LatentDiffusionTrainer(Med3DTrainer):
             spread = logit_normal_times(spread, self.args.logit_mean, self.args.logit_std)
         timesteps = training_timesteps(scheduler, spread)
         noisy, target = noised(scheduler, latents, noise, timesteps)
-        if self.guide is not None:
-            target = self._guided_target(noisy, timesteps, labels, others)
         error = self._error(_under(unet, others)(noisy, timesteps, labels, return_dict=False)[0], target)
         if scheduler.config.get("prediction_type") == "sample":
             # an error of the sample is 1 / sigma^2 = SNR + 1 times as large as a velocity; capped as Hang et al. 2023
             alphas = scheduler.alphas_cumprod.to(latents.device)[timesteps]
             error = error * (1 / (1 - alphas)).clamp(max=SAMPLE_WEIGHT_CAP)
         return error.mean()
-
-    @torch.no_grad()
-    def _guided_target(
-        self, noisy: Tensor, timesteps: Tensor, labels: Tensor | None, others: dict[str, Tensor] | None
-    ) -> Tensor:
-        """Karras et al. 2024, equation 3: guide + scale * (network at the start - guide)."""
-        assert self.teacher is not None and self.guide is not None  # with autoguidance alone
-        with self.accelerator.autocast():
-            strong, weak = (
-                _under(unet, others)(noisy, timesteps, labels, return_dict=False)[0].float()
-                for unet in (self.teacher, self.guide)
-            )
-        return weak + self.args.autoguidance_scale * (strong - weak)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs) -> Tensor:
         """Denoising loss of one batch {"index": (B,)}."""
@@ -438,27 +399,6 @@ def progress_figure(rows: Sequence[dict[str, float]]) -> Figure:
     return viz.curves(series, xlabel="volumes seen")
 
 
-def _check_guide(pipeline: MedDiffusion3DPipeline, guide: MedDiffusion3DPipeline) -> None:
-    """A guide must say of the same noisy latent, timestep and class what the network says."""
-    for what in ("num_class_embeds", "in_channels"):
-        found, expected = guide.unet.config[what], pipeline.unet.config[what]
-        if found != expected:
-            raise ValueError(f"the guide's UNet has {what} {found}, the trained one {expected}.")
-    expected = dict(pipeline.scheduler.config)
-    found = {name: value for name, value in guide.scheduler.config.items() if not name.startswith("_")}
-    differing = [name for name, value in found.items() if expected.get(name) != value]
-    if differing:
-        raise ValueError(f"the guide's scheduler differs in {', '.join(differing)}.")
-    theirs, own = (found.config.class_names for found in (guide, pipeline))
-    if theirs and own and (theirs != own if isinstance(own, dict) else list(theirs) != list(own)):
-        raise ValueError(f"the guide's classes are {theirs}, those of the trained generator {own}.")
-    shape = (pipeline.vae.latent_channels, *pipeline.vae.latent_shape(pipeline.config.volume_shape))
-    latents = torch.stack([torch.zeros(shape), torch.ones(shape)])  # mean and atlas; these and std
-    raw, other = (vae.denormalize_latents(latents.to(vae.device)).cpu() for vae in (pipeline.vae, guide.vae))
-    if raw.shape != other.shape or (raw - other).abs().max() > 1e-2:
-        raise ValueError("the guide's latents are those of another autoencoder: their statistics differ.")
-
-
 def _under(unet: nn.Module, conditions: dict[str, Tensor] | None) -> Callable:
     """The network with its conditions besides the class filled in; as it is where it takes none."""
     return unet if conditions is None else partial(unet, conditions=conditions)
@@ -490,16 +430,16 @@ def decoder_gain(autoencoder: AutoencoderKL3D | VQModel3D, latents: Tensor, size
 
 
 def default_scheduler(
-    prediction_type: str = "v_prediction", shift: float = 1.0
+    prediction_type: str = "flow", shift: float = 1.0
 ) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    """1000 scaled-linear steps; every default that would hurt latents is written out. "flow" is a rectified flow.
+    """A rectified flow; or 1000 scaled-linear steps, with every default that would hurt latents written out.
 
-    The last step is pure noise (Lin et al. 2024, arXiv 2305.08891, algorithm 1): a volume has so many voxels that the
-    little signal which these betas leave would show where the anatomy lies, and sampling starts without it. A network
-    that predicts the noise can say nothing about pure noise, so for it the little signal stays.
+    The last of these steps is pure noise (Lin et al. 2024, arXiv 2305.08891, algorithm 1): a volume has so many voxels
+    that the little signal which these betas leave would show where the anatomy lies, and sampling starts without it. A
+    network that predicts the noise can say nothing about pure noise, so for it the little signal stays.
 
     Args:
-        prediction_type: epsilon, v_prediction, sample or flow.
+        prediction_type: flow, v_prediction, sample or epsilon.
         shift: of a flow; other predictions have none.
     """
     if prediction_type == "flow":
