@@ -25,6 +25,8 @@ from diffusers_med3d import (
     VolumeReward,
     VolumeRewardModel,
     VQModel3D,
+    WitnessReward,
+    WitnessRewardModel,
 )
 from diffusers_med3d.data import (
     DataArguments,
@@ -275,6 +277,23 @@ def test_a_reward_of_another_grid_does_not_fine_tune_a_generator(tiny_pipeline, 
             args=DDPOConfig(output_dir=str(tmp_path), report_to="none", picture_steps=0),
             train_dataset=Dataset.from_dict({"class_label": [0]}),
         )
+
+
+def test_a_learned_reward_of_another_size_fine_tunes_with_a_warning_and_a_witness_does_not(tiny_pipeline, tmp_path):
+    settings = {"volume_shape": [32] * 3, "spacing": [12.0] * 3}
+    model = VolumeRewardModel(channels=(8, 8), norm_num_groups=4, num_members=1, data_settings=settings)
+
+    def make(reward):
+        args = DDPOConfig(output_dir=str(tmp_path), report_to="none", picture_steps=0)
+        DDPOTrainer(tiny_pipeline, [reward], args, Dataset.from_dict({"class_label": [0]}))
+
+    with pytest.warns(
+        UserWarning, match=r"VolumeReward was trained on volumes of \[32, 32, 32\] voxels and"
+    ):
+        make(VolumeReward(model))
+    witness = WitnessRewardModel.of_scans(model, torch.rand(3, 1, 32, 32, 32))
+    with pytest.raises(ValueError, match=r"volume_shape is \[32, 32, 32\] by the reward WitnessReward, but \[16"):
+        make(WitnessReward(witness))
 
 
 def test_scans_of_another_grid_do_not_train_a_generator(tiny_pipeline, brains_folder, tmp_path):

@@ -158,7 +158,10 @@ def check_call(call: list[str], monkeypatch: pytest.MonkeyPatch) -> str | None:
 
     def stop_after(parse):
         def parse_and_stop(self, *args, **kwargs):
-            parse(self, *args, **kwargs)
+            found = parse(self, *args, **kwargs)
+            unknown = found[-1] if kwargs.get("return_remaining_strings") else []
+            if unknown:
+                raise SystemExit(f"unknown arguments: {' '.join(unknown)}")
             raise Parsed
 
         return parse_and_stop
@@ -189,6 +192,9 @@ def test_the_commands_of_a_page_are_taken_by_their_scripts(path, workplace, monk
 def test_a_wrong_flag_in_a_block_is_found(workplace, monkeypatch):
     (call,) = calls("python examples/make_split.py --data_dir DATA --split_fil x --test 1 --validation 1", workplace)
     with pytest.raises(SystemExit):
+        check_call(call, monkeypatch)
+    (call,) = calls("python examples/generate.py --num_modes 0", workplace)  # unknown, and nothing is missing
+    with pytest.raises(SystemExit, match="unknown arguments: --num_modes 0"):
         check_call(call, monkeypatch)
     with pytest.raises(AssertionError, match="no_such.py does not exist"):
         check_call(["python", "examples/no_such.py"], monkeypatch)

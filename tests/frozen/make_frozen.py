@@ -4,8 +4,8 @@ its own, named after the version that brought it:
 
     python tests/frozen/make_frozen.py 0.2
 
-0.1: made on 2026-11-22 by version 0.1.0 with torch 2.13, diffusers 0.42.1, MONAI 1.6.1, peft 0.21.2, on a CPU; the script
-is in git at commit 9bca24f. Its flow-pipeline has a sample_skip, which later versions refuse.
+0.1: made on 2026-11-22 by version 0.1.0 with torch 2.13, diffusers 0.42.1, MONAI 1.6.1, peft 0.21.2, on a CPU; the
+script is in git at commit 9bca24f. Its flow-pipeline has a sample_skip, which later versions refuse.
 0.2: made on 2026-11-30 with the same libraries: a preconditioned flow with position maps and an atlas, and a witness
 reward.
 

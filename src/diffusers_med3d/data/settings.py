@@ -22,6 +22,9 @@ INTENSITY = "0: background; 1: the scan's 99.5th percentile above 0"
 GRID = ("volume_shape", "spacing", "orientation", "antialias", "registration")
 """Settings that decide which voxels a network sees."""
 
+VOXELS = GRID[1:]
+"""Those that a network must share with its volumes which takes any size of them."""
+
 CLASSES = ("label_column", "class_names", "class_edges")
 """Settings that decide which class a scan has."""
 
