@@ -50,7 +50,7 @@ for part in train a b; do
   if [ "$part" != train ]; then name="generator-$part"; fi
   done_before "$OUTPUT/$name/model_index.json" accelerate launch examples/train_diffusion.py "${scans[@]}" "${training[@]}" \
     --autoencoder "$OUTPUT/autoencoder" --output_dir "$OUTPUT/$name" --part "$part" \
-    --channels 16 32 64 --num_modes 0 --max_steps "$(steps 400)" --eval_steps 400 --save_steps 200
+    --channels 16 32 --num_head_channels 16 --max_steps "$(steps 400)" --eval_steps 400 --save_steps 200
 done
 
 for architecture in 3d 2d; do

@@ -31,10 +31,10 @@ def make_pipeline(settings: Settings, volume_side: int | None = None) -> MedDiff
     unet = DiffusionUNet3D(
         in_channels=latents,
         out_channels=latents,
-        channels=(64, 64, 96) if wide else (8, 8, 8),
-        num_res_blocks=2 if wide else 1,
-        attention_levels=(False, False, True) if wide else (False, False, False),
-        num_head_channels=32 if wide else 8,
+        channels=(80, 144) if wide else (8, 8, 8),
+        num_res_blocks=1,
+        attention_levels=(False, True) if wide else (False, False, False),
+        num_head_channels=48 if wide else 8,
         norm_num_groups=4,
         num_class_embeds=None,
     )

@@ -287,9 +287,7 @@ def test_a_learned_reward_of_another_size_fine_tunes_with_a_warning_and_a_witnes
         args = DDPOConfig(output_dir=str(tmp_path), report_to="none", picture_steps=0)
         DDPOTrainer(tiny_pipeline, [reward], args, Dataset.from_dict({"class_label": [0]}))
 
-    with pytest.warns(
-        UserWarning, match=r"VolumeReward was trained on volumes of \[32, 32, 32\] voxels and"
-    ):
+    with pytest.warns(UserWarning, match=r"VolumeReward was trained on volumes of \[32, 32, 32\] voxels and"):
         make(VolumeReward(model))
     witness = WitnessRewardModel.of_scans(model, torch.rand(3, 1, 32, 32, 32))
     with pytest.raises(ValueError, match=r"volume_shape is \[32, 32, 32\] by the reward WitnessReward, but \[16"):

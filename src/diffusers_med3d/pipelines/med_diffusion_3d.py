@@ -706,7 +706,7 @@ class MedDiffusion3DPipeline(PublishMixin, UNetLoraMixin, DiffusionPipeline):
             >>> generator = torch.Generator().manual_seed(0)
             >>> out = pipe(class_labels=["young", "old"], num_inference_steps=30, generator=generator)
             >>> out.volumes.shape
-            torch.Size([2, 1, 64, 64, 64])
+            torch.Size([2, 1, 48, 64, 48])
         """
         # 1. Check the arguments
         best_of = whole_number("best_of", best_of, 1)
