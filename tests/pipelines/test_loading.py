@@ -29,6 +29,7 @@ from diffusers_med3d import (
     VQModel3D,
 )
 from diffusers_med3d.hub.resolve import bundled_names, resolve
+from diffusers_med3d.schedulers.flow import is_flow
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> str:
@@ -193,7 +194,7 @@ def test_a_local_folder_goes_before_a_bundled_name_and_hub_ids_pass_through(tmp_
 def test_a_bundled_generator_loads_by_its_bare_name(name):
     pipeline = MedDiffusion3DPipeline.from_pretrained(name)
     assert pipeline.config.orientation == "RAS" and pipeline.config.class_names
-    assert pipeline.scheduler.config.clip_sample is False
+    assert is_flow(pipeline.scheduler) and pipeline.unet.config.precondition
 
 
 def test_no_folder_of_the_package_bears_the_name_of_a_diffusers_pipeline():

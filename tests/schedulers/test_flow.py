@@ -237,7 +237,13 @@ def test_the_loss_of_a_flow_is_the_error_of_the_velocity_at_shifted_times(flow_p
     data = DataArguments(brains_folder, "unused.json", volume_shape=list(VOLUME_SHAPE), spacing=list(SPACING))
     scans = VolumeDataset(brains_folder, ["sub-01", "sub-04"], **data.reading())
     args = LatentDiffusionConfig(
-        str(tmp_path), copies=1, report_to="none", picture_steps=0, bf16=False, image_weighting=False
+        str(tmp_path),
+        copies=1,
+        report_to="none",
+        picture_steps=0,
+        bf16=False,
+        image_weighting=False,
+        time_distribution="uniform",
     )
     trainer = LatentDiffusionTrainer(flow_pipeline, args, scans)
     clean, noise, prediction = (torch.randn(2, 4, 4, 4, 4) for _ in range(3))
