@@ -20,7 +20,7 @@ from .checkpointing import CheckpointedBlocksMixin
 from .convolution import quicken_small_convolutions
 from .sizes import check_divisible
 
-REMOVED = ("sample_skip", "sample_gate", "num_modes", "mode_shape")
+REMOVED = ("sample_skip", "sample_gate", "num_modes")
 """Arguments that version 0.1 had: parts of the network that lost to a plain one (docs/experiments/base_training.md)."""
 
 
@@ -114,14 +114,14 @@ class DiffusionUNet3D(
         Raises:
             ValueError: a network with a part that version 0.1 had and this one does not have.
         """
-        switched_on = [name for name in REMOVED[:3] if config_dict.get(name)]
+        switched_on = [name for name in REMOVED if config_dict.get(name)]
         if switched_on:
             raise ValueError(
                 f"this checkpoint's {cls.__name__} has {' and '.join(switched_on)}, which version 0.2 no longer has. "
                 "Load it with version 0.1 of diffusers-med3d (git commit 9bca24f), or train a new network with "
                 "examples/train_diffusion.py."
             )
-        kept = {name: value for name, value in config_dict.items() if name not in REMOVED}
+        kept = {name: value for name, value in config_dict.items() if name not in (*REMOVED, "mode_shape")}
         return super().extract_init_dict(kept, **kwargs)
 
     @property
