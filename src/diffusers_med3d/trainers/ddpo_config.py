@@ -29,8 +29,8 @@ class DDPOConfig(Med3DConfig):
 
     The defaults are those by which the `brain-t1` of version 0.1 was fine-tuned, where 21 steps, ten minutes on two CPU
     cores, raised both rewards by 0.03 (from 0.46 and 0.57), with a clip fraction of 0.03 and a KL of 1e-3. A rollout
-    holds 24 samples, 8 of each of 3 conditions, and makes 3 steps; 300 steps are 100 rollouts. Change `max_steps` first; where
-    `clip_ratio` stays at 0, raise `learning_rate`, and where it passes 0.3, lower it.
+    holds 24 samples, 8 of each of 3 conditions, and makes 3 steps; 300 steps are 100 rollouts. Change `max_steps`
+    first; where `clip_ratio` stays at 0, raise `learning_rate`, and where it passes 0.3, lower it.
     """
 
     # Defaults of TrainingArguments that fine-tuning by reward wants otherwise
