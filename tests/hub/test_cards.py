@@ -151,6 +151,7 @@ def test_a_folder_that_holds_nothing_has_no_card(tmp_path):
 
 
 SOURCES = sorted((CARDS / "sources").glob("*.toml"))
+PROGRESS = sorted((CARDS / "sources").glob("*.progress.json"))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -188,7 +189,9 @@ def test_the_snippet_of_a_bundled_checkpoint_runs(name, tmp_path, monkeypatch):
 def test_cards_are_made_again_from_their_sources(tmp_path, monkeypatch, capsys):
     shutil.copytree(CARDS / "sources", tmp_path / "sources")
     run_example(monkeypatch, "make_cards.py", "--cards_dir", tmp_path)
-    assert capsys.readouterr().out.split() == [f"{source.stem}.md" for source in SOURCES] != []
+    curves = [f"{path.name.removesuffix('.progress.json')}-training.png" for path in PROGRESS]
+    assert capsys.readouterr().out.split() == [*(f"{source.stem}.md" for source in SOURCES), *curves]
+    assert SOURCES and curves and all((tmp_path / name).is_file() for name in curves)
     for source in SOURCES:
         assert (tmp_path / f"{source.stem}.md").read_bytes() == (CARDS / f"{source.stem}.md").read_bytes()
 
