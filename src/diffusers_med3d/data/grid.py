@@ -86,7 +86,8 @@ def choose_grid(
                 f"the largest foreground is {box} mm, the grid of {list(volume_shape)} voxels at {list(spacing)} mm "
                 f"holds {held} mm; leave out --volume_shape to have it chosen."
             )
-        return list(volume_shape), list(spacing), f"Grid as asked for; the largest foreground{' before registration' if registered else ''} is {box} mm."
+        when = " before registration" if registered else ""
+        return list(volume_shape), list(spacing), f"Grid as asked for; the largest foreground{when} is {box} mm."
     if volume_shape is not None:
         step = max(float((largest / (np.array(volume_shape) - MARGIN)).max()), float(usual.max()))
         spacing = [math.ceil(step * 20) / 20] * 3
