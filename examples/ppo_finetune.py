@@ -69,7 +69,7 @@ class TenMinutesConfig(DDPOConfig):
         metadata={"help": "Fine-tuning stops before so many minutes are over, however slow the processor; inf: never."},
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    eval_num_inference_steps: int = field(default=6, metadata={"help": "Denoising steps in evaluation."})
+    eval_num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps in evaluation."})
     picture_steps: int = field(
         default=3,
         metadata={"help": "Optimizer steps between two pictures of the same samples: the film's frames."},

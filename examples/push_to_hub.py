@@ -2,7 +2,7 @@
 
     hf auth login
     python examples/push_to_hub.py --model_name_or_path outputs/ppo_finetune --namespace YOU --dry_run
-    python examples/push_to_hub.py --namespace ORG --tag v0.1.0            # all bundled checkpoints
+    python examples/push_to_hub.py --namespace ORG --tag v0.2.0            # all bundled checkpoints
 
 Of a folder of yours goes what `from_pretrained` reads, its card and the pictures in it: no checkpoints, logs, scans or
 names of subjects. A folder without a card gets one. The cards of bundled checkpoints come from model_cards/. Nothing is
@@ -42,7 +42,7 @@ class PushArguments:
     )
     cards_dir: str = field(default=str(CARDS), metadata={"help": "Folder of the bundled checkpoints' cards."})
     private: bool = field(default=False, metadata={"help": "Make new repositories private."})
-    tag: str | None = field(default=None, metadata={"help": "Tag for the commits, such as v0.1.0."})
+    tag: str | None = field(default=None, metadata={"help": "Tag for the commits, such as v0.2.0."})
     dry_run: bool = field(default=False, metadata={"help": "Only show what would be uploaded."})
 
     def __post_init__(self) -> None:

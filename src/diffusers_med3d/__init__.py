@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .trainers.diffusion import LatentDiffusionConfig, LatentDiffusionTrainer
     from .trainers.reward import RewardModelConfig, RewardModelTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # diffusers finds components of a library that it lists, and pipelines among its own attributes. This is the one place
 # that touches its private loading code (docs/pitfalls.md, P1): it makes local folders, the Hub, DiffusionPipeline and
