@@ -15,7 +15,6 @@ import torch
 
 from diffusers_med3d import MedDiffusion3DPipeline, WitnessRewardModel
 from diffusers_med3d.data import DataArguments, VolumeDataset, check_same_settings, settings_of
-from diffusers_med3d.data.settings import VOXELS
 from diffusers_med3d.evaluation import sample_volumes
 from diffusers_med3d.models.witness import HAAR, KERNELS
 from diffusers_med3d.rewards.learned import LearnedReward
@@ -67,7 +66,7 @@ def main() -> None:
                 raise ValueError(f"--extractor must be a trained reward model or {HAAR!r}, got {args.extractor!r}.")
             extractor = reward.to(device).model
             names = (f"the extractor {args.extractor}", f"the generator {args.model_name_or_path}")
-            check_same_settings(settings_of(extractor), known, names, VOXELS)
+            check_same_settings(settings_of(extractor), known, names, reward.same_settings)
         data.adopt(known, f"the generator {args.model_name_or_path}")
         scans = VolumeDataset.from_arguments(data, "train")
         labels = [item["class_label"] for item in scans]

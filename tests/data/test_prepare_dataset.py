@@ -413,3 +413,11 @@ def test_a_grid_that_cuts_the_largest_scan_is_refused_with_both_sizes():
         choose_grid([(144, 190, 152)], [(2, 2, 2)], (2.0, 2.0, 2.0), (64, 64, 64))
     shape, steps, _ = choose_grid([(144, 190, 152)], [(2, 2, 2)], None, (64, 64, 64))
     assert shape == [64, 64, 64] and steps == [3.1, 3.1, 3.1]
+
+
+def test_a_given_grid_is_not_measured_by_boxes_that_registration_changes():
+    grid = ((3.0, 3.0, 3.0), (48, 64, 48))  # 144 x 192 x 144 mm: brain-t1's, for a largest box of 152 mm
+    shape, steps, sentence = choose_grid([(144, 190, 152)], [(2, 2, 2)], *grid, registered=True)
+    assert (shape, steps) == ([48, 64, 48], [3.0, 3.0, 3.0]) and "before registration" in sentence
+    with pytest.raises(ValueError, match="holds 144 x 192 x 144 mm"):
+        choose_grid([(144, 190, 152)], [(2, 2, 2)], *grid)

@@ -4,6 +4,7 @@ from typing import Any, Self
 
 import torch
 
+from ..data.settings import VOXELS
 from ..models.reward import SliceRewardModel, VolumeRewardModel
 from ..models.witness import WitnessRewardModel
 from ..utils.wrappers import unwrapped
@@ -18,6 +19,8 @@ class LearnedReward:
     """
 
     model_class: type[VolumeRewardModel] | type[SliceRewardModel] | type[WitnessRewardModel]
+    same_settings: tuple[str, ...] = VOXELS
+    """Settings that the volumes must share with those that the model was trained on."""
 
     def __init__(self, model: VolumeRewardModel | SliceRewardModel | WitnessRewardModel, batch_size: int = 8) -> None:
         if not isinstance(unwrapped(model), self.model_class):

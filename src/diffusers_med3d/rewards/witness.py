@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..data.settings import GRID
 from ..models.witness import WitnessRewardModel
 from .learned import LearnedReward
 
@@ -15,6 +16,7 @@ class WitnessReward(LearnedReward):
     """
 
     model_class = WitnessRewardModel
+    same_settings = GRID  # it compares with features of scans of one size
     model: WitnessRewardModel
 
     @torch.no_grad()

@@ -33,7 +33,6 @@ from transformers.trainer_utils import set_seed
 
 from .. import viz
 from ..data import check_same_settings, settings_of
-from ..data.settings import GRID, VOXELS
 from ..hub.origin import inherited_license, public_name
 from ..metrics import diversity, sharpness
 from ..models import VQModel3D
@@ -50,7 +49,6 @@ from ..rewards.learned import LearnedReward
 from ..rewards.loading import Reward, load_rewards
 from ..rewards.scoring import score
 from ..rewards.stateful import StatefulReward
-from ..rewards.witness import WitnessReward
 from ..rl import (
     Trajectory,
     check_scheduler,
@@ -174,8 +172,7 @@ class DDPOTrainer(Med3DTrainer):
         for func, name in zip(self.reward_funcs, self.reward_names, strict=True):
             if isinstance(func, LearnedReward):
                 own, known = settings_of(pipeline), settings_of(func.model)
-                grid = GRID if isinstance(func, WitnessReward) else VOXELS
-                check_same_settings(own, known, ("the generator", f"the reward {name}"), grid)
+                check_same_settings(own, known, ("the generator", f"the reward {name}"), func.same_settings)
                 if known.volume_shape not in (None, own.volume_shape):
                     warnings.warn(
                         f"the reward {name} was trained on volumes of {known.volume_shape} voxels and scores "
